@@ -1,0 +1,250 @@
+"""Checkpoints that survive kill -9, a full disk and flipped bits.
+
+A checkpoint is a folder ``step-<n>`` of ``model.safetensors``, ``trainer.pt`` (readable with
+``weights_only=True``), ``config.json`` and ``manifest.json`` with the sha256 of the others. It is
+written as ``.tmp-<n>-<pid>`` and renamed when complete: its name exists only if it is whole.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from effml_common.errors import CheckpointError
+from effml_common.files import atomic_write as atomic_write
+from effml_common.files import fsync_path
+from effml_common.logging import jsonable, rank, warn
+from effml_common.parsing import one_line
+
+FORMAT = 1
+_TENSORS, _STATE, _CONFIG = _FILES = ("model.safetensors", "trainer.pt", "config.json")
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: tensors on the CPU, the trainer's state, the run's config."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    config: dict[str, Any]
+    path: Path
+
+
+def save(
+    root: str | os.PathLike[str],
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write ``root/step-<step>`` and then remove older ones; ranks above 0 write nothing.
+
+    Args:
+        root: Their folder; its parent must exist, so that a lost disk is noticed.
+        step: Number of finished updates.
+        tensors: Weights by name, on any device; tied ones are stored twice.
+        state: Numbers, strings, tensors, and dicts and lists of them.
+        config: Settings of the run, kept as JSON.
+        keep: Number of good checkpoints to keep, at least 1.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: If the step exists, the state holds other types, or the disk fails;
+            earlier checkpoints are then untouched.
+    """
+    root, pid = Path(root), os.getpid()
+    target, staging = root / f"step-{step}", root / f".tmp-{step}-{pid}"
+    if rank() > 0:
+        return target
+    try:
+        if keep < 1 or step < 0:
+            raise CheckpointError(f"keep is {keep}, step {step}; give keep >= 1 and step >= 0")
+        root.mkdir(exist_ok=True)
+        _make_way(target)
+        staging.mkdir()
+        _write(staging, step, tensors, state, config or {})
+        os.rename(staging, target)
+        fsync_path(root)
+        verify(target)
+    except Exception as error:  # torch and safetensors have their own errors for a full disk
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"cannot save step {step} in {root}: {one_line(str(error))}; "
+            "earlier ones are untouched, so correct this and run again with --resume auto"
+        ) from error
+    _prune(root, step, keep)
+    return target
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read one checkpoint, after its checksums have been verified.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged, or holds anything but plain data.
+    """
+    path = Path(path)
+    step = verify(path)
+    try:
+        tensors = load_file(path / _TENSORS)
+        state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+        config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the bytes make the readers do, they are no checkpoint
+        raise CheckpointError(f"{path} is refused: {_reason(error)}; delete it") from error
+    return Checkpoint(step, tensors, state, config, path)
+
+
+def latest(root: str | os.PathLike[str]) -> Checkpoint | None:
+    """The newest checkpoint that can be trusted; a warning names each newer one that cannot."""
+    for step in _steps(Path(root)):
+        try:
+            return load(Path(root) / f"step-{step}")
+        except CheckpointError as error:
+            warn(f"skipped: {error}")
+    return None
+
+
+def verify(path: Path) -> int:
+    """Compare a checkpoint's files with their checksums; returns its step.
+
+    Raises:
+        CheckpointError: If anything differs from what was written.
+    """
+    try:
+        raw = (path / _MANIFEST).read_bytes()
+        manifest = json.loads(raw)
+        digest, step = manifest.pop("sha256"), manifest["step"]
+        # The manifest must be, byte for byte, what its own content makes.
+        sound = raw == _manifest_bytes(manifest) and path.name == f"step-{step}"
+        if not (sound and digest and manifest["format"] == FORMAT):
+            raise ValueError(f"{_MANIFEST} is not the one that was written")
+        for name in _FILES:
+            if _fingerprint(path / name) != manifest["files"][name]:
+                raise ValueError(f"{name} is not the one that was written")
+        return step
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = one_line(str(error))
+        raise CheckpointError(f"{path} is damaged: {why}; use an earlier step") from error
+
+
+def sweep(root: str | os.PathLike[str]) -> None:
+    """Remove what processes that no longer live left half written."""
+    for path in Path(root).glob(".tmp-*-*"):
+        pid = path.name.rpartition("-")[2]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (OSError, OverflowError, ValueError):
+            continue  # alive, or not ours
+
+
+def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Any, config: Any) -> None:
+    with open(folder / _CONFIG, "w", encoding="utf-8") as file:
+        json.dump(jsonable(config), file, indent=1)
+    save_file(_separate(tensors), folder / _TENSORS)
+    # safetensors makes its file private; give it the mode that the umask gave to its neighbour.
+    os.chmod(folder / _TENSORS, (folder / _CONFIG).stat().st_mode & 0o777)
+    with open(folder / _STATE, "wb") as file:
+        torch.save(dict(state), file)
+    try:
+        torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"step {step} is not saved: its state would not load again: {_reason(error)}; "
+            "keep numbers, strings, tensors, and lists and dicts of them in it"
+        ) from error
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "safetensors")}
+    files = {name: _fingerprint(folder / name) for name in _FILES}
+    manifest = {"format": FORMAT, "step": step, "files": files, "libraries": libraries}
+    (folder / _MANIFEST).write_bytes(_manifest_bytes(manifest))
+    for name in (*_FILES, _MANIFEST, "."):
+        fsync_path(folder / name)
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory, as the format wants; tied weights are copied."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.untyped_storage().data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        result[name] = plain
+    return result
+
+
+def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, sort_keys=True, indent=1).encode()
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"sha256": digest, "size": file.tell()}
+
+
+def _reason(error: Exception) -> str:
+    # torch advises to allow the class by hand, which would be wrong here; only name it.
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it holds {found[1]}, not plain data" if found else one_line(str(error))
+
+
+def _steps(root: Path) -> list[int]:
+    names = [path.name for path in root.iterdir()] if root.is_dir() else []
+    found = [re.fullmatch(r"step-(0|[1-9]\d*)", name) for name in names]
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def _make_way(target: Path) -> None:
+    """A good checkpoint is never overwritten; a damaged one is put aside for a resumed run."""
+    sweep(target.parent)
+    if target.exists():
+        try:
+            verify(target)
+        except CheckpointError as error:
+            aside = target.with_name(f"{target.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(target, aside)
+            return warn(f"{error}; it is now {aside.name}")
+        raise CheckpointError(f"{target} exists already; choose another --out, or --resume auto")
+    return None
+
+
+def _prune(root: Path, step: int, keep: int) -> None:
+    kept = 1  # the new one, which has been verified
+    for older in [number for number in _steps(root) if number < step]:
+        if kept < keep:
+            with contextlib.suppress(CheckpointError):
+                verify(root / f"step-{older}")
+                kept += 1
+            continue
+        # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
+        doomed = root / f".tmp-{older}-{os.getpid()}"
+        try:
+            os.rename(root / f"step-{older}", doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            warn(f"the old checkpoint step-{older} could not be removed: {error.strerror}")

@@ -1,0 +1,41 @@
+"""Files that are either wholly written or not there, also after a power cut."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Args:
+        path: Target; its folder must exist.
+        data: Bytes, or text to be written as UTF-8.
+
+    Raises:
+        OSError: If the disk is full, read-only or gone; the old file is then untouched and no
+            temporary file stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = data.encode() if isinstance(data, str) else data
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,241 @@
+"""Config objects from words and YAML files, and back.
+
+The frozen dataclass is the only home of names, types, defaults and help. Users write dashes
+(``--group-size 64``), fields have underscores. jsonargparse is imported inside functions, because
+it takes half a second.
+"""
+
+import argparse
+import difflib
+import inspect
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from effml_common.errors import ConfigError
+
+T = TypeVar("T")
+
+COMMON_FLAGS = {
+    "--json": "print the result alone, as JSON, on standard output",
+    "--quiet": "no progress, only warnings",
+    "--debug": "show the traceback of an error",
+}
+
+
+def parse(
+    config_class: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str = "",
+    examples: Sequence[str] = (),
+) -> T:
+    """Read a command line into a config object.
+
+    Required fields are positional arguments in their order, all others are flags. List fields are
+    always flags, and take every bare word that follows. ``--config FILE`` reads YAML, and flags
+    win over it. Optional fields take ``none``.
+
+    Args:
+        config_class: Dataclass whose fields carry ``metadata={"help": ...}``.
+        argv: Words after the command's name.
+        prog: Command as the user types it, for the help text.
+        description: First lines of the help; default the docstring of ``config_class``.
+        examples: Worked command lines for the help.
+
+    Returns:
+        The validated config.
+
+    Raises:
+        ConfigError: If a flag, a key, a type or a value is wrong.
+        SystemExit: With code 0, after ``--help``.
+    """
+    hints = get_type_hints(config_class)
+    parser = _parser(prog, description or inspect.getdoc(config_class) or "", examples, hints)
+    for field in fields(config_class):  # pyright: ignore[reportArgumentType]
+        _add(parser, field, hints[field.name])
+    try:
+        values = parser.parse_args(_regroup(argv, hints))
+    except Exception as error:  # odd words make the parsers fail in odd ways, AttributeError too
+        raise ConfigError(_explain(str(error), hints, prog)) from error
+    try:
+        return config_class(**{name: _value(values[name], hint) for name, hint in hints.items()})
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(_explain(str(error), hints, prog)) from error
+
+
+def dump_config(config: Any) -> str:
+    """The YAML of a config, which ``--config`` reads back to an equal object."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Quotes what other readers take for a number, such as 1e-3, or for a line break."""
+
+    def quoted(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+        style = '"' if re.match(r"[-+.\d]", text) or not text.isprintable() else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, quoted)
+    values = {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def one_line(text: str) -> str:
+    """Collapse white space and line breaks; escape what no stream could print."""
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
+
+
+def did_you_mean(word: str, known: Sequence[str], otherwise: str) -> str:
+    """Advice that names the nearest known word, or else ``otherwise``."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
+def _parser(prog: str, description: str, examples: Sequence[str], hints: Mapping[str, Any]) -> Any:
+    import jsonargparse
+
+    class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Types and defaults beside the help, and the line breaks of the examples."""
+
+        def _get_help_string(self, action: argparse.Action) -> str:
+            text = super()._get_help_string(action)
+            if action.dest in hints:
+                text = text.replace("%(type)s", _words(hints[action.dest]))
+            return text
+
+    lines = ["common flags:", *(f"  {flag:<9}{text}" for flag, text in COMMON_FLAGS.items())]
+    if examples:
+        lines += ["", "examples:", *(f"  {example}" for example in examples)]
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog="\n".join(lines),
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,
+        formatter_class=Help,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags win")
+    return parser
+
+
+def _add(parser: Any, field: Field[Any], hint: Any) -> None:
+    from jsonargparse import ActionYesNo
+
+    required = field.default is MISSING and field.default_factory is MISSING
+    options: dict[str, Any] = {"type": hint, "help": field.metadata.get("help", "")}
+    if field.default is not MISSING:
+        options["default"] = field.default
+    elif field.default_factory is not MISSING:
+        options["default"] = field.default_factory()
+    positional = required and not _is_list(hint) and hint is not bool
+    if not positional:
+        options["required"] = required
+    if _is_list(hint):
+        # The same spelling for both kinds: for list[...] jsonargparse would add a flag "--name+".
+        options["type"] = tuple[get_args(hint)[0], ...]
+        options["metavar"] = f"{field.name.upper()}..."
+    elif hint is bool:
+        del options["type"]
+        options["action"] = ActionYesNo(no_prefix="no-")
+    elif NoneType in get_args(hint) and str not in get_args(hint):
+        options["type"] = hint | Literal["none"]
+    parser.add_argument(field.name if positional else _flag(field.name), **options)
+
+
+def _regroup(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
+    """Dashes in names, config files first, the words after a list flag as one JSON list."""
+    item_types = {_flag(name): get_args(hint)[0] for name, hint in hints.items() if _is_list(hint)}
+    lists: dict[str, list[str]] = {}
+    configs: list[str] = []
+    others: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        if not word.startswith("--"):
+            others.append(word)
+        elif name in item_types:
+            items = lists.setdefault(name, [])
+            items.extend([value] if equals else [])
+            while not equals and words and not re.match(r"-[^\d.]", words[0]):
+                items.append(words.pop(0))
+        else:
+            # argparse would take a value such as -1e-3, or a missing file name, for a flag.
+            if not equals and words and (name == "--config" or re.match(r"-[\d.]", words[0])):
+                equals, value = "=", words.pop(0)
+            (configs if name == "--config" else others).append(name + equals + value)
+    for name, items in lists.items():
+        given_whole = len(items) == 1 and items[0].startswith("[")
+        quote = json.dumps if item_types[name] is str else str
+        joined = items[0] if given_whole else f"[{', '.join(map(quote, items))}]"
+        configs.append(f"{name}={joined}")
+    return configs + others
+
+
+def _explain(text: str, hints: Mapping[str, Any], prog: str) -> str:
+    """Turn an error of jsonargparse into one line that says what to do."""
+    see = f"see {prog} --help"
+    if found := re.search(r"unrecognized arguments: (.*)", text):
+        name = next((w for w in found[1].split() if w.startswith("-")), "").partition("=")[0]
+        known = [*map(_flag, hints), "--config", "--help", *COMMON_FLAGS]
+        unknown = f"there is no flag {name}; {did_you_mean(name, known, see)}"
+        return unknown if name else f"{found[1]!r} was not expected; {see}"
+    if found := re.search(r"'([^']*)' is not (?:accepted|expected)", text):
+        return f"there is no setting {found[1]!r}; {did_you_mean(found[1], list(hints), see)}"
+    if found := re.search(r"arguments are required: (.*)", text):
+        return f"{found[1].replace('_', '-')} must be given; {see}"
+    if found := re.search(r"argument (--[\w-]+)/(--no-[\w-]+): ignored explicit", text):
+        return f"{found[1]} takes no value; write {found[1]} or {found[2]}"
+    if "Unexpected config:" in text:
+        return "the config file holds no settings; write lines such as 'name: value'"
+    key = re.search(r'Parser key "(\w+)', text)
+    value = re.search(r"(?:Given value|Got value): (.*)", text, re.DOTALL)
+    if key and value and key[1] in hints:
+        given = one_line(value[1]) or "an empty text"
+        return f"{_flag(key[1])} got {given}; give {_words(hints[key[1]])}"
+    text = one_line(text).removeprefix('Parser key "config": ').rstrip(".")
+    return text if "; " in text else f"{text}; {see}"
+
+
+def _words(hint: Any) -> str:
+    if hint is NoneType:
+        return "none"
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    if _is_list(hint):
+        return f"list of {_words(get_args(hint)[0])}"
+    if NoneType in get_args(hint):
+        return " or ".join(map(_words, get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) in (list, tuple)
+
+
+def _value(value: Any, hint: Any) -> Any:
+    if get_origin(hint) is list:
+        return list(value)
+    return None if NoneType in get_args(hint) and value == "none" else value
+
+
+def _plain(value: Any) -> Any:
+    """Lists, dicts and strings for what YAML cannot name: tuples, mappings and paths."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

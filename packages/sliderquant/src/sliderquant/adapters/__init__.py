@@ -1,0 +1,1 @@
+"""Glue to transformers: model directories, decoder blocks, calibration text."""

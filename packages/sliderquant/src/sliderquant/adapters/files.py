@@ -1,0 +1,222 @@
+"""Model directories of transformers: checked loading, atomic writing."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from effml_common.errors import InputError
+from sliderquant.adapters.decoder import check_supported
+
+# Everything beside weights and config.json that a loader or a server reads.
+COMPANION_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "chat_template*", "additional_chat_templates", "generation_config.json"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A checked model directory.
+
+    Attributes:
+        model: The model in float32, eval mode.
+        tokenizer: Its tokenizer.
+        dtype: Type of the weights on disk; what is exported has it too.
+        context: Longest sequence the model supports, in tokens.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    context: int
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own progress bars and advice for the duration: we report ourselves."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_config(directory: str | Path) -> PreTrainedConfig:
+    """Read and check a model directory's ``config.json``.
+
+    Raises:
+        InputError: If it is missing, unreadable, of a quantized model, or of an unsupported family.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(
+            f"model directory {directory} does not exist; give a local directory (save one with "
+            "save_pretrained)"
+        )
+    if not (directory / "config.json").is_file():
+        raise InputError(
+            f"{directory} is no model directory, it has no config.json; "
+            "give the folder that save_pretrained wrote"
+        )
+    try:
+        raw = json.loads((directory / "config.json").read_text())
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{directory}/config.json cannot be read ({reason}); restore it") from None
+    if "quantization_config" in raw:
+        raise InputError(
+            f"{directory} is quantized already; quantize the full-precision model instead"
+        )
+    check_supported(config.model_type)
+    return config
+
+
+def load_model(directory: str | Path, device: str = "cpu") -> LoadedModel:
+    """Load model and tokenizer from safetensors, in float32, never from the network or a pickle.
+
+    Args:
+        directory: Local Hugging Face directory.
+        device: Torch device.
+
+    Raises:
+        InputError: If a file is missing, damaged or does not fit, or a weight is NaN or infinite.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} is not usable ({reason}); use cpu") from None
+    dtype = _stored_dtype(directory)
+    try:
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{directory} cannot be loaded ({reason}); restore its files") from None
+    if info["missing_keys"]:
+        raise InputError(
+            f"{directory} lacks {len(info['missing_keys'])} weights, such as "
+            f"{sorted(info['missing_keys'])[0]}; restore its files"
+        )
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise InputError(f"weight {name} holds NaN or infinity; use an intact checkpoint")
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{directory} has no usable tokenizer ({reason}); add its files") from None
+    return LoadedModel(
+        model=model.to(target),
+        tokenizer=tokenizer,
+        dtype=dtype,
+        context=config.max_position_embeddings,
+    )
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """Return the safetensors files of a model directory, sorted.
+
+    Raises:
+        InputError: If there is none; pickled weights are never loaded.
+    """
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise InputError(
+            f"{directory} holds no safetensors weights; convert it once with "
+            "save_pretrained (pickled weights are not loaded)"
+        )
+    return files
+
+
+def _stored_dtype(directory: Path) -> torch.dtype:
+    """Return the floating type of the first matrix on disk; also finds damaged headers."""
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    tensor = file.get_slice(name)
+                    if len(tensor.get_shape()) == 2:
+                        return file.get_tensor(name).dtype
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path} is damaged ({reason}); copy it again") from None
+    raise InputError(f"{directory} holds no weight matrix; it is no language model")
+
+
+def save_model(
+    model: PreTrainedModel, source: str | Path, out: str | Path, dtype: torch.dtype
+) -> None:
+    """Write a directory that ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    Files appear under their final names only when they are complete, ``config.json`` last: a folder
+    without it is not taken for a model.
+
+    Args:
+        model: The model; unchanged.
+        source: Directory whose tokenizer, chat template and generation config are copied along.
+        out: Directory to write to.
+        dtype: Type of the written weights.
+    """
+    source, out = Path(source), Path(out)
+    staging = out / f".tmp-model-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        # The weights are cast here one by one: model.to(dtype) would cast the rotary tables too.
+        state = {name: value.to(dtype) for name, value in model.state_dict().items()}
+        with quiet_transformers():
+            model.save_pretrained(staging, state_dict=state)
+        # save_pretrained records the type of the live model, which computes in float32.
+        written = json.loads((staging / "config.json").read_text())
+        written["dtype"] = str(dtype).removeprefix("torch.")
+        (staging / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+        for pattern in COMPANION_FILES:
+            for path in source.glob(pattern):
+                target = staging / path.name
+                if path.is_dir():
+                    shutil.copytree(path, target, dirs_exist_ok=True)
+                else:
+                    shutil.copy2(path, target)
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+            if path.is_dir():
+                shutil.rmtree(out / path.name, ignore_errors=True)
+            path.replace(out / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

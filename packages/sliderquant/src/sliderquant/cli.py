@@ -1,0 +1,53 @@
+"""The ``sliderquant`` command."""
+
+from effml_common.cli import Command
+from effml_common.cli import main as run_command
+
+COMMANDS = (
+    Command(
+        "demo",
+        "train a small Llama once, quantize it three ways, compare perplexities",
+        config="sliderquant.config:DemoConfig",
+        run="sliderquant.demo:demo",
+        examples=(
+            "sliderquant demo",
+            "sliderquant demo --seeds 3 --bits 2 3 --out runs/demo",
+        ),
+    ),
+    Command(
+        "quantize",
+        "quantize a local model directory",
+        config="sliderquant.config:QuantizeConfig",
+        run="sliderquant.quantization:quantize",
+        examples=(
+            "sliderquant quantize models/llama --calib notes.txt --out models/llama-w4",
+            "sliderquant quantize models/llama --wbits 2 --group-size 64 --no-sym "
+            "--calib chats.jsonl --eval-text held_out.txt --out models/llama-w2",
+        ),
+    ),
+    Command(
+        "eval",
+        "perplexity of a model directory on text files",
+        config="sliderquant.config:EvalConfig",
+        run="sliderquant.evaluation:evaluate",
+        examples=(
+            "sliderquant eval models/llama-w4 --text held_out.txt",
+            "sliderquant eval models/llama-w4 --text a.txt b.txt --seqlen 512 --json",
+        ),
+    ),
+    Command(
+        "inspect",
+        "windows, cost and memory plan, without reading a weight",
+        config="sliderquant.config:InspectConfig",
+        run="sliderquant.plan:inspect",
+        examples=(
+            "sliderquant inspect --layers 32 --json",
+            "sliderquant inspect --model models/llama --wbits 2 --group-size 64",
+        ),
+    ),
+)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    raise SystemExit(run_command("sliderquant", "sliderquant", COMMANDS))

@@ -1,0 +1,235 @@
+"""Every setting of sliderquant: its default, its unit and its check, once.
+
+The symbols are those of the SliderQuant paper (arXiv 2603.25284): ``shallow`` and ``deep`` are L_s and
+L_d, ``window`` and ``stride`` are s and i of the middle windows, ``gamma`` is the intra-layer ratio.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from effml_common.errors import ConfigError
+
+SCHEDULES = ("slider", "fixed", "block")
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _require(condition: bool, problem: str, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{problem}; {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowConfig:
+    """Which decoder blocks are calibrated together, and in which order (spec of the schedule)."""
+
+    schedule: str = _setting(
+        "slider",
+        "slider (the method), fixed (one window size), block (one block at a time), "
+        "or your own windows such as 0-3,2-5,4-7",
+    )
+    shallow: int = _setting(4, "blocks in the expanding windows at the front (paper: L_s)")
+    deep: int = _setting(4, "blocks in the contracting windows at the back (paper: L_d)")
+    window: int = _setting(2, "blocks in a middle window (paper: s)")
+    stride: int = _setting(1, "blocks between middle windows (paper: i)")
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            _require(
+                set(self.schedule) <= set("0123456789-, ") and any(map(str.isdigit, self.schedule)),
+                f"schedule {self.schedule!r} is not known",
+                f"use one of {', '.join(SCHEDULES)} or windows such as 0-3,2-5",
+            )
+        for name in ("shallow", "deep"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} must be 0 or more, got {value}", "give a block count")
+        _require(self.window >= 1, f"window must be 1 or more, got {self.window}", "use 2")
+        _require(
+            1 <= self.stride <= self.window,
+            f"stride must be between 1 and window ({self.window}), got {self.stride}",
+            "a larger stride would leave blocks out",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SliderConfig(WindowConfig):
+    """The method: weight format, windows, intra-layer stages and training of the parameters."""
+
+    wbits: int = _setting(4, "bits per weight, 2 to 8")
+    group_size: int | None = _setting(
+        128, "input columns that share a scale; none for one scale per output row"
+    )
+    sym: bool = _setting(
+        True, "signed codes without zero point, which servers can load; no-sym fits 2 bits better"
+    )
+    gamma: float = _setting(
+        0.5, "intra-layer ratio: 0.5 quantizes half of every row first, then all; 1 turns it off"
+    )
+    epochs: int = _setting(20, "passes over the samples per window, split over the intra stages")
+    batch_size: int = _setting(1, "samples per update")
+    lr_lora: float = _setting(1e-4, "learning rate of the low-rank weight correction")
+    lr_lwc: float = _setting(1e-2, "learning rate of the clipping range")
+    lora_rank: int = _setting(4, "rank of the correction; it is merged before rounding")
+    nsamples: int = _setting(128, "calibration samples")
+    seqlen: int = _setting(2048, "tokens per calibration sample; capped at the model's limit")
+    seed: int = _setting(2, "seed of the sample choice, the batch order and the initial values")
+
+    def __post_init__(self) -> None:
+        # Named class: zero-argument super() does not work in dataclasses with slots.
+        WindowConfig.__post_init__(self)
+        _require(
+            2 <= self.wbits <= 8,
+            f"wbits must be between 2 and 8, got {self.wbits}",
+            "1 bit and ternary weights are not covered",
+        )
+        if self.group_size is not None:
+            _require(
+                self.group_size >= 1,
+                f"group_size must be 1 or more, got {self.group_size}",
+                "use 64 or 128, or none for one scale per row",
+            )
+        _require(
+            0 < self.gamma <= 1 and abs(1 / self.gamma - round(1 / self.gamma)) < 1e-6,
+            f"gamma must be 1, 1/2, 1/3 ..., got {self.gamma}",
+            "1/gamma is the number of intra-layer stages",
+        )
+        for name in ("batch_size", "lora_rank", "nsamples", "seqlen"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        _require(
+            self.epochs >= self.stages,
+            f"epochs ({self.epochs}) are fewer than the {self.stages} intra-layer stages",
+            "raise epochs or gamma",
+        )
+        for name in ("lr_lora", "lr_lwc"):
+            value = getattr(self, name)
+            _require(
+                0 <= value < float("inf"), f"{name} must be 0 or more, got {value}", "try 1e-3"
+            )
+        _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}", "use 2")
+
+    @property
+    def stages(self) -> int:
+        """Number N = 1/gamma of intra-layer stages."""
+        return round(1 / self.gamma)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizeConfig(SliderConfig):
+    """Quantize a local model directory and write a directory that transformers loads."""
+
+    model: str = field(metadata={"help": "directory of a Hugging Face causal language model"})
+    calib: tuple[str, ...] = field(
+        metadata={
+            "help": "calibration files: text, or JSON lines with 'text' or chat 'messages'; "
+            "use text like what the model will read"
+        }
+    )
+    out: str | None = _setting(None, "folder to write; default runs/quantize-<time>")
+    eval_text: tuple[str, ...] = _setting(
+        (), "files to report perplexity on: full precision, round-to-nearest and this result"
+    )
+    resume: Literal["never", "auto"] = _setting(
+        "never", "auto continues an interrupted run in the same --out"
+    )
+    device: str = _setting("cpu", "torch device that computes: cpu, cuda, cuda:1, ...")
+
+    def __post_init__(self) -> None:
+        SliderConfig.__post_init__(self)
+        _require(len(self.calib) > 0, "calib names no file", "give one or more text files")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Perplexity of a local model directory on text files."""
+
+    model: str = field(metadata={"help": "directory of a Hugging Face causal language model"})
+    text: tuple[str, ...] = field(metadata={"help": "files: text, or JSON lines with 'text'"})
+    seqlen: int | None = _setting(
+        None, "tokens per chunk; default the smaller of 2048 and the model's limit"
+    )
+    batch_size: int = _setting(1, "chunks per forward pass")
+    out: str | None = _setting(None, "folder of the report; default runs/eval-<time>")
+    device: str = _setting("cpu", "torch device that computes")
+
+    def __post_init__(self) -> None:
+        _require(len(self.text) > 0, "text names no file", "give one or more text files")
+        _require(self.batch_size >= 1, f"batch_size must be 1 or more, got {self.batch_size}", "1")
+        _require(
+            self.seqlen is None or self.seqlen >= 2,
+            f"seqlen must be 2 or more, got {self.seqlen}",
+            "the first token of a chunk is never predicted",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig(SliderConfig):
+    """Windows, cost and memory plan, without reading a weight."""
+
+    model: str | None = _setting(None, "directory whose config.json gives the shapes")
+    layers: int | None = _setting(None, "number of decoder blocks, instead of a model")
+
+    def __post_init__(self) -> None:
+        SliderConfig.__post_init__(self)
+        _require(
+            (self.model is None) != (self.layers is None),
+            "inspect needs either a model directory or a number of layers",
+            "give --model DIR or --layers N",
+        )
+        _require(
+            self.layers is None or self.layers >= 1,
+            f"layers must be 1 or more, got {self.layers}",
+            "give the number of decoder blocks",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoModelConfig:
+    """The small Llama that the demo trains once."""
+
+    layers: int = _setting(8, "decoder blocks of the demo model")
+    hidden_size: int = _setting(128, "width of the demo model, a multiple of 64")
+    context: int = _setting(128, "tokens per sequence")
+    vocab_size: int = _setting(2048, "tokens of the BPE vocabulary")
+    train_steps: int = _setting(800, "updates of the demo model's own training")
+    train_batch: int = _setting(16, "sequences per training update")
+    train_lr: float = _setting(4e-3, "peak learning rate of the demo model's training")
+    model_seed: int = _setting(0, "seed of the demo model")
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hidden_size % 64 == 0 and self.hidden_size > 0,
+            f"hidden_size must be a positive multiple of 64, got {self.hidden_size}",
+            "the demo quantizes in groups of 64",
+        )
+        _require(
+            self.vocab_size >= 257, f"vocab_size must be 257 or more, got {self.vocab_size}", "2048"
+        )
+        for name in ("layers", "context", "train_steps", "train_batch"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig(DemoModelConfig):
+    """Train a small Llama once, quantize it three ways, compare the perplexities."""
+
+    seeds: int = _setting(1, "calibration seeds; claims need 3")
+    bits: tuple[int, ...] = _setting((4, 3, 2), "weight bits to compare")
+    out: str | None = _setting(None, "folder of the report; default runs/demo-<time>")
+    nsamples: int = _setting(32, "calibration samples")
+    epochs: int = _setting(4, "passes of SliderQuant over the samples per window")
+
+    def __post_init__(self) -> None:
+        DemoModelConfig.__post_init__(self)
+        for name in ("seeds", "nsamples"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        _require(self.epochs >= 2, f"epochs must be 2 or more, got {self.epochs}", "one per stage")
+        _require(
+            bool(self.bits) and all(2 <= bits <= 8 for bits in self.bits),
+            f"bits must be between 2 and 8, got {list(self.bits)}",
+            "use 4 3 2",
+        )

@@ -1,0 +1,226 @@
+"""The demo's model: a small Llama trained on the text of Python's own standard library.
+
+Nothing is downloaded. The training text is the source of the standard library that runs this very
+program; a few of its packages are held out as in-domain test text, and the prose of the language
+reference (``pydoc_data.topics``) is held out as out-of-domain test text.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sysconfig
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from effml_common.finite import check_finite
+from effml_common.logging import progress, say
+from sliderquant.config import DemoModelConfig
+
+HELD_OUT_PACKAGES = ("asyncio", "email", "http", "json", "logging")
+# Learning rates are chosen on these, never on the held-out text.
+DEVELOPMENT_PACKAGES = ("unittest", "xml")
+# Generated tables, installed third-party code, tests and the held-out prose are no training text.
+LEFT_OUT_FOLDERS = (
+    *("__pycache__", "encodings", "ensurepip", "idlelib", "lib-dynload", "pydoc_data"),
+    *("site-packages", "dist-packages", "test", "tests", "idle_test", "turtledemo"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """Text of the standard library, split by file so that no document is in two parts.
+
+    Attributes:
+        train: Documents to train and calibrate on.
+        development: Source of ``DEVELOPMENT_PACKAGES``, one string.
+        code: Source of ``HELD_OUT_PACKAGES``, one string.
+        prose: The language reference, one string.
+    """
+
+    train: tuple[str, ...]
+    development: str
+    code: str
+    prose: str
+
+    def digest(self) -> str:
+        """Return a sha256 over all of the text."""
+        sha = hashlib.sha256()
+        for text in (*self.train, self.development, self.code, self.prose):
+            sha.update(text.encode())
+            sha.update(b"\0")
+        return sha.hexdigest()
+
+
+def library_corpus() -> Corpus:
+    """Read the standard library of the running interpreter.
+
+    Returns:
+        The corpus; the order of files is fixed by their path.
+    """
+    from pydoc_data.topics import topics
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    train: list[str] = []
+    development: list[str] = []
+    code: list[str] = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if any(part in LEFT_OUT_FOLDERS for part in parts):
+            continue
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if parts[0] in HELD_OUT_PACKAGES:
+            code.append(text)
+        elif parts[0] in DEVELOPMENT_PACKAGES:
+            development.append(text)
+        else:
+            train.append(text)
+    prose = "\n\n".join(topics[key] for key in sorted(topics))
+    return Corpus(
+        train=tuple(train),
+        development="\n\n".join(development),
+        code="\n\n".join(code),
+        prose=prose,
+    )
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on the training text.
+
+    Args:
+        corpus: Text; only ``train`` is read.
+        vocab_size: Number of tokens, the end-of-text token included.
+
+    Returns:
+        A tokenizer that ``AutoTokenizer`` can load once it is saved.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus.train, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, ...]) -> torch.Tensor:
+    """Encode documents one after the other, each closed by the end-of-text token.
+
+    Returns:
+        Token ids, int64 [n].
+    """
+    ids: list[int] = []
+    for encoding in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        ids.extend(encoding)
+        ids.append(tokenizer.eos_token_id)
+    return torch.tensor(ids)
+
+
+def train_llama(config: DemoModelConfig, tokens: torch.Tensor, vocab_size: int) -> LlamaForCausalLM:
+    """Train a Llama from scratch on a token stream, with AdamW and a warm-up-then-cosine schedule.
+
+    Args:
+        config: Shape and training budget.
+        tokens: Training stream, int64 [n].
+        vocab_size: Number of token ids.
+
+    Returns:
+        The trained model in float32, eval mode.
+
+    Raises:
+        NonFiniteError: If the loss becomes NaN or infinite.
+    """
+    torch.manual_seed(config.model_seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=3 * config.hidden_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=config.context,
+            bos_token_id=0,
+            eos_token_id=0,
+            tie_word_embeddings=False,
+        )
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.train_lr, weight_decay=0.1)
+    warmup = max(1, config.train_steps // 20)
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.train_steps - warmup + 1)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    generator = torch.Generator().manual_seed(config.model_seed)
+    offsets = torch.arange(config.context)
+    with progress("training the demo model", config.train_steps) as bar:
+        for step in range(config.train_steps):
+            starts = torch.randint(
+                len(tokens) - config.context, (config.train_batch, 1), generator=generator
+            )
+            batch = tokens[starts + offsets]
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            check_finite(loss, norm, step=step, term="language-model loss")
+            optimizer.step()
+            schedule.step()
+            bar.advance(loss=f"{loss.item():.3f}")
+    return model.eval()
+
+
+def cache_root() -> Path:
+    """Return the folder for what demos train once (``$XDG_CACHE_HOME/effml/sliderquant``)."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "effml" / "sliderquant"
+
+
+def demo_model(config: DemoModelConfig, corpus: Corpus) -> Path:
+    """Return the directory of the trained demo model, training it on the first call.
+
+    Args:
+        config: Shape and training budget; part of the cache key, as are the text and the versions
+            of torch, transformers and tokenizers.
+        corpus: The text.
+
+    Returns:
+        A directory that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
+
+    Raises:
+        NonFiniteError: If training diverges.
+    """
+    libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    settings = {field.name: getattr(config, field.name) for field in fields(DemoModelConfig)}
+    identity = {"config": settings, "data": corpus.digest(), "libraries": libraries}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    target = cache_root() / f"llama-{key}"
+    if (target / "config.json").exists():
+        return target
+    say(f"training a {config.layers}-block Llama once; it is kept in the user cache folder")
+    tokenizer = train_tokenizer(corpus, config.vocab_size)
+    model = train_llama(config, encode_documents(tokenizer, corpus.train), len(tokenizer))
+    staging = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    AutoTokenizer.from_pretrained(staging)
+    try:
+        staging.rename(target)
+    except OSError:  # another process trained the same model meanwhile: theirs is as good
+        shutil.rmtree(staging)
+    return target

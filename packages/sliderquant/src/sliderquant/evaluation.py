@@ -1,0 +1,123 @@
+"""Perplexity as the literature measures it, and the ``eval`` command."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from effml_common.errors import InputError, NonFiniteError
+from effml_common.logging import Progress, progress
+from effml_common.report import Report, Row, environment, write_report
+from sliderquant.adapters.files import load_model
+from sliderquant.adapters.text import encode, read_documents
+from sliderquant.config import EvalConfig
+
+LITERATURE_SEQLEN = 2048
+
+
+def chunks(
+    stream: Int[Tensor, " n"], seqlen: int, batch_size: int = 1
+) -> Iterable[Int[Tensor, "b t"]]:
+    """Cut a token stream into floor(n / seqlen) chunks without overlap, in batches.
+
+    Raises:
+        InputError: If the stream does not fill one chunk.
+    """
+    count = len(stream) // seqlen
+    if count == 0:
+        raise InputError(
+            f"evaluation text has {len(stream)} tokens, fewer than one chunk of {seqlen}; "
+            "give more text or lower --seqlen"
+        )
+    return stream[: count * seqlen].view(count, seqlen).split(batch_size)
+
+
+@torch.no_grad()
+def perplexity(
+    logits: Callable[[Int[Tensor, "b t"]], Float[Tensor, "b t v"]],
+    batches: Iterable[Int[Tensor, "b t"]],
+) -> float:
+    """Return exp of the mean over chunks of the mean cross-entropy of tokens 2..t of each chunk.
+
+    Args:
+        logits: The model, tokens to logits.
+        batches: Chunks of equal length.
+
+    Raises:
+        NonFiniteError: If the model's outputs are not finite.
+    """
+    losses = []
+    for tokens in batches:
+        predicted = logits(tokens)[:, :-1].float()
+        losses += torch.nn.functional.cross_entropy(
+            predicted.transpose(1, 2), tokens[:, 1:].to(predicted.device), reduction="none"
+        ).mean(dim=1)
+    mean = torch.stack(losses).double().mean().item()
+    if not math.isfinite(mean):
+        raise NonFiniteError("the model's cross-entropy is not finite; its weights are damaged")
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
+
+
+def model_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Return a function from tokens to the logits of a transformers model, without cache."""
+    return lambda tokens: model(input_ids=tokens.to(model.device), use_cache=False).logits
+
+
+def bar_over(batches: Iterable[Tensor], bar: Progress) -> Iterable[Tensor]:
+    """Yield the batches and advance the bar after each."""
+    for batch in batches:
+        yield batch
+        bar.advance()
+
+
+def default_seqlen(context: int) -> int:
+    """Return the literature's chunk length, or the model's limit where that is shorter."""
+    return min(LITERATURE_SEQLEN, context)
+
+
+def evaluate(config: EvalConfig) -> Report:
+    """Measure the perplexity of a model directory on text files and write the report.
+
+    Returns:
+        The report: one row, one metric per file.
+
+    Raises:
+        InputError: If the model or a file cannot be used.
+    """
+    started = time.monotonic()
+    loaded = load_model(config.model, config.device)
+    seqlen = config.seqlen or default_seqlen(loaded.context)
+    metrics = {}
+    for path in config.text:
+        stream = encode(read_documents([path], loaded.tokenizer), loaded.tokenizer)
+        batches = list(chunks(stream, seqlen, config.batch_size))
+        with progress(f"perplexity on {Path(path).name}", len(batches)) as bar:
+            metrics[f"perplexity {Path(path).name}"] = [
+                perplexity(model_logits(loaded.model), bar_over(batches, bar))
+            ]
+    report = Report(
+        package="sliderquant",
+        version=version("sliderquant"),
+        command=sys.argv,
+        seeds=[],
+        seconds=time.monotonic() - started,
+        rows=[Row(Path(config.model).name, f"{seqlen} tokens per chunk", metrics)],
+        claims=[],
+        notes=[],
+        files=[],
+        environment=environment(("transformers", "tokenizers"), config.device),
+    )
+    out = Path(config.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
+    (out / "run").mkdir(parents=True, exist_ok=True)
+    write_report(report, out / "run")
+    return report

@@ -1,0 +1,183 @@
+"""What a calibration will do and need, known before it starts: the ``inspect`` command."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from effml_common.errors import InputError
+from sliderquant.config import InspectConfig, SliderConfig
+from sliderquant.windows import block_visits, make_windows
+
+
+class ShapeError(InputError):
+    """A weight's shape does not fit the requested format."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """The sizes of a model that cost depends on.
+
+    Attributes:
+        layers: Decoder blocks.
+        hidden: Width of the hidden state.
+        linears: Shape [out, in] of each linear layer of a block, by name.
+        parameters: Weights of the whole model.
+        context: Longest sequence, in tokens.
+    """
+
+    layers: int
+    hidden: int
+    linears: dict[str, tuple[int, int]]
+    parameters: int
+    context: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Windows, cost and memory of a calibration.
+
+    Attributes:
+        windows: Block numbers per window.
+        block_visits: Sum of the window sizes; times ``epochs`` it is the cost of the calibration.
+        stages: Passes over the windows (intra-layer stages).
+        updates: Optimizer updates in all.
+        bits_per_weight: Stored bits per quantized weight, scales included; needs a model.
+        memory_gib: Peak memory by part, GiB; needs a model.
+    """
+
+    windows: list[list[int]]
+    block_visits: int
+    stages: int
+    updates: int
+    bits_per_weight: float | None = None
+    memory_gib: dict[str, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data."""
+        return asdict(self)
+
+    def __rich__(self) -> Table:
+        """Return the plan as a table."""
+        table = Table(title="calibration plan", show_header=False)
+        spans = (f"{w[0]}-{w[-1]}" if len(w) > 1 else str(w[0]) for w in self.windows)
+        table.add_row("windows", " ".join(spans))
+        table.add_row("number of windows", str(len(self.windows)))
+        table.add_row("block visits per epoch", str(self.block_visits))
+        table.add_row("intra-layer stages", str(self.stages))
+        table.add_row("optimizer updates", str(self.updates))
+        if self.bits_per_weight is not None:
+            table.add_row("bits per quantized weight", f"{self.bits_per_weight:.3f}")
+        for part, size in (self.memory_gib or {}).items():
+            table.add_row(f"memory: {part}", f"{size:.2f} GiB")
+        return table
+
+
+def model_shape(directory: str) -> ModelShape:
+    """Read the sizes of a model directory from its ``config.json``; no weight is touched.
+
+    Raises:
+        InputError: If the directory is no supported model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sliderquant.adapters.decoder import TransformersDecoder
+    from sliderquant.adapters.files import load_config
+
+    config = load_config(directory)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    weights = TransformersDecoder(model).linear_weights(0)
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        linears={name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()},
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        context=config.max_position_embeddings,
+    )
+
+
+def check_group_size(linears: dict[str, tuple[int, int]], group_size: int | None) -> None:
+    """Refuse a group size that leaves a remainder in some layer.
+
+    Raises:
+        ShapeError: Listing the layers.
+    """
+    misfits = [
+        f"{name} ({columns} columns)"
+        for name, (_, columns) in linears.items()
+        if group_size and columns % group_size
+    ]
+    if misfits:
+        raise ShapeError(
+            f"group_size {group_size} does not divide {', '.join(misfits)}; "
+            "choose a divisor, or none for one scale per row"
+        )
+
+
+def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Plan:
+    """Return what a calibration with ``config`` does to a model of ``layers`` blocks.
+
+    Args:
+        config: Method settings.
+        shape: Sizes of the model, if known: adds bits per weight and memory.
+        layers: Number of decoder blocks.
+
+    Raises:
+        ConfigError: If the windows do not fit.
+        ShapeError: If the group size does not divide.
+    """
+    windows = make_windows(layers, config)
+    batches = -(-config.nsamples // config.batch_size)
+    updates = config.stages * len(windows) * (config.epochs // config.stages) * batches
+    bits = memory = None
+    if shape is not None:
+        check_group_size(shape.linears, config.group_size)
+        bits = _bits_per_weight(config, shape)
+        memory = _memory(config, shape, max(map(len, windows)))
+    return Plan(
+        windows=windows,
+        block_visits=block_visits(windows),
+        stages=config.stages,
+        updates=updates,
+        bits_per_weight=bits,
+        memory_gib=memory,
+    )
+
+
+def _bits_per_weight(config: SliderConfig, shape: ModelShape) -> float:
+    """Codes plus 16-bit scales, plus zero points where asymmetric, averaged over a block."""
+    side = 16 + (0 if config.sym else config.wbits)
+    stored = sum(
+        out * (columns * config.wbits + side * columns / (config.group_size or columns))
+        for out, columns in shape.linears.values()
+    )
+    return stored / sum(out * columns for out, columns in shape.linears.values())
+
+
+def _memory(config: SliderConfig, shape: ModelShape, largest_window: int) -> dict[str, float]:
+    """Float32 weights, three activation caches, and the working copies of the largest window."""
+    gib = 2**30
+    seqlen = min(config.seqlen, shape.context)
+    cache = 4 * config.nsamples * seqlen * shape.hidden / gib
+    block = sum(out * columns for out, columns in shape.linears.values())
+    # Autograd keeps about six temporaries of a weight's size through its fake quantizer.
+    return {
+        "model in float32": 4 * shape.parameters / gib,
+        "activation caches": 3 * cache,
+        "window while training": 4 * 6 * largest_window * block / gib,
+    }
+
+
+def inspect(config: InspectConfig) -> Plan:
+    """Return windows, cost and memory for a model directory or a number of layers.
+
+    Raises:
+        InputError: If the model is not supported or the settings do not fit it.
+    """
+    if config.model is None:
+        assert config.layers is not None  # checked by the config
+        return make_plan(config, None, config.layers)
+    shape = model_shape(config.model)
+    return make_plan(config, shape, shape.layers)

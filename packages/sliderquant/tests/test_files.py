@@ -1,0 +1,170 @@
+"""Model directories: what is refused, and what is written."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from effml_common.errors import InputError
+from sliderquant.adapters.files import load_config, load_model, save_model
+from sliderquant.adapters.text import calibration_samples, encode, read_documents
+
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+
+
+def edit_config(directory, **changes) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(directory, change) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def truncate(directory) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_header(directory) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(b"\xff" * 16 + path.read_bytes()[16:])
+
+
+def poison(value):
+    def change(tensors) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+
+    return lambda directory: edit_weights(directory, change)
+
+
+def drop_weight(directory) -> None:
+    edit_weights(directory, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
+
+
+def reshape_weight(directory) -> None:
+    def change(tensors) -> None:
+        name = "model.layers.2.mlp.up_proj.weight"
+        tensors[name] = tensors[name][:, :-1].contiguous()
+
+    edit_weights(directory, change)
+
+
+def pickle_weights(directory) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(tensors, directory / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "no model directory"),
+        (lambda d: (d / "config.json").write_text("{"), "cannot be read"),
+        (lambda d: edit_config(d, model_type="gpt2"), "'gpt2' is not supported"),
+        (lambda d: edit_config(d, model_type="nonesuch"), "cannot be read"),
+        (
+            lambda d: edit_config(d, quantization_config={"quant_method": "gptq"}),
+            "quantized already",
+        ),
+        (truncate, "damaged"),
+        (damage_header, "damaged"),
+        (poison(float("nan")), r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"),
+        (poison(float("-inf")), "NaN or infinity"),
+        (drop_weight, r"lacks 1 weights, such as model\.layers\.2\.mlp\.up_proj"),
+        (reshape_weight, "cannot be loaded"),
+        (pickle_weights, "no safetensors"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), "no usable tokenizer"),
+    ],
+)
+def test_damaged_directories_are_named_in_one_line(model_copy, damage, message) -> None:
+    damage(model_copy)
+    with pytest.raises(InputError, match=message) as caught:
+        load_model(model_copy)
+    assert "\n" not in str(caught.value)
+    assert "; " in str(caught.value)
+
+
+def test_missing_directory_is_refused(tmp_path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        load_config(tmp_path / "nowhere")
+
+
+def test_unusable_device_is_refused(model_directory) -> None:
+    with pytest.raises(InputError, match="device 'warp' is not usable"):
+        load_model(model_directory, "warp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_model_loads_with_companions_and_type(loaded, model_copy, tmp_path, dtype) -> None:
+    (model_copy / "generation_config.json").write_text('{"temperature": 0.25, "do_sample": true}')
+    (model_copy / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    out = tmp_path / "out"
+    save_model(loaded.model, model_copy, out, dtype)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == dtype
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value.to(dtype))
+    assert model.generation_config.temperature == 0.25
+    assert AutoTokenizer.from_pretrained(out).chat_template == CHAT_TEMPLATE
+    assert not list(out.glob(".tmp-*"))
+    assert loaded.model.dtype == torch.float32
+
+
+def test_failed_save_leaves_no_loadable_half(loaded, model_copy, tmp_path, monkeypatch) -> None:
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(loaded.model), "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_model(loaded.model, model_copy, tmp_path / "out", torch.float32)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_chat_lines_go_through_the_models_template(loaded, tmp_path) -> None:
+    path = tmp_path / "chat.jsonl"
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path.write_text(json.dumps({"messages": chat}) + "\n\n" + json.dumps({"text": "plain"}) + "\n")
+    with pytest.raises(InputError, match="line 1 is a chat, the model has no chat template"):
+        read_documents([str(path)], loaded.tokenizer)
+    loaded.tokenizer.chat_template = CHAT_TEMPLATE
+    documents = read_documents([str(path)], loaded.tokenizer)
+    assert documents == ["[user] hi\n[assistant] ho\n", "plain"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": 1}\n', "neither 'text' nor 'messages'"),
+        ("a.jsonl", b"{]\n", "no JSON"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.txt", b"  \n", "no text"),
+        (None, None, "cannot be read"),
+    ],
+)
+def test_bad_text_files_are_named(loaded, tmp_path, name, content, message) -> None:
+    path = tmp_path / (name or "nowhere.txt")
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_documents([str(path)], loaded.tokenizer)
+
+
+def test_samples_are_crops_of_the_stream_and_follow_the_seed(loaded, corpus, capsys) -> None:
+    stream = encode([corpus.code[:5000]], loaded.tokenizer)
+    first, again, other = (calibration_samples(stream, 6, 64, seed) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    windows = stream.unfold(0, 64, 1)
+    assert all((windows == sample).all(dim=1).any() for sample in first)
+    assert "only 384 calibration tokens" in capsys.readouterr().err
+
+
+def test_text_shorter_than_a_sample_is_refused() -> None:
+    with pytest.raises(InputError, match="has 63 tokens, one sample needs 64"):
+        calibration_samples(torch.arange(63), 1, 64, 0)

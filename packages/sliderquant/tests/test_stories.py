@@ -1,0 +1,264 @@
+"""What a user does, through the command line."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sliderquant.adapters.decoder import TransformersDecoder
+from sliderquant.adapters.files import load_model
+from sliderquant.adapters.text import calibration_samples, encode, read_documents
+from sliderquant.calibration import calibrate
+from sliderquant.config import SliderConfig
+from sliderquant.evaluation import chunks, perplexity
+from sliderquant.quantization import fresh_learnables, simulated_logits, simulated_weights
+from sliderquant.windows import make_windows
+
+FAST = ["--nsamples", "8", "--seqlen", "64", "--epochs", "2", "--batch-size", "4"]
+FAST += ["--lr-lora", "3e-3", "--lr-lwc", "3e-2"]
+
+
+def run(*words: object, check: int | None = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, "-c", "from sliderquant.cli import main; main()", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert check is None or done.returncode == check, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def quantized(model_directory, text_file, held_out_file, tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("stories") / "w2"
+    done = run(
+        "quantize", model_directory, "--wbits", 2, "--group-size", 32, "--no-sym", "--calib",
+        text_file, "--eval-text", held_out_file, "--out", out, *FAST, "--json",
+    )  # fmt: skip
+    return out, json.loads(done.stdout)
+
+
+def test_result_loads_in_transformers_without_us(quantized) -> None:
+    out, _ = quantized
+    code = (
+        "import sys, transformers as t\n"
+        f"m, i = t.AutoModelForCausalLM.from_pretrained({str(out)!r}, output_loading_info=True)\n"
+        "assert not i['missing_keys'] and not i['unexpected_keys'], i\n"
+        f"k = t.AutoTokenizer.from_pretrained({str(out)!r})\n"
+        "ids = m.generate(**k('def ', return_tensors='pt'), max_new_tokens=4, do_sample=False)\n"
+        "assert ids.shape[1] > 4 and 'sliderquant' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_every_quantized_row_has_at_most_four_values_per_group(quantized) -> None:
+    out, _ = quantized
+    model = AutoModelForCausalLM.from_pretrained(out)
+    for name, weight in model.model.layers.named_parameters():
+        if weight.ndim == 2:
+            for group in weight.detach().unflatten(1, (-1, 32)).flatten(0, 1):
+                assert len(group.unique()) <= 4, name
+
+
+def test_embeddings_norms_and_head_are_untouched(quantized, model_directory) -> None:
+    before = load_file(model_directory / "model.safetensors")
+    after = load_file(quantized[0] / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before:
+        kept = "proj" not in name
+        assert torch.equal(before[name], after[name]) == kept, name
+
+
+def test_eval_of_the_result_equals_the_simulated_model(
+    quantized, model_directory, text_file, held_out_file
+) -> None:
+    out, report = quantized
+    done = run("eval", out, "--text", held_out_file, "--json", "--out", out.with_name("eval"))
+    row = json.loads(done.stdout)["rows"][0]["metrics"]
+    reloaded = row[f"perplexity {held_out_file.name}"]["mean"]
+    by_quantize = report["rows"][-1]["metrics"][f"perplexity {held_out_file.name}"]["mean"]
+    # Simulated again, from scratch, through functional_call on the full-precision model.
+    loaded = load_model(model_directory)
+    decoder = TransformersDecoder(loaded.model)
+    config = SliderConfig(
+        wbits=2, group_size=32, sym=False, nsamples=8, seqlen=64, epochs=2, batch_size=4,
+        lr_lora=3e-3, lr_lwc=3e-2,
+    )  # fmt: skip
+    stream = encode(read_documents([str(text_file)], loaded.tokenizer), loaded.tokenizer)
+    samples = calibration_samples(stream, 8, 64, config.seed)
+    learnables = fresh_learnables(decoder, config, loaded.dtype)
+    calibrate(decoder, samples, make_windows(decoder.depth, config), learnables, config)
+    text = encode(read_documents([str(held_out_file)], loaded.tokenizer), loaded.tokenizer)
+    logits = simulated_logits(decoder, simulated_weights(decoder, learnables))
+    simulated = perplexity(logits, chunks(text, 64))
+    assert reloaded == pytest.approx(simulated, rel=1e-3)
+    assert by_quantize == pytest.approx(simulated, rel=1e-3)
+
+
+def test_report_stands_beside_rounding_and_full_precision(quantized) -> None:
+    out, report = quantized
+    names = [row["name"] for row in report["rows"]]
+    assert names == ["full precision", "round-to-nearest", "SliderQuant (slider)"]
+    full, rounded, ours = (
+        next(m["mean"] for name, m in row["metrics"].items() if name.startswith("perplexity"))
+        for row in report["rows"]
+    )
+    assert full < ours < rounded
+    assert report["rows"][-1]["metrics"]["bits per weight"]["mean"] == 2 + (32 + 2) / 32
+    assert json.loads((out / "run" / "report.json").read_text()) == report
+    assert (out / "run" / "report.html").exists()
+    text = (out / "run" / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))  # 6 windows, 2 stages
+
+
+def test_tokenizer_comes_along(quantized, model_directory) -> None:
+    text = "class Window:\n    pass"
+    before, after = (
+        AutoTokenizer.from_pretrained(path)(text)["input_ids"]
+        for path in (model_directory, quantized[0])
+    )
+    assert before == after
+
+
+def test_bfloat16_checkpoint_stays_bfloat16(model_directory, tmp_path, text_file) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "bf16")
+    AutoTokenizer.from_pretrained(model_directory).save_pretrained(tmp_path / "bf16")
+    out = tmp_path / "out"
+    run("quantize", tmp_path / "bf16", "--wbits", 3, "--group-size", "none", "--calib", text_file,
+        "--out", out, *FAST)  # fmt: skip
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "trial", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 20))]
+)
+def test_killed_run_resumes_to_the_same_bits(
+    trial, quantized, model_directory, text_file, held_out_file, tmp_path
+) -> None:
+    reference, _ = quantized
+    out = tmp_path / "w2"
+    words = [
+        "quantize", model_directory, "--wbits", 2, "--group-size", 32, "--no-sym", "--calib",
+        text_file, "--eval-text", held_out_file, "--out", out, *FAST,
+    ]  # fmt: skip
+    steps = random.Random(trial).sample(range(1, 12), 1)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from sliderquant.cli import main; main()", *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    target = out / "run" / "checkpoints" / f"step-{steps[0]}"
+    while not target.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "config.json").exists()
+    run(*words, "--resume", "auto")
+    for name, value in load_file(reference / "model.safetensors").items():
+        assert torch.equal(load_file(out / "model.safetensors")[name], value), name
+    reference_metrics = (reference / "run" / "metrics.jsonl").read_text()
+    assert (out / "run" / "metrics.jsonl").read_text() == reference_metrics
+
+
+def test_terminated_run_exits_143_with_its_windows_saved(
+    model_directory, text_file, tmp_path
+) -> None:
+    out = tmp_path / "w4"
+    words = [
+        "quantize", model_directory, "--calib", text_file, "--group-size", 32, "--out", out,
+        *FAST, "--epochs", 60,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from sliderquant.cli import main; main()", *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (out / "run" / "checkpoints").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert "Traceback" not in err
+    assert not (out / "config.json").exists()
+
+
+def test_resume_refuses_other_settings(quantized, model_directory, text_file, tmp_path) -> None:
+    out, _ = quantized
+    done = run("quantize", model_directory, "--wbits", 3, "--group-size", 32, "--calib", text_file,
+               "--out", out, "--resume", "auto", *FAST, check=2)  # fmt: skip
+    assert "belongs to another model, text, setting" in done.stderr
+
+
+def test_filled_folder_is_not_overwritten(quantized, model_directory, text_file) -> None:
+    out, _ = quantized
+    before = (out / "model.safetensors").read_bytes()
+    done = run("quantize", model_directory, "--calib", text_file, "--out", out, check=2)
+    assert "is not empty" in done.stderr
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "nowhere"}, "model directory nowhere does not exist"),
+        ({"model": "."}, "no model directory"),
+        ({"--group-size": "48"}, "group_size 48 does not divide"),
+        ({"--wbits": "0"}, "wbits must be between 2 and 8, got 0"),
+        ({"--wbits": "9"}, "wbits must be between 2 and 8, got 9"),
+        ({"--gamma": "0.3"}, "gamma must be 1, 1/2, 1/3"),
+        ({"--epochs": "1"}, "epochs (1) are fewer than the 2 intra-layer stages"),
+        ({"--schedule": "spiral"}, "schedule 'spiral' is not known"),
+        ({"--schedule": "0-2"}, "no window holds block 3"),
+        ({"--calib": "short.txt"}, "calibration text has"),
+        ({"--calib": "missing.txt"}, "missing.txt cannot be read"),
+        ({"--device": "warp"}, "device 'warp' is not usable"),
+        ({"--eval-text": "short.txt"}, "evaluation text has"),
+        ({"--wbit-width": "4"}, "wbit"),
+    ],
+)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(
+    change, message, model_directory, text_file, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("def f(): pass\n")
+    words = {"model": model_directory, "--calib": text_file, "--out": "out", "--group-size": 32}
+    words |= dict(zip(FAST[::2], FAST[1::2], strict=True)) | change
+    model = words.pop("model")
+    done = run("quantize", model, *(word for pair in words.items() for word in pair), check=2)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning:")]
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith("error: ")
+    assert "; " in errors[0]
+    assert message in errors[0]
+    assert not Path("out").exists()
+
+
+def test_inspect_prints_the_papers_windows_as_json() -> None:
+    plan = json.loads(run("inspect", "--layers", 32, "--json").stdout)
+    assert len(plan["windows"]) == 33
+    assert plan["block_visits"] == 70
+    assert plan["windows"][:2] == [[0], [0, 1]]
+
+
+def test_inspect_of_a_model_reads_no_weight(model_copy) -> None:
+    (model_copy / "model.safetensors").unlink()
+    done = run("inspect", "--model", model_copy, "--group-size", 32, "--wbits", 2, "--json")
+    plan = json.loads(done.stdout)
+    assert plan["windows"] == [[0], [0, 1], [0, 1, 2], [2, 3], [3, 4], [4]]
+    assert plan["bits_per_weight"] == 2.5
+    assert set(plan["memory_gib"]) == {
+        "model in float32", "activation caches", "window while training"
+    }  # fmt: skip

@@ -1,0 +1,120 @@
+"""What every package of the workspace keeps, whatever its method."""
+
+import ast
+import importlib
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from workspace import COMMON, ROOT, Member, members, root_table
+
+each_package = pytest.mark.parametrize("member", members(), ids=lambda member: member.name)
+MOST_NAMES, MOST_LINES = 10, 450
+
+
+def committed_files() -> list[Path]:
+    """Files that are tracked or would be: everything git does not ignore."""
+    listing = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
+    done = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in done.stdout.splitlines() if (path := ROOT / name).is_file()]
+
+
+def calls(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+@each_package
+def test_a_package_has_its_papers(member: Member) -> None:
+    wanted = ["README.md", "LICENSE", "CITATION.cff", f"src/{member.module}/py.typed"]
+    assert [name for name in wanted if not (member.path / name).is_file()] == []
+    assert (member.path / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+
+
+@each_package
+def test_a_package_has_at_most_ten_public_names(member: Member) -> None:
+    package = importlib.import_module(member.module)
+    public = []
+    for name in package.__all__:
+        value = getattr(package, name)  # names are resolved lazily: each must lead somewhere
+        if not (isinstance(value, type) and issubclass(value, BaseException)):
+            public.append(name)
+    assert len(public) <= MOST_NAMES, public
+
+
+@each_package
+def test_a_module_stays_readable_in_one_sitting(member: Member) -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in member.source.rglob("*.py")
+    }
+    assert {name: n for name, n in lengths.items() if n > MOST_LINES} == {}
+
+
+@each_package
+def test_torch_load_never_unpickles(member: Member) -> None:
+    loose = [
+        f"{path.name}:{call.lineno}"
+        for path in member.source.rglob("*.py")
+        for call in calls(ast.parse(path.read_text()))
+        if ast.unparse(call.func) == "torch.load"
+        and not any(
+            k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords
+        )
+    ]
+    assert loose == []
+
+
+@each_package
+def test_no_code_from_model_repositories_runs(member: Member) -> None:
+    trusting = [
+        f"{path.name}:{call.lineno}"
+        for path in member.source.rglob("*.py")
+        for call in calls(ast.parse(path.read_text()))
+        if any(
+            k.arg == "trust_remote_code" and ast.unparse(k.value) != "False" for k in call.keywords
+        )
+    ]
+    assert trusting == []
+
+
+@each_package
+def test_the_workspace_knows_the_package(member: Member) -> None:
+    table = root_table()
+    assert member.name in [re.split(r"\W*\[", line)[0] for line in table["project"]["dependencies"]]
+    assert table["tool"]["uv"]["sources"][member.name] == {"workspace": True}
+    assert member.module in table["tool"]["importlinter"]["root_packages"]
+    matrix = re.search(r"package: \[(.*)\]", (ROOT / ".github/workflows/ci.yml").read_text())
+    assert matrix is not None
+    assert member.name in matrix[1].split(", ")
+
+
+def test_readme_says_yes_for_exactly_the_packages_in_the_tree() -> None:
+    rows = re.findall(
+        r"^\| \[?`([\w-]+)`.*\| (yes|planned) \|$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert len(rows) == 6
+    present = {member.name for member in members()} - {COMMON}
+    assert {name for name, state in rows if state == "yes"} == present
+
+
+def test_nothing_committed_names_this_machine_or_a_download_address() -> None:
+    # In pieces, or this file would be the first to fail.
+    folders = "|".join(["work", "root", "home", "Users", "opt", "tmp"])
+    hosts = "|".join(["pypi[.]" + "org", "python" + "hosted", "registry[.]" + "npmjs"])
+    archive = r"https?://\S+[.](?:whl|tar[.]gz|zip|deb)\b"
+    forbidden = re.compile(rf"(?<![\w.~$}}-])/(?:{folders})/[\w.]|{hosts}|{archive}")
+    found = []
+    for path in committed_files():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue  # an image or an archive
+        for number, line in enumerate(text.splitlines(), 1):
+            if forbidden.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}")
+    assert found == []
