@@ -1,4 +1,4 @@
-"""A tiny Llama of the real class, trained for seconds on the standard library, and its directory."""
+"""A tiny Llama trained for seconds, with its directory, and tiny random models of every family."""
 
 import dataclasses
 import shutil
@@ -6,11 +6,93 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
 from sliderquant.config import DemoModelConfig
 from sliderquant.demo_model import demo_model, library_corpus
+
+VOCABULARY = 96
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+FAMILIES = {
+    "llama": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (MistralConfig, {"sliding_window": 4}),
+    "qwen2": (
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    # head_dim differs from hidden / heads, as in the released small models.
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+    "gemma2": (Gemma2Config, {"head_dim": 8, "sliding_window": 4, "layer_types": _MIXED}),
+    "gemma3": (Gemma3TextConfig, {"head_dim": 8, "sliding_window": 4, "layer_types": _MIXED}),
+    "phi3": (Phi3Config, {}),
+    # Phi-4-mini turns three quarters of a head and ties its embeddings.
+    "phi4": (Phi3Config, {"partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    ),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for ``family`` runs once for each of them."""
+    if "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", FAMILIES)
+
+
+def tiny_model(name: str, **changes) -> PreTrainedModel:
+    """Return a random model in which every part matters: gains off one, biases off zero."""
+    made, extra = FAMILIES[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(made(**{**_SIZES, **extra, **changes})).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * noise)
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+    return model
+
+
+@pytest.fixture
+def tiny():
+    """Makes a tiny random model of a family: ``tiny("llama", tie_word_embeddings=True)``."""
+    return tiny_model
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(1, VOCABULARY, (4, 12), generator=generator)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,18 +9,23 @@ over the whole network) are those of the authors' code; the paper's text nests t
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.utils.checkpoint import checkpoint
 
 from effml_common.errors import NonFiniteError
-from sliderquant.config import SliderConfig
+from sliderquant.activations import ActivationFormat
+from sliderquant.config import FULL_BITS, SliderConfig
 from sliderquant.learnables import BlockLearnables
 
 RETRIES = 2
+# Above this many weights in a window, its blocks are computed again in the backward pass.
+RECOMPUTE_ABOVE = 2**25
 
 
 class Decoder(Protocol):
@@ -35,8 +40,12 @@ class Decoder(Protocol):
         """Return the hidden states that enter block 0."""
         ...
 
-    def linear_weights(self, block: int) -> dict[str, Tensor]:
-        """Return the weights [out, in] to quantize in one block, by parameter name."""
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Keep these blocks' parameters in memory from now on, and no others."""
+        ...
+
+    def tensors(self, block: int) -> dict[str, Tensor]:
+        """Return all parameters of one block by name."""
         ...
 
     def run_block(
@@ -44,8 +53,13 @@ class Decoder(Protocol):
         block: int,
         hidden: Float[Tensor, "n t h"],
         weights: dict[str, Tensor] | None = None,
+        activations: ActivationFormat | None = None,
     ) -> Float[Tensor, "n t h"]:
-        """Run one block, with some of its weights replaced if given."""
+        """Run one block, with some parameters replaced and activations rounded if given."""
+        ...
+
+    def counting_experts(self) -> AbstractContextManager[dict[int, Tensor]]:
+        """Count the tokens that each expert receives, by block, while the context is open."""
         ...
 
 
@@ -74,6 +88,15 @@ class WindowResult:
     retries: int
 
 
+def activation_format(config: SliderConfig, ratio: float = 1.0) -> ActivationFormat | None:
+    """Return how ``config`` rounds activations at an intra-layer ratio; ``None`` if it does not."""
+    if config.abits == FULL_BITS:
+        return None
+    return ActivationFormat(
+        bits=config.abits, sym=config.act_sym, attention=config.quantize_attention, ratio=ratio
+    )
+
+
 @torch.no_grad()
 def run_blocks(
     decoder: Decoder,
@@ -82,25 +105,35 @@ def run_blocks(
     batch_size: int,
     learnables: Sequence[BlockLearnables] | None = None,
     ratio: float = 1.0,
+    activations: ActivationFormat | None = None,
+    out: Float[Tensor, "n t h"] | None = None,
 ) -> Float[Tensor, "n t h"]:
     """Push hidden states through blocks, in full precision or simulated.
 
     Args:
         decoder: The model.
-        blocks: Block numbers, in order; none returns ``hidden`` itself.
+        blocks: Block numbers, in order.
         hidden: Hidden states entering the first block.
         batch_size: Samples per forward pass. The same value gives the same bits again.
         learnables: Of all blocks, for the simulated model; ``None`` for full precision.
         ratio: Intra-layer ratio of the simulation.
+        activations: Rounding of activations in the simulation.
+        out: Where to put the result; ``hidden`` itself makes it an update in place.
+
+    Returns:
+        ``out``, or a new tensor.
     """
+    if out is None:
+        out = torch.empty_like(hidden)
+    if out is not hidden:
+        out.copy_(hidden)
     for block in blocks:
-        weights = None
+        tensors = decoder.tensors(block)
         if learnables is not None:
-            weights = learnables[block](decoder.linear_weights(block), ratio)
-        hidden = torch.cat(
-            [decoder.run_block(block, part, weights) for part in hidden.split(batch_size)]
-        )
-    return hidden
+            tensors = tensors | learnables[block](tensors, ratio)
+        for part in out.split(batch_size):
+            part.copy_(decoder.run_block(block, part, tensors, activations))
+    return out
 
 
 def batches(
@@ -158,25 +191,29 @@ def train_window(
         CalibrationDivergedError: If the loss or its gradient is not finite; the update is not made.
     """
     epochs = config.epochs // config.stages
-    groups = [
-        group
-        for block in window
-        for group in learnables[block].parameter_groups(rate * config.lr_lora, rate * config.lr_lwc)
-    ]
+    scale = config.batch_size if config.lr_scale_by_batch else 1
+    rates = (rate * scale * lr for lr in (config.lr_lora, config.lr_lwc, config.lr_scale))
+    rates = tuple(rates)
+    groups = [group for block in window for group in learnables[block].parameter_groups(*rates)]
+    parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
     steps = epochs * -(-len(inputs) // config.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0, 1 - step / steps))
+    simulate = _simulation(decoder, window, learnables, ratio, activation_format(config, ratio))
     losses: list[list[float]] = [[] for _ in range(epochs)]
     for epoch, index in batches(len(inputs), config.batch_size, epochs, seed):
-        hidden = inputs[index]
-        for block in window:
-            weights = learnables[block](decoder.linear_weights(block), ratio)
-            hidden = decoder.run_block(block, hidden, weights)
-        loss = torch.nn.functional.mse_loss(hidden, targets[index])
-        value = loss.item()
         optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm(p.grad for group in groups for p in group["params"])
+        mine = own_share(index)
+        loss = inputs.new_zeros(())
+        if len(mine):
+            error = simulate(inputs[mine]) - targets[mine]
+            # The mean over the whole batch, of which this process may hold a part.
+            loss = error.square().sum() / (len(index) * error[0].numel())
+            loss.backward()
+        value = all_reduce_(loss.detach(), parameters)
+        for block in window:
+            learnables[block].mask_gradients_()
+        norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
         if not (math.isfinite(value) and torch.isfinite(norm)):
             raise CalibrationDivergedError(f"loss {value}, gradient norm {norm.item()}")
         optimizer.step()
@@ -185,6 +222,58 @@ def train_window(
         on_update(value)
     means = [sum(epoch) / len(epoch) for epoch in losses]
     return means[0], means[-1]
+
+
+def _simulation(
+    decoder: Decoder,
+    window: Sequence[int],
+    learnables: Sequence[BlockLearnables],
+    ratio: float,
+    activations: ActivationFormat | None,
+) -> Callable[[Tensor], Tensor]:
+    """Return F^ of a window, as a function of the hidden states that enter it."""
+    frozen = {block: decoder.tensors(block) for block in window}
+    weights = sum(t.numel() for tensors in frozen.values() for t in tensors.values())
+    recompute = weights > RECOMPUTE_ABOVE
+
+    def run(block: int, hidden: Tensor) -> Tensor:
+        learnables[block].recompute = recompute
+        simulated = frozen[block] | learnables[block](frozen[block], ratio)
+        return decoder.run_block(block, hidden, simulated, activations)
+
+    def simulate(hidden: Tensor) -> Tensor:
+        for block in window:
+            if recompute:
+                hidden = checkpoint(
+                    run, block, hidden, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden = run(block, hidden)
+        return hidden
+
+    return simulate
+
+
+def own_share(index: Int[Tensor, " b"]) -> Int[Tensor, " part"]:
+    """Return this process's part of a batch: every n-th sample under n processes, else all."""
+    if not distributed.is_initialized():
+        return index
+    return index[distributed.get_rank() :: distributed.get_world_size()]
+
+
+def all_reduce_(loss: Float[Tensor, ""], parameters: Sequence[Tensor]) -> float:
+    """Sum loss and gradients over all processes, in place; returns the summed loss."""
+    if not distributed.is_initialized():
+        return loss.item()
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([loss.view(1), *(p.grad.flatten() for p in parameters)])
+    distributed.all_reduce(flat)
+    value, *gradients = flat.split([1, *(p.numel() for p in parameters)])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad.copy_(gradient.view_as(parameter))
+    return value.item()
 
 
 def train_window_guarded(
@@ -223,6 +312,18 @@ def train_window_guarded(
     )
 
 
+def passes(windows: int, config: SliderConfig) -> list[list[tuple[int, int]]]:
+    """Return the (window, stage) pairs of every pass over the network, in order.
+
+    ``network``: one pass per intra-layer stage, as in the authors' code. ``window``: one pass, all
+    stages inside each window, as in the paper's text.
+    """
+    numbers, stages = range(windows), range(config.stages)
+    if config.intra_order == "network":
+        return [[(number, stage) for number in numbers] for stage in stages]
+    return [[(number, stage) for number in numbers for stage in stages]]
+
+
 def calibrate(
     decoder: Decoder,
     tokens: Int[Tensor, "n t"],
@@ -233,6 +334,9 @@ def calibrate(
     done: int = 0,
     on_update: Callable[[float], None] = lambda loss: None,
     on_window: Callable[[WindowResult], None] = lambda result: None,
+    on_block: Callable[[int], None] = lambda block: None,
+    on_experts: Callable[[int, Tensor], None] = lambda block, counts: None,
+    cache: Callable[[str, Tensor], Tensor] = lambda name, hidden: hidden.clone(),
 ) -> None:
     """Train the learnables of all blocks, in place, window by window and stage by stage.
 
@@ -247,33 +351,58 @@ def calibrate(
         config: Method settings.
         done: Windows finished in an earlier run, counted over all stages.
         on_update: Called with the loss after each update.
-        on_window: Called after each window; the place to save.
+        on_window: Called after each window and stage; the place to save.
+        on_block: Called once per block, in order, when it is final, while it is still in memory.
+        on_experts: Called with a block and the tokens that each of its experts received.
+        cache: Given a name and hidden states, returns a copy of them that may live on disk.
 
     Raises:
         CalibrationDivergedError: Naming window and stage.
     """
-    embedded = decoder.block_inputs(tokens)
-    for stage in range(config.stages):
-        if done >= (stage + 1) * len(windows):
+    step = 0
+    order = passes(len(windows), config)
+    for last, turns in ((i == len(order) - 1, turns) for i, turns in enumerate(order)):
+        if done >= step + len(turns) and not last:
+            step += len(turns)
             continue
-        ratio = (stage + 1) / config.stages
-        x_fp = x_q = embedded
-        relayed = 0
-        for number, window in enumerate(windows):
-            passed = range(relayed, window[0])
-            x_fp = run_blocks(decoder, passed, x_fp, config.batch_size)
-            x_q = run_blocks(decoder, passed, x_q, config.batch_size, learnables, ratio)
-            relayed = window[0]
-            step = stage * len(windows) + number + 1
+        # Blocks that a window has left behind are final for this pass, at its highest ratio.
+        relay_ratio = (turns[-1][1] + 1) / config.stages
+        relay_activations = activation_format(config, relay_ratio)
+        embedded = decoder.block_inputs(tokens)
+        x_fp, x_q = cache("x_fp", embedded), cache("x_q", embedded)
+        del embedded
+        targets, targets_of, relayed = None, None, 0
+        for number, stage in turns:
+            window = windows[number]
+            for block in range(relayed, window[0]):
+                if step < done:
+                    decoder.hold([block])  # replayed: no window has loaded it
+                run_blocks(decoder, [block], x_fp, config.batch_size, out=x_fp)
+                run_blocks(
+                    decoder, [block], x_q, config.batch_size, learnables, relay_ratio,
+                    relay_activations, out=x_q,
+                )  # fmt: skip
+                if last:
+                    on_block(block)
+            relayed = max(relayed, window[0])
+            step += 1
             if step <= done:
                 continue
-            first, last, retries = train_window_guarded(
+            decoder.hold(window)
+            if targets_of != number:
+                source = x_fp if config.target_input == "fp" else x_q
+                targets = cache("targets", source)
+                with decoder.counting_experts() as counts:
+                    run_blocks(decoder, window, targets, config.batch_size, out=targets)
+                _freeze_rare_experts(learnables, counts, config.min_expert_tokens, on_experts)
+                targets_of = number
+            first, loss, retries = train_window_guarded(
                 decoder,
                 window,
                 learnables,
                 x_q,
-                run_blocks(decoder, window, x_fp, config.batch_size),
-                ratio=ratio,
+                targets,
+                ratio=(stage + 1) / config.stages,
                 config=config,
                 seed=(config.seed, stage, number),
                 on_update=on_update,
@@ -281,16 +410,26 @@ def calibrate(
             on_window(
                 WindowResult(
                     step=step,
-                    ratio=ratio,
+                    ratio=(stage + 1) / config.stages,
                     window=list(window),
                     first_loss=first,
-                    last_loss=last,
+                    last_loss=loss,
                     retries=retries,
                 )
             )
+        if last:
+            for block in range(relayed, decoder.depth):
+                on_block(block)
 
 
-def updates(windows: Sequence[Sequence[int]], samples: int, config: SliderConfig) -> int:
-    """Return the number of optimizer updates of a whole calibration."""
-    per_window = (config.epochs // config.stages) * -(-samples // config.batch_size)
-    return config.stages * len(windows) * per_window
+def _freeze_rare_experts(
+    learnables: Sequence[BlockLearnables],
+    counts: dict[int, Tensor],
+    minimum: int,
+    on_experts: Callable[[int, Tensor], None],
+) -> None:
+    """Leave experts untrained that calibration text hardly reaches: they would learn its noise."""
+    for block, tokens in counts.items():
+        if learnables[block].trained_experts is None:
+            on_experts(block, tokens)
+        learnables[block].trained_experts = tokens >= minimum

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from effml_common.errors import ConfigError
 
 SCHEDULES = ("slider", "fixed", "block")
+FULL_BITS = 16
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -57,7 +58,16 @@ class WindowConfig:
 class SliderConfig(WindowConfig):
     """The method: weight format, windows, intra-layer stages and training of the parameters."""
 
-    wbits: int = _setting(4, "bits per weight, 2 to 8")
+    wbits: int = _setting(4, "bits per weight, 2 to 8; 16 leaves weights as they are")
+    abits: int = _setting(
+        16, "bits per activation, 4, 6 or 8, rounded per token at run time; 16 leaves them"
+    )
+    act_sym: bool = _setting(
+        True, "symmetric activation grid, which servers run; no-act-sym is the paper's"
+    )
+    quantize_attention: bool = _setting(
+        False, "also round queries, keys and values to abits, as the paper does; no server does"
+    )
     group_size: int | None = _setting(
         128, "input columns that share a scale; none for one scale per output row"
     )
@@ -67,10 +77,31 @@ class SliderConfig(WindowConfig):
     gamma: float = _setting(
         0.5, "intra-layer ratio: 0.5 quantizes half of every row first, then all; 1 turns it off"
     )
+    intra_order: Literal["network", "window"] = _setting(
+        "network",
+        "network: one pass over all windows per intra stage (released code); window: all stages "
+        "inside each window (the paper's text)",
+    )
+    rotate: Literal["none", "r1", "r2", "both"] = _setting(
+        "none", "rotate offline: r1 the residual stream, r2 the value heads"
+    )
+    channel_scale: Literal["auto", "on", "off"] = _setting(
+        "auto", "train channel scaling; auto: where activations are rounded, as in the paper"
+    )
+    target_input: Literal["fp", "quant"] = _setting(
+        "fp", "what the full-precision target sees: its own input, or the quantized model's"
+    )
+    min_expert_tokens: int = _setting(
+        64, "experts that see fewer calibration tokens in a block are rounded without training"
+    )
     epochs: int = _setting(20, "passes over the samples per window, split over the intra stages")
     batch_size: int = _setting(1, "samples per update")
     lr_lora: float = _setting(1e-4, "learning rate of the low-rank weight correction")
     lr_lwc: float = _setting(1e-2, "learning rate of the clipping range")
+    lr_scale: float = _setting(1e-3, "learning rate of the channel scaling")
+    lr_scale_by_batch: bool = _setting(
+        False, "multiply all learning rates by the batch size, as the released code does"
+    )
     lora_rank: int = _setting(4, "rank of the correction; it is merged before rounding")
     nsamples: int = _setting(128, "calibration samples")
     seqlen: int = _setting(2048, "tokens per calibration sample; capped at the model's limit")
@@ -80,9 +111,24 @@ class SliderConfig(WindowConfig):
         # Named class: zero-argument super() does not work in dataclasses with slots.
         WindowConfig.__post_init__(self)
         _require(
-            2 <= self.wbits <= 8,
-            f"wbits must be between 2 and 8, got {self.wbits}",
+            2 <= self.wbits <= 8 or self.wbits == FULL_BITS,
+            f"wbits must be between 2 and 8, or 16, got {self.wbits}",
             "1 bit and ternary weights are not covered",
+        )
+        _require(
+            self.abits in (4, 6, 8, FULL_BITS),
+            f"abits must be 4, 6, 8 or 16, got {self.abits}",
+            "16 leaves activations as they are",
+        )
+        _require(
+            not self.quantize_attention or self.abits < FULL_BITS,
+            "quantize_attention needs abits below 16",
+            "set abits to 4, 6 or 8",
+        )
+        _require(
+            self.min_expert_tokens >= 0,
+            f"min_expert_tokens must be 0 or more, got {self.min_expert_tokens}",
+            "use 64",
         )
         if self.group_size is not None:
             _require(
@@ -103,12 +149,19 @@ class SliderConfig(WindowConfig):
             f"epochs ({self.epochs}) are fewer than the {self.stages} intra-layer stages",
             "raise epochs or gamma",
         )
-        for name in ("lr_lora", "lr_lwc"):
+        for name in ("lr_lora", "lr_lwc", "lr_scale"):
             value = getattr(self, name)
             _require(
                 0 <= value < float("inf"), f"{name} must be 0 or more, got {value}", "try 1e-3"
             )
         _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}", "use 2")
+
+    @property
+    def scales_channels(self) -> bool:
+        """Whether channel scaling is trained."""
+        if self.channel_scale == "auto":
+            return self.abits < FULL_BITS
+        return self.channel_scale == "on"
 
     @property
     def stages(self) -> int:

@@ -1,26 +1,30 @@
-"""What calibration trains: a low-rank weight correction and a clipping range per linear layer.
+"""What calibration trains in a block: channel scaling, a low-rank correction, a clipping range.
 
 Paper: "SliderQuant" (ICLR 2026, arXiv 2603.25284), learnable parameters; clipping as in the authors'
-code. Frozen weight W [out, in]; W~ = W + B A / r is what gets rounded, so nothing of it remains at
-inference. A: [r, in], B: [out, r], u and l: one logit per row and group.
+code. Frozen weight W [out, in]; W~ = scaled(W) + B A / r is what gets rounded, so nothing of it remains
+at inference. A: [r, in], B: [out, r], u and l: one logit per row and group. Experts carry a leading axis
+[experts] on all of them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from sliderquant.quantizer import LOGIT_INIT, WeightFormat, fake_quantize
+from sliderquant.layout import Site, scale_channels
+from sliderquant.quantizer import LOGIT_INIT, WeightFormat, fake_quantize, stored
+
+UNQUANTIZED_BITS = 16
 
 
 class LinearLearnables(nn.Module):
     """Trainable parameters of one linear layer, in float32 whatever the weight's type.
 
     Args:
-        out_features: Rows of the weight.
-        in_features: Columns of the weight.
+        shape: Of the weight, [out, in] or [experts, out, in].
         fmt: Storage format; sets the number of groups.
         rank: Rank r of the correction.
         generator: Source of the initial A; B starts at zero, so calibration starts at
@@ -28,44 +32,45 @@ class LinearLearnables(nn.Module):
     """
 
     def __init__(
-        self,
-        out_features: int,
-        in_features: int,
-        fmt: WeightFormat,
-        rank: int,
-        generator: torch.Generator,
+        self, shape: Sequence[int], fmt: WeightFormat, rank: int, generator: torch.Generator
     ) -> None:
         super().__init__()
         self.fmt = fmt
         self.rank = rank
+        *experts, out_features, in_features = shape
         groups = in_features // fmt.columns_per_group(in_features)
         # Kaiming-uniform with a = sqrt(5), torch's own default for nn.Linear.
         bound = 1 / math.sqrt(in_features)
-        a = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+        a = torch.empty(*experts, rank, in_features).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(a)
-        self.lora_b = nn.Parameter(torch.zeros(out_features, rank))
-        self.upper = nn.Parameter(torch.full((out_features, groups), LOGIT_INIT))
-        self.lower = nn.Parameter(torch.full((out_features, groups), LOGIT_INIT))
+        self.lora_b = nn.Parameter(torch.zeros(*experts, out_features, rank))
+        self.upper = nn.Parameter(torch.full((*experts, out_features, groups), LOGIT_INIT))
+        self.lower = nn.Parameter(torch.full((*experts, out_features, groups), LOGIT_INIT))
 
-    def corrected(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Return W~ = W + B A / r in float32."""
-        return weight.float() + self.lora_b @ self.lora_a / self.rank
+    def corrected(self, weight: Float[Tensor, "*experts out in"]) -> Tensor:
+        """Return W~ = W + B A / r in float32; W itself if the format keeps full precision."""
+        if self.fmt.bits == UNQUANTIZED_BITS:
+            return weight
+        return weight.to(self.lora_b.dtype) + self.lora_b @ self.lora_a / self.rank
 
-    def forward(
-        self, weight: Float[Tensor, "out in"], ratio: float = 1.0
-    ) -> Float[Tensor, "out in"]:
+    def forward(self, weight: Float[Tensor, "*experts out in"], ratio: float = 1.0) -> Tensor:
         """Return the simulated weight at intra-layer ratio ``ratio``, in float32."""
-        return fake_quantize(self.corrected(weight), self.fmt, self.upper, self.lower, ratio)
+        if self.fmt.bits == UNQUANTIZED_BITS:
+            return weight
+        rows = (self.corrected(weight), self.upper, self.lower)
+        flat, upper, lower = (x.flatten(0, -2) for x in rows)
+        return fake_quantize(flat, self.fmt, upper, lower, ratio).view(weight.shape)
 
 
 class BlockLearnables(nn.Module):
     """Trainable parameters of one decoder block.
 
     Args:
-        weights: The block's linear weights [out, in] by parameter name, as in ``named_parameters``.
+        weights: The block's linear weights by parameter name; only their shapes are read.
         fmt: Storage format.
         rank: Rank of the correction.
         generator: Source of the initial values.
+        sites: Channel scalings to train; alpha starts at one.
     """
 
     def __init__(
@@ -74,22 +79,69 @@ class BlockLearnables(nn.Module):
         fmt: WeightFormat,
         rank: int,
         generator: torch.Generator,
+        sites: Sequence[Site] = (),
     ) -> None:
         super().__init__()
+        self.fmt = fmt
         self.names = tuple(weights)
         self.linears = nn.ModuleList(
-            LinearLearnables(*weight.shape, fmt, rank, generator) for weight in weights.values()
+            LinearLearnables(weight.shape, fmt, rank, generator) for weight in weights.values()
         )
+        self.sites = tuple(sites)
+        self.factors = nn.ParameterList(torch.ones(site.size) for site in sites)
+        self.trained_experts: Bool[Tensor, " experts"] | None = None
+        # Simulating a weight leaves about six copies of it for the backward pass; recomputed instead
+        # for models of which a window would not fit.
+        self.recompute = False
 
-    def forward(self, weights: Mapping[str, Tensor], ratio: float = 1.0) -> dict[str, Tensor]:
-        """Return the simulated weights by name, for ``torch.func.functional_call`` on the block."""
-        return {
-            name: learnables(weights[name], ratio)
-            for name, learnables in zip(self.names, self.linears, strict=True)
-        }
+    def forward(self, tensors: Mapping[str, Tensor], ratio: float = 1.0) -> dict[str, Tensor]:
+        """Return the simulated parameters by name, for ``torch.func.functional_call`` on the block.
 
-    def parameter_groups(self, lr_lora: float, lr_lwc: float) -> list[dict]:
-        """Return the optimizer's groups: corrections and clipping logits with their own rates."""
-        lora = [p for linear in self.linears for p in (linear.lora_a, linear.lora_b)]
-        clipping = [p for linear in self.linears for p in (linear.upper, linear.lower)]
-        return [{"params": lora, "lr": lr_lora}, {"params": clipping, "lr": lr_lwc}]
+        Args:
+            tensors: Parameters of the block; with sites all of them, else the linear weights suffice.
+            ratio: Share of columns that are quantized.
+        """
+        scaled = scale_channels(tensors, self.sites, list(self.factors))
+        # Scaled gains and biases are stored in the checkpoint's type; simulate that too.
+        simulated = {name: stored(value, self.fmt) for name, value in scaled.items()}
+        for name, linear in zip(self.names, self.linears, strict=True):
+            weight = scaled.get(name, tensors[name])
+            if self.recompute and torch.is_grad_enabled():
+                simulated[name] = checkpoint(
+                    linear, weight, ratio, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                simulated[name] = linear(weight, ratio)
+        return simulated
+
+    @torch.no_grad()
+    def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters that changed, before rounding: W~ and scaled gains and biases."""
+        scaled = scale_channels(tensors, self.sites, list(self.factors))
+        for name, linear in zip(self.names, self.linears, strict=True):
+            scaled[name] = linear.corrected(scaled.get(name, tensors[name]))
+        return scaled
+
+    def linear(self, name: str) -> LinearLearnables:
+        """Return what is trained for one weight."""
+        return self.linears[self.names.index(name)]
+
+    def parameter_groups(self, lr_lora: float, lr_lwc: float, lr_scale: float = 0.0) -> list[dict]:
+        """Return the optimizer's groups: corrections, clipping logits and factors, with their rates."""
+        groups = []
+        if self.fmt.bits != UNQUANTIZED_BITS:
+            lora = [p for linear in self.linears for p in (linear.lora_a, linear.lora_b)]
+            clipping = [p for linear in self.linears for p in (linear.upper, linear.lower)]
+            groups = [{"params": lora, "lr": lr_lora}, {"params": clipping, "lr": lr_lwc}]
+        if self.sites:
+            groups.append({"params": list(self.factors), "lr": lr_scale})
+        return groups
+
+    def mask_gradients_(self) -> None:
+        """Zero the gradients of experts that saw too few tokens: they stay as they were made."""
+        if self.trained_experts is None:
+            return
+        for linear in self.linears:
+            for parameter in linear.parameters():
+                if parameter.ndim == 3 and parameter.grad is not None:
+                    parameter.grad[~self.trained_experts] = 0

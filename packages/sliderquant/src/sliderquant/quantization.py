@@ -55,7 +55,8 @@ def fresh_learnables(
         weights = decoder.linear_weights(block)
         check_group_size({name: tuple(w.shape) for name, w in weights.items()}, config.group_size)
         generator = seeded((config.seed, block))
-        made = BlockLearnables(weights, fmt, config.lora_rank, generator)
+        sites = decoder.layout(block).sites if config.scales_channels else ()
+        made = BlockLearnables(weights, fmt, config.lora_rank, generator, sites)
         learnables.append(made.to(next(iter(weights.values())).device))
     return learnables
 
@@ -65,7 +66,7 @@ def simulated_weights(
     decoder: TransformersDecoder, learnables: Sequence[BlockLearnables]
 ) -> list[dict[str, Tensor]]:
     """Return the dequantized weights of every block: what a merged model holds."""
-    return [learnables[block](decoder.linear_weights(block)) for block in range(decoder.depth)]
+    return [learnables[block](decoder.tensors(block)) for block in range(decoder.depth)]
 
 
 def simulated_logits(

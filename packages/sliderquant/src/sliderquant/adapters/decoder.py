@@ -1,9 +1,12 @@
 """A transformers causal language model, seen as embedding -> decoder blocks -> head.
 
-Nothing is patched: a block runs with replaced weights through ``torch.func.functional_call``.
+Nothing is patched: a block runs with replaced parameters through ``torch.func.functional_call``. Where
+the parameters come from is the source's affair: the model itself, or its files, block by block.
 """
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -11,108 +14,228 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from effml_common.errors import InputError
+from sliderquant.activations import ActivationFormat
+from sliderquant.adapters.families import (
+    UnsupportedArchitectureError as UnsupportedArchitectureError,
+)
+from sliderquant.adapters.families import block_layout, family_of
+from sliderquant.adapters.rounding import ActivationRounding
+from sliderquant.layout import BlockLayout
 
-SUPPORTED_MODEL_TYPES = ("llama",)
+
+class ParameterSource(Protocol):
+    """Where parameters come from."""
+
+    def block(self, block: int) -> dict[str, Tensor]:
+        """Return all parameters of a block, by name inside the block, on the computing device."""
+        ...
+
+    def outside(self, head: bool = True) -> dict[str, Tensor]:
+        """Return embedding, final norm and (if asked) head, by their names in the model."""
+        ...
 
 
-class UnsupportedArchitectureError(InputError):
-    """The model's family has no adapter."""
+class ModelParameters:
+    """The parameters of a model that is in memory."""
 
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
 
-def check_supported(model_type: str) -> None:
-    """Refuse a model family without adapter.
+    def block(self, block: int) -> dict[str, Tensor]:
+        """Return the model's own tensors, not copies."""
+        return {n: p.detach() for n, p in self._model.model.layers[block].named_parameters()}
 
-    Raises:
-        UnsupportedArchitectureError: Naming what an adapter must know.
-    """
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise UnsupportedArchitectureError(
-            f"architecture {model_type!r} is not supported; supported: "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)} (a new one needs its decoder blocks, its linear "
-            "layers and its per-block arguments described in sliderquant/adapters/decoder.py)"
-        )
+    def outside(self, head: bool = True) -> dict[str, Tensor]:
+        """Return the model's own tensors, not copies."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self._model.named_parameters(remove_duplicate=False)
+            if not name.startswith("model.layers.") and (head or name != "lm_head.weight")
+        }
 
 
 class _BlockInputs(Exception):
     """Carries what block 0 is called with out of the model's own forward pass."""
 
-    def __init__(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
-        self.kwargs = kwargs
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: keeps the arguments it is called with, and ends the pass at the last."""
+
+    def __init__(self, original: nn.Module, number: int, calls: dict[int, Any], last: bool) -> None:
+        super().__init__()
+        self.number, self.calls, self.last = number, calls, last
+        for name in ("attention_type", "layer_type"):  # some models ask a block for its kind
+            if hasattr(original, name):
+                setattr(self, name, getattr(original, name))
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls[self.number] = (args, kwargs)
+        if self.last:
+            raise _BlockInputs(hidden_states)
+        return hidden_states
+
+
+class _Injected(nn.Module):
+    """Stands in for all blocks: returns given hidden states."""
+
+    def __init__(self, original: nn.Module, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+        for name in ("attention_type", "layer_type"):
+            if hasattr(original, name):
+                setattr(self, name, getattr(original, name))
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.hidden
 
 
 class TransformersDecoder:
     """Decoder view of a model whose ``model.layers`` are called one after the other.
 
     Args:
-        model: A ``*ForCausalLM``; put in eval mode, its parameters frozen.
+        model: A ``*ForCausalLM``; put in eval mode, its parameters frozen. They may be on the meta
+            device if ``source`` provides them.
+        source: Where parameters come from; default the model itself.
 
     Raises:
-        UnsupportedArchitectureError: If the family has no adapter.
+        UnsupportedArchitectureError: If the family is not in the table.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        check_supported(model.config.model_type)
+    def __init__(self, model: PreTrainedModel, source: ParameterSource | None = None) -> None:
+        family_of(model.config.model_type)
         self.model = model.eval().requires_grad_(False)
         self.blocks: nn.ModuleList = model.model.layers
-        self.kwargs: dict[str, Any] | None = None
+        self.source = source or ModelParameters(model)
+        self._held: dict[int, dict[str, Tensor]] = {}
+        self._keep: frozenset[int] = frozenset()
+        self._calls: dict[int, Any] = {}
 
     @property
     def depth(self) -> int:
         """Number of decoder blocks."""
         return len(self.blocks)
 
-    @torch.no_grad()
-    def block_inputs(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t h"]:
-        """Return the hidden states that enter block 0, and keep the arguments all blocks share.
+    def layout(self, block: int) -> BlockLayout:
+        """Return the roles of a block's parameters.
 
-        Without padding the mask is implicit and the rotary tables have batch size one, so the
-        arguments of one sample serve any batch of the same length.
+        Raises:
+            UnsupportedArchitectureError: If the block is not built as its family's entry says.
         """
-        device = self.model.get_input_embeddings().weight.device
+        shapes = {name: p.shape for name, p in self.blocks[block].named_parameters()}
+        return block_layout(self.model.config, shapes)
 
-        def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            raise _BlockInputs(args[0] if args else kwargs.pop("hidden_states"), kwargs)
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Keep these blocks' parameters in memory once they have been read, and drop all others."""
+        self._keep = frozenset(blocks)
+        self._held = {block: t for block, t in self._held.items() if block in self._keep}
 
-        hidden = []
-        handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            for sample in tokens.to(device).split(1):
-                try:
-                    self.model.model(input_ids=sample, use_cache=False)
-                except _BlockInputs as caught:
-                    hidden.append(caught.hidden)
-                    self.kwargs = caught.kwargs
-        finally:
-            handle.remove()
-        return torch.cat(hidden)
+    def tensors(self, block: int) -> dict[str, Tensor]:
+        """Return all parameters of one block by name."""
+        if block in self._held:
+            return self._held[block]
+        tensors = self.source.block(block)
+        if block in self._keep:
+            self._held[block] = tensors
+        return tensors
 
     def linear_weights(self, block: int) -> dict[str, Tensor]:
-        """Return the weights [out, in] of all linear layers of one block, by parameter name."""
-        return {
-            f"{name}.weight": module.weight
-            for name, module in self.blocks[block].named_modules()
-            if isinstance(module, nn.Linear)
-        }
+        """Return the weights to quantize, [out, in] or [experts, out, in], by parameter name."""
+        tensors = self.tensors(block)
+        return {name: tensors[name] for name in self.layout(block).linears}
+
+    @torch.no_grad()
+    def block_inputs(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t h"]:
+        """Return the hidden states that enter block 0, and keep the arguments of every block.
+
+        Masks and rotary tables differ between kinds of blocks (sliding window, local rotary base).
+        Without padding they have batch size one, so those of one sample serve any batch of its length.
+        """
+        outside = self.source.outside(head=False)
+        last = self.depth - 1
+        recorders = nn.ModuleList(
+            _Recorder(block, number, self._calls, number == last)
+            for number, block in enumerate(self.blocks)
+        )
+        hidden = []
+        with self._instead_of_blocks(recorders):
+            for sample in tokens.to(next(iter(outside.values())).device).split(1):
+                try:
+                    self._whole_model(outside, input_ids=sample)
+                except _BlockInputs as caught:
+                    hidden.append(caught.hidden)
+        return torch.cat(hidden)
+
+    @contextmanager
+    def _instead_of_blocks(self, modules: nn.ModuleList) -> Iterator[None]:
+        self.model.model.layers = modules
+        try:
+            yield
+        finally:
+            self.model.model.layers = self.blocks
 
     def run_block(
         self,
         block: int,
         hidden: Float[Tensor, "n t h"],
         weights: dict[str, Tensor] | None = None,
+        activations: ActivationFormat | None = None,
     ) -> Float[Tensor, "n t h"]:
-        """Run one block, with some of its weights replaced if given.
+        """Run one block, with some of its parameters replaced and its activations rounded if given.
 
         Raises:
             RuntimeError: If ``block_inputs`` has not been called before.
         """
-        if self.kwargs is None:
-            raise RuntimeError("call block_inputs first: it captures the rotary tables")
-        return functional_call(self.blocks[block], weights or {}, (hidden,), self.kwargs)
+        if block not in self._calls:
+            raise RuntimeError("call block_inputs first: it captures masks and rotary tables")
+        args, kwargs = self._calls[block]
+        module = self.blocks[block]
+        parameters = weights or {}
+        if len(parameters) < sum(1 for _ in module.parameters()):
+            parameters = self.tensors(block) | parameters
+        if activations is None:
+            return functional_call(module, parameters, (hidden, *args), kwargs)
+        with ActivationRounding([module], self.model.config, activations):
+            return functional_call(module, parameters, (hidden, *args), kwargs)
+
+    @contextmanager
+    def counting_experts(self) -> Iterator[dict[int, Tensor]]:
+        """Count the tokens that each expert receives, by block, while the context is open."""
+        counts: dict[int, Tensor] = {}
+
+        def count(block: int, experts: int) -> Any:
+            counts[block] = torch.zeros(experts, dtype=torch.int64)
+
+            def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, ...]) -> None:
+                chosen = output[-1].flatten().cpu()
+                counts[block] += torch.bincount(chosen, minlength=experts)
+
+            return hook
+
+        handles = [
+            module.mlp.gate.register_forward_hook(count(number, module.mlp.experts.num_experts))
+            for number, module in enumerate(self.blocks)
+            if hasattr(module.mlp, "experts")
+        ]
+        try:
+            yield counts
+        finally:
+            for handle in handles:
+                handle.remove()
+            for block in [b for b, seen in counts.items() if not seen.any()]:
+                del counts[block]
 
     @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "n t h"]) -> Float[Tensor, "n t v"]:
-        """Return the head's logits for the output of the last block."""
-        return self.model.lm_head(self.model.model.norm(hidden))
+        """Return the model's logits for the output of the last block."""
+        stand_ins = nn.ModuleList(_Injected(block, hidden) for block in self.blocks)
+        with self._instead_of_blocks(stand_ins):
+            return self._whole_model(self.source.outside(), inputs_embeds=hidden).logits
+
+    def _whole_model(self, outside: dict[str, Tensor], **inputs: Tensor) -> Any:
+        # Given by name, also where the model ties embedding and head: a rotation unties them.
+        kwargs = {**inputs, "use_cache": False}
+        return functional_call(self.model, outside, kwargs=kwargs, tie_weights=False)

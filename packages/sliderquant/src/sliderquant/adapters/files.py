@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from effml_common.errors import InputError
-from sliderquant.adapters.decoder import check_supported
+from sliderquant.adapters.families import family_of
 
 # Everything beside weights and config.json that a loader or a server reads.
 COMPANION_FILES = (
@@ -93,7 +93,7 @@ def load_config(directory: str | Path) -> PreTrainedConfig:
         raise InputError(
             f"{directory} is quantized already; quantize the full-precision model instead"
         )
-    check_supported(config.model_type)
+    family_of(config.model_type)
     return config
 
 
