@@ -1,0 +1,1 @@
+"""Glue to diffusers: schedulers, denoisers, the hook on a live pipeline, files."""

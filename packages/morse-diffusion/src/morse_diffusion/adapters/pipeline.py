@@ -1,0 +1,131 @@
+"""``MorsePipeline``: a user's own pipeline, called with a time budget."""
+
+from typing import Any
+
+import torch
+
+from effml_common.logging import say
+from morse_diffusion.adapters.hook import apply_morse
+from morse_diffusion.adapters.schedulers import fitted
+from morse_diffusion.adapters.summary import Summary
+from morse_diffusion.errors import PlanError
+from morse_diffusion.plan import MorsePlan, make_plan
+from morse_diffusion.sampler import Dot
+
+DASH_SHARE = 1 / 3  # of the steps, when only their number is given
+_CALL = ("budget_lsd", "dash_steps", "dot_steps", "plan")
+
+
+class MorsePipeline:
+    """Wraps a pipeline without copying a weight; every other attribute is the pipeline's own.
+
+    The hook is on the denoiser only during a call, so the wrapped pipeline stays usable as it was.
+
+    Args:
+        pipe: A diffusers pipeline.
+        dot: What fills in the Dot steps.
+        speed_ratio: N on this device; measured by a short run when first needed.
+        options: Passed on to ``apply_morse``.
+    """
+
+    def __init__(
+        self, pipe: Any, dot: Dot, *, speed_ratio: float | None = None, **options: Any
+    ) -> None:
+        self._pipe, self._dot, self._ratio, self._options = pipe, dot, speed_ratio, options
+        self._summary: Summary | None = None
+
+    @classmethod
+    def from_pipe(cls, pipe: Any, dot: Dot, **options: Any) -> "MorsePipeline":
+        """As diffusers' ``from_pipe``; see the class."""
+        return cls(pipe, dot, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+    def __call__(
+        self,
+        *args: Any,
+        budget_lsd: float | None = None,
+        dash_steps: int | None = None,
+        dot_steps: int | None = None,
+        plan: MorsePlan | None = None,
+        num_inference_steps: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the pipeline on a plan.
+
+        Args:
+            args: As for the pipeline.
+            budget_lsd: Time for the loop in Dash steps; see ``make_plan``.
+            dash_steps: With ``dot_steps``, the counts themselves.
+            dot_steps: See ``dash_steps``.
+            plan: A plan of your own.
+            num_inference_steps: Total steps, a third of them Dash; not beside the others.
+            kwargs: As for the pipeline.
+
+        Raises:
+            PlanError: If none or several of these are given, or the budget is too small.
+        """
+        given = {
+            "budget_lsd": budget_lsd,
+            "dash_steps": dash_steps,
+            "plan": plan,
+            "num_inference_steps": num_inference_steps,
+        }
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) != 1 or (dot_steps is not None) != (dash_steps is not None):
+            raise PlanError(
+                f"{' and '.join(named) or 'no budget'} given; give one of budget_lsd=10, "
+                "dash_steps=7 with dot_steps=18, plan=..., num_inference_steps=25"
+            )
+        if plan is None:
+            plan = self._plan(given, dot_steps, args, kwargs)
+        return self._run(plan, args, kwargs)
+
+    def summary(self) -> Summary:
+        """What the last call did; prints the pattern, times, N and effective LSD."""
+        if self._summary is None:
+            raise PlanError("there was no call yet; sample first")
+        self._summary.warn_if_idle()
+        return self._summary
+
+    def measure_speed_ratio(self, *args: Any, **kwargs: Any) -> float:
+        """Measure N with a short run of the same kind of call, and remember it."""
+        kwargs = {k: v for k, v in kwargs.items() if not k.startswith("callback")}
+        if kwargs.get("generator") is not None:
+            kwargs["generator"] = None  # the caller's stays where it is
+        before = self._summary
+        with torch.random.fork_rng():
+            self._run(fitted(MorsePlan(10, (0, 5)), self._pipe.scheduler), args, kwargs)
+        assert self._summary is not None
+        # The first step of a kind warms up; the fastest is the least disturbed.
+        dash, dot = (min(self._summary.milliseconds[kind]) for kind in ("Dash", "Dot"))
+        self._summary, self._ratio = before, float(f"{dash / dot:.2g}")
+        say(f"measured N = {self._ratio:g}: a Dash step takes {dash:.3g} ms, a Dot step {dot:.3g}")
+        return self._ratio
+
+    def _plan(
+        self, given: dict[str, Any], dot_steps: int | None, args: Any, kwargs: Any
+    ) -> MorsePlan:
+        if given["dash_steps"] is not None:
+            assert dot_steps is not None
+            plan = MorsePlan.uniform(given["dash_steps"], dot_steps, self._ratio or float("inf"))
+        elif given["num_inference_steps"] is not None:
+            total = given["num_inference_steps"]
+            dash = max(1, round(DASH_SHARE * total))
+            plan = MorsePlan.uniform(dash, total - dash, self._ratio or float("inf"))
+        else:
+            ratio = self._ratio or self.measure_speed_ratio(*args, **kwargs)
+            plan = make_plan(given["budget_lsd"], ratio)
+        fits = fitted(plan, self._pipe.scheduler)
+        if fits != plan:
+            say(f"{plan.n_total} steps rounded to {fits.n_total}, which this scheduler can space")
+        return fits
+
+    def _run(self, plan: MorsePlan, args: Any, kwargs: Any) -> Any:
+        handle = apply_morse(self._pipe, self._dot, plan, **self._options)
+        try:
+            return self._pipe(*args, num_inference_steps=plan.n_total, **kwargs)
+        finally:
+            self._summary = handle.summary()
+            handle.remove()

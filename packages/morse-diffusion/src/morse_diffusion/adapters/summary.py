@@ -1,0 +1,68 @@
+"""What a run did: proof that Morse was active."""
+
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from effml_common.logging import warn
+from morse_diffusion.plan import MorsePlan
+
+
+@dataclass
+class Summary:
+    """Steps by kind with their measured times, and the plan they followed."""
+
+    plan: MorsePlan
+    milliseconds: dict[str, list[float]] = field(default_factory=lambda: {"Dash": [], "Dot": []})
+
+    def record(self, kind: str, seconds: float, new_step: bool) -> None:
+        """Add one call; a further call of the same step adds to its time."""
+        times = self.milliseconds[kind]
+        if new_step or not times:
+            times.append(0.0)
+        times[-1] += 1e3 * seconds
+
+    def steps(self, kind: str) -> int:
+        """Steps of one kind in the last run."""
+        return len(self.milliseconds[kind])
+
+    def per_step(self, kind: str) -> float | None:
+        """Median milliseconds of a step; None if there was none."""
+        times = self.milliseconds[kind]
+        return median(times) if times else None
+
+    @property
+    def speed_ratio(self) -> float | None:
+        """Measured N; None until both kinds have run."""
+        dash, dot = self.per_step("Dash"), self.per_step("Dot")
+        return dash / dot if dash and dot else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts, pattern, times, N and effective LSD."""
+        n = self.speed_ratio
+        return {
+            "pattern": self.plan.pattern,
+            "dash_steps": self.steps("Dash"),
+            "dot_steps": self.steps("Dot"),
+            "ms_per_dash_step": self.per_step("Dash"),
+            "ms_per_dot_step": self.per_step("Dot"),
+            "N": n,
+            "effective_lsd": self.steps("Dash") + self.steps("Dot") / n if n else None,
+        }
+
+    def warn_if_idle(self) -> None:
+        """Say so if a run made no Dot step: never a silent 1.00x."""
+        if self.steps("Dash") and not self.steps("Dot"):
+            warn("Morse was on, but the run made no Dot step: nothing was sped up")
+
+    def __str__(self) -> str:
+        told = self.to_json()
+        if not told["dash_steps"]:
+            return f"Morse: no run yet; the plan is {self.plan.pattern}"
+        number = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in told.items()}
+        return (
+            f"Morse: {number['pattern']}; {number['dash_steps']} Dash steps of "
+            f"{number['ms_per_dash_step']} ms, {number['dot_steps']} Dot steps of "
+            f"{number['ms_per_dot_step']} ms; N {number['N']}, "
+            f"effective LSD {number['effective_lsd']}"
+        )
