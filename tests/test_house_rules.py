@@ -69,17 +69,60 @@ def test_torch_load_never_unpickles(member: Member) -> None:
     assert loose == []
 
 
+def trust_without_being_asked(tree: ast.AST) -> Iterator[int]:
+    """Lines that switch trust_remote_code on: what a caller asked for may only be passed along."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                passed = ast.unparse(keyword.value).endswith("trust_remote_code")
+                if (
+                    keyword.arg == "trust_remote_code"
+                    and not passed
+                    and not is_false(keyword.value)
+                ):
+                    yield node.lineno
+        elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "trust_remote_code":
+            value = node.value.args[0] if isinstance(node.value, ast.Call) else node.value
+            if not is_false(value):
+                yield node.lineno
+        elif isinstance(node, ast.arguments):
+            positional = [*node.posonlyargs, *node.args]
+            defaults = list(zip(positional[::-1], node.defaults[::-1], strict=False))
+            for argument, default in [
+                *defaults,
+                *zip(node.kwonlyargs, node.kw_defaults, strict=True),
+            ]:
+                if argument.arg == "trust_remote_code" and default and not is_false(default):
+                    yield argument.lineno
+
+
+def is_false(value: ast.AST | None) -> bool:
+    return isinstance(value, ast.Constant) and value.value is False
+
+
 @each_package
-def test_no_code_from_model_repositories_runs(member: Member) -> None:
+def test_no_code_from_model_repositories_runs_unless_asked(member: Member) -> None:
     trusting = [
-        f"{path.name}:{call.lineno}"
+        f"{path.name}:{line}"
         for path in member.source.rglob("*.py")
-        for call in calls(ast.parse(path.read_text()))
-        if any(
-            k.arg == "trust_remote_code" and ast.unparse(k.value) != "False" for k in call.keywords
-        )
+        for line in trust_without_being_asked(ast.parse(path.read_text()))
     ]
     assert trusting == []
+
+
+@pytest.mark.parametrize(
+    ("code", "trusts"),
+    [
+        ("f(trust_remote_code=True)", True),
+        ("f(trust_remote_code=config.trust_remote_code)", False),
+        ("def f(*, trust_remote_code=True): ...", True),
+        ("def f(a, trust_remote_code=False): ...", False),
+        ("trust_remote_code: bool = setting(True, 'help')", True),
+        ("trust_remote_code: bool = setting(False, 'help')", False),
+    ],
+)
+def test_trust_is_found_where_it_hides(code: str, trusts: bool) -> None:
+    assert bool(list(trust_without_being_asked(ast.parse(code)))) is trusts
 
 
 @each_package
