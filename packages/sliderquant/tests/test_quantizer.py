@@ -11,6 +11,7 @@ from sliderquant.quantizer import (
     fake_quantize,
     leading_columns,
     quantization_grid,
+    quantize_weight,
 )
 
 
@@ -158,3 +159,23 @@ def test_group_size_that_does_not_divide_is_refused() -> None:
 )
 def test_bits_per_weight_match_the_published_arithmetic(bits, group, sym, dtype, expected) -> None:
     assert fmt(bits, group, sym, dtype).bits_per_weight(4096) == expected
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_stored_integers_mean_what_was_simulated_bit_for_bit(bits, sym, dtype) -> None:
+    weight = random_weight().float().repeat(2, 1).view(2, 6, 32)
+    weight[1] *= 100
+    upper = torch.linspace(-2, 4, 48).view(2, 6, 4)
+    made = fmt(bits, 8, sym, dtype)
+    quantized = quantize_weight(weight, made, upper, upper.flip(0))
+    simulated = fake_quantize(weight, made, upper, upper.flip(0))
+    low, high = made.code_range
+    assert quantized.codes.min() >= low
+    assert quantized.codes.max() <= high
+    assert quantized.step.dtype == dtype
+    assert torch.equal(quantized.dequantize().float(), simulated)
+    assert torch.equal(quantized[1].dequantize().float(), simulated[1])
+    # Expert by expert the same as a stack of plain weights.
+    assert torch.equal(simulated[1], fake_quantize(weight[1], made, upper[1], upper[0]))

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 STEP_FLOOR = 1e-5  # keeps W / D finite for rows that are all zero
@@ -67,11 +67,11 @@ def stored(x: Tensor, fmt: WeightFormat) -> Tensor:
 
 
 def quantization_grid(
-    weight: Float[Tensor, "out groups g"],
+    weight: Float[Tensor, "*out groups g"],
     fmt: WeightFormat,
-    upper: Float[Tensor, "out groups 1"] | None = None,
-    lower: Float[Tensor, "out groups 1"] | None = None,
-) -> tuple[Float[Tensor, "out groups 1"], Float[Tensor, "out groups 1"]]:
+    upper: Float[Tensor, "*out groups 1"] | None = None,
+    lower: Float[Tensor, "*out groups 1"] | None = None,
+) -> tuple[Float[Tensor, "*out groups 1"], Float[Tensor, "*out groups 1"]]:
     """Return step and zero point of every group.
 
     The range is [s(l) min(W, 0), s(u) max(W, 0)] with s the sigmoid. Asymmetric:
@@ -104,11 +104,11 @@ def quantization_grid(
 
 
 def codes(
-    weight: Float[Tensor, "out groups g"],
-    step: Float[Tensor, "out groups 1"],
-    zero: Float[Tensor, "out groups 1"],
+    weight: Float[Tensor, "*out groups g"],
+    step: Float[Tensor, "*out groups 1"],
+    zero: Float[Tensor, "*out groups 1"],
     fmt: WeightFormat,
-) -> Float[Tensor, "out groups g"]:
+) -> Float[Tensor, "*out groups g"]:
     """Return q = clamp(round(W / D) + z), integers kept in floating point.
 
     The rounding passes the gradient on; a weight outside the grid gets none.
@@ -121,12 +121,12 @@ def codes(
 
 
 def fake_quantize(
-    weight: Float[Tensor, "out in"],
+    weight: Float[Tensor, "*experts out in"],
     fmt: WeightFormat,
-    upper: Float[Tensor, "out groups"] | None = None,
-    lower: Float[Tensor, "out groups"] | None = None,
+    upper: Float[Tensor, "*experts out groups"] | None = None,
+    lower: Float[Tensor, "*experts out groups"] | None = None,
     ratio: float = 1.0,
-) -> Float[Tensor, "out in"]:
+) -> Float[Tensor, "*experts out in"]:
     """Quantize and dequantize the leading part of every row: (q - z) D.
 
     Intra-layer sliding quantizes the leading ceil(in * ratio) columns, rounded up to whole groups; the
@@ -145,22 +145,89 @@ def fake_quantize(
     Raises:
         ValueError: If ``in`` is no multiple of the group size.
     """
-    columns = weight.shape[1]
+    grouped, step, zero = _grouped_grid(weight, fmt, upper, lower)
+    simulated = stored((codes(grouped, step, zero, fmt) - zero) * step, fmt).flatten(-2)
+    if ratio >= 1:
+        return simulated
+    leading = leading_columns(weight.shape[-1], ratio, fmt.group_size)
+    return torch.cat([simulated[..., :leading], weight[..., leading:]], dim=-1)
+
+
+def _grouped_grid(
+    weight: Tensor, fmt: WeightFormat, upper: Tensor | None, lower: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weight in groups [*experts, out, groups, g], its step and its zero point."""
+    columns = weight.shape[-1]
     size = fmt.columns_per_group(columns)
     if columns % size:
         raise ValueError(f"{columns} input columns do not divide into groups of {size}")
-    grouped = weight.unflatten(1, (columns // size, size))
+    grouped = weight.unflatten(-1, (columns // size, size))
     step, zero = quantization_grid(
         grouped,
         fmt,
         None if upper is None else upper.unsqueeze(-1),
         None if lower is None else lower.unsqueeze(-1),
     )
-    simulated = stored((codes(grouped, step, zero, fmt) - zero) * step, fmt).flatten(1)
-    if ratio >= 1:
-        return simulated
-    leading = leading_columns(columns, ratio, fmt.group_size)
-    return torch.cat([simulated[:, :leading], weight[:, leading:]], dim=1)
+    return grouped, step, zero
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class QuantizedWeight:
+    """A weight as it is stored: integers and their grid.
+
+    Attributes:
+        codes: q, int16, within ``fmt.code_range``.
+        step: D in ``fmt.dtype``.
+        zero: z, int16, within ``fmt.code_range``; ``None`` for symmetric formats.
+        fmt: Storage format.
+    """
+
+    codes: Int[Tensor, "*experts out in"]
+    step: Float[Tensor, "*experts out groups"]
+    zero: Int[Tensor, "*experts out groups"] | None
+    fmt: WeightFormat
+
+    def dequantize(self) -> Float[Tensor, "*experts out in"]:
+        """Return (q - z) D in ``fmt.dtype``: the values of ``fake_quantize``, bit for bit."""
+        groups = self.step.shape[-1]
+        codes = self.codes.unflatten(-1, (groups, self.codes.shape[-1] // groups))
+        if self.zero is not None:
+            codes = codes - self.zero.unsqueeze(-1)
+        return (codes.float() * self.step.float().unsqueeze(-1)).to(self.fmt.dtype).flatten(-2)
+
+    def __getitem__(self, index: int | slice) -> "QuantizedWeight":
+        """Return one expert, or a range along the first axis (experts, or rows)."""
+        zero = None if self.zero is None else self.zero[index]
+        return QuantizedWeight(
+            codes=self.codes[index], step=self.step[index], zero=zero, fmt=self.fmt
+        )
+
+
+@torch.no_grad()
+def quantize_weight(
+    weight: Float[Tensor, "*experts out in"],
+    fmt: WeightFormat,
+    upper: Float[Tensor, "*experts out groups"] | None = None,
+    lower: Float[Tensor, "*experts out groups"] | None = None,
+) -> QuantizedWeight:
+    """Return the integers and the grid that ``fake_quantize`` simulates.
+
+    Args:
+        weight: Weight, in the type in which it was simulated (float32).
+        fmt: Storage format.
+        upper: Upper clipping logits.
+        lower: Lower clipping logits.
+
+    Raises:
+        ValueError: If ``in`` is no multiple of the group size.
+    """
+    grouped, step, zero = _grouped_grid(weight, fmt, upper, lower)
+    return QuantizedWeight(
+        codes=codes(grouped, step, zero, fmt).flatten(-2).to(torch.int16),
+        step=step.squeeze(-1).to(fmt.dtype),
+        zero=None if fmt.sym else zero.squeeze(-1).to(torch.int16),
+        fmt=fmt,
+    )
 
 
 def leading_columns(columns: int, ratio: float, group_size: int | None) -> int:
