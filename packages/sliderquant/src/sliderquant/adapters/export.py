@@ -11,21 +11,17 @@ end: ``config.json`` appears last, and a folder without it is not taken for a mo
 """
 
 import json
-import re
 import shutil
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from effml_common.errors import ConfigError, InputError
 from effml_common.files import atomic_write
-from effml_common.logging import warn
 from sliderquant.activations import ActivationFormat
 from sliderquant.adapters.families import (
     DOWN_EXPERTS,
@@ -35,18 +31,18 @@ from sliderquant.adapters.families import (
     family_of,
 )
 from sliderquant.adapters.files import COMPANION_FILES, quiet_transformers
+from sliderquant.adapters.formats import (
+    LAYER,
+    MARK,
+    ExportFormat,
+    compressed_tensors_config,
+    describe,
+    native_config,
+)
 from sliderquant.adapters.shards import SHARD_BYTES, ShardWriter
-from sliderquant.adapters.streaming import empty_model
+from sliderquant.adapters.streaming import HEAD, empty_model
 from sliderquant.packing import packed_tensors
 from sliderquant.quantizer import QuantizedWeight, WeightFormat
-
-ExportFormat = Literal["compressed-tensors", "native", "dense", "pre-quant"]
-MARK = "sliderquant"  # key of config.json that says what was done
-NATIVE_TYPE = "sliderquant-native"  # a model type that transformers does not know
-NATIVE_VERSION = 1
-# The release of compressed-tensors whose layout is written; 3, 5, 6 and 7 bits differ before it.
-LAYOUT_VERSION = "0.20.0"
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 class ModelWriter:
@@ -67,7 +63,6 @@ class ModelWriter:
 
     Raises:
         InputError: If ``out`` holds a model, or an unfinished export with another identity.
-        ConfigError: If the format cannot express ``activations``.
     """
 
     def __init__(
@@ -83,7 +78,6 @@ class ModelWriter:
         identity: str = "",
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        check_activations(format, activations)
         self.out, self.source = Path(out), Path(source)
         self.format, self.dtype, self.activations = format, dtype, activations
         self._container_bits = container_bits
@@ -91,6 +85,8 @@ class ModelWriter:
             config_changes or {}
         )
         self._family = family_of(self._config["model_type"])
+        # Asked of the config class: a file may leave out what is the family's default.
+        self._tied = AutoConfig.for_model(**self._config).tie_word_embeddings
         stem = "sliderquant" if format == "native" else "model"
         told = {"format": format, "dtype": str(dtype), "container": container_bits, "run": identity}
         self._shards = ShardWriter(self.out, stem, told, shard_bytes)
@@ -111,8 +107,8 @@ class ModelWriter:
             OSError: If the disk is full.
         """
         new = {name: value for name, value in tensors.items() if name not in self.written}
-        if new.get("lm_head.weight") is not None and self._config.get("tie_word_embeddings"):
-            del new["lm_head.weight"]
+        if self._tied:
+            new.pop(HEAD, None)
         if not new:
             return
         stored: dict[str, Tensor] = {}
@@ -120,7 +116,7 @@ class ModelWriter:
         for name, value in new.items():
             if isinstance(value, QuantizedWeight) and self.format != "dense":
                 value = self._contained(value)
-            notes[name] = _describe(value.fmt) if isinstance(value, QuantizedWeight) else None
+            notes[name] = describe(value.fmt) if isinstance(value, QuantizedWeight) else None
             for disk_name, part in self._parts(name, value):
                 stored |= self._stored(disk_name, part)
         self._shards.add(stored, notes)
@@ -135,7 +131,7 @@ class ModelWriter:
         self, name: str, value: QuantizedWeight | Tensor
     ) -> Iterable[tuple[str, QuantizedWeight | Tensor]]:
         """Yield a parameter under its checkpoint name, or its experts one by one under theirs."""
-        match = _LAYER.fullmatch(name)
+        match = LAYER.fullmatch(name)
         files = self._family.expert_files
         if match is None or files is None or self.format == "native":
             yield name, value
@@ -205,8 +201,10 @@ class ModelWriter:
         with quiet_transformers():
             hf_config = AutoConfig.for_model(**self._config)
             model = empty_model(hf_config)
-        parameters = dict(model.named_parameters())
-        if missing := sorted(parameters.keys() - self.written):
+        expected = {name for name, _ in model.named_parameters()}
+        if self._tied:
+            expected.discard(HEAD)
+        if missing := sorted(expected - self.written):
             raise RuntimeError(f"{len(missing)} parameters were not written, such as {missing[0]}")
         config = {k: v for k, v in self._config.items() if k not in ("torch_dtype", "dtype")}
         config["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -214,7 +212,7 @@ class ModelWriter:
         if self.format in ("dense", "pre-quant") or not formats:
             return config
         if self.format == "native":
-            return _native_config(config, formats, self.activations)
+            return native_config(config, formats, self.activations)
         shapes = {name: p.shape for name, p in model.model.layers[0].named_parameters()}
         linears = block_layout(hf_config, shapes).linears
         plain = [
@@ -228,162 +226,3 @@ class ModelWriter:
             formats, plain, self.activations, moe
         )
         return config
-
-
-def _describe(fmt: WeightFormat) -> dict[str, Any]:
-    return {"bits": fmt.bits, "group_size": fmt.group_size, "sym": fmt.sym}
-
-
-def _native_config(
-    config: dict[str, Any],
-    formats: Mapping[str, WeightFormat],
-    activations: ActivationFormat | None,
-) -> dict[str, Any]:
-    """A config that only this package reads: elsewhere its model type is an error, not a warning."""
-    rounding = None
-    if activations is not None:
-        rounding = {
-            "bits": activations.bits,
-            "sym": activations.sym,
-            "attention": activations.attention,
-        }
-    return config | {
-        "model_type": NATIVE_TYPE,
-        "base_model_type": config["model_type"],
-        "quantization_config": {
-            "quant_method": "sliderquant",
-            "sliderquant_version": NATIVE_VERSION,
-            "weights": {name: _describe(fmt) for name, fmt in formats.items()},
-            "activations": rounding,
-        },
-    }
-
-
-def compressed_tensors_config(
-    formats: Mapping[str, WeightFormat],
-    plain: Sequence[str],
-    activations: ActivationFormat | None,
-    moe: bool,
-) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a pack-quantized model.
-
-    Args:
-        formats: Of every quantized parameter.
-        plain: Linear weights that stay as they are.
-        activations: Rounding of activations, symmetric per token.
-        moe: Whether there are routers, which stay as they are.
-    """
-    kinds: dict[tuple[int, int | None, bool], list[str]] = defaultdict(list)
-    for name, fmt in formats.items():
-        kinds[fmt.bits, fmt.group_size, fmt.sym].append(name)
-    groups = {}
-    for number, ((bits, group_size, sym), names) in enumerate(kinds.items()):
-        groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(kinds) == 1 else _patterns(names),
-            "format": "pack-quantized",
-            "weights": {
-                "num_bits": bits,
-                "type": "int",
-                "symmetric": sym,
-                "strategy": "group" if group_size else "channel",
-                "group_size": group_size,
-                "dynamic": False,
-            },
-            "input_activations": None if activations is None else _activation_args(activations),
-            "output_activations": None,
-        }
-    ignored = ["lm_head", *([r"re:.*\.gate$"] if moe else []), *_patterns(plain)]
-    return {
-        "quant_method": "compressed-tensors",
-        "version": LAYOUT_VERSION,
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ignored,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
-
-
-def _activation_args(activations: ActivationFormat) -> dict[str, Any]:
-    return {
-        "num_bits": activations.bits,
-        "type": "int",
-        "symmetric": activations.sym,
-        "strategy": "token",
-        "dynamic": True,
-    }
-
-
-def _patterns(names: Sequence[str]) -> list[str]:
-    """Return regular expressions that match exactly these layers, one per place in the block."""
-    blocks: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        match = _LAYER.fullmatch(name)
-        if match is None:
-            raise ValueError(f"{name} is no layer of a decoder block")
-        blocks[match[2].removesuffix(".weight")].append(match[1])
-    patterns = []
-    for inner, numbers in blocks.items():
-        place = re.escape(inner)
-        if inner in (GATE_UP_EXPERTS, DOWN_EXPERTS):  # one layer per expert in the files
-            place = r"mlp\.experts\..*"
-        patterns.append(rf"re:.*layers\.({'|'.join(numbers)})\.{place}$")
-    return patterns
-
-
-def check_activations(format: ExportFormat, activations: ActivationFormat | None) -> None:  # noqa: A002
-    """Refuse rounding of activations that a format cannot say.
-
-    Raises:
-        ConfigError: Naming what can be done instead.
-    """
-    if activations is None or format == "native":
-        return
-    if format == "compressed-tensors" and activations.attention:
-        raise ConfigError(
-            "compressed-tensors has no rounding of queries, keys and values; calibrate with "
-            "--no-quantize-attention, or export native"
-        )
-    if format != "compressed-tensors":
-        warn(
-            f"format {format} stores weights only: activations will not be rounded when it is loaded"
-        )
-
-
-def check_weights(
-    format: ExportFormat,  # noqa: A002
-    formats: Iterable[WeightFormat],
-    moe: bool,
-    container_bits: int | None = None,
-) -> None:
-    """Refuse or warn about weight formats before any work is done.
-
-    Raises:
-        ConfigError: If no program could load the result.
-    """
-    if format != "compressed-tensors":
-        return
-    for fmt in formats:
-        if not fmt.sym and moe:
-            raise ConfigError(
-                "transformers loads no asymmetric compressed-tensors experts; use --sym, or --format "
-                "native"
-            )
-        if not fmt.sym:
-            warn(
-                "asymmetric: transformers loads this only with "
-                "quantization_config=CompressedTensorsConfig(dequantize=True)"
-            )
-
-
-def refuse_quantized(directory: Path, raw: Mapping[str, Any]) -> None:
-    """Refuse to quantize a model a second time, whatever format it is in.
-
-    Raises:
-        InputError: If its config says that weights were rounded.
-    """
-    if "quantization_config" in raw or (raw.get(MARK) or {}).get("rounded"):
-        raise InputError(
-            f"{directory} is quantized already; quantize the full-precision model instead"
-        )

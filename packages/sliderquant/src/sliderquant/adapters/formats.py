@@ -1,0 +1,227 @@
+"""The formats a quantized model is written in: what each can express, and what ``config.json`` says.
+
+What transformers can load of compressed-tensors was found by loading (README, table of formats).
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from effml_common.errors import ConfigError, InputError
+from effml_common.logging import warn
+from sliderquant.activations import ActivationFormat
+from sliderquant.adapters.families import DOWN_EXPERTS, GATE_UP_EXPERTS
+from sliderquant.quantizer import WeightFormat
+
+ExportFormat = Literal["compressed-tensors", "native", "dense", "pre-quant"]
+MARK = "sliderquant"  # key of config.json that says what was done
+NATIVE_TYPE = "sliderquant-native"  # a model type that transformers does not know
+NATIVE_VERSION = 1
+# The release of compressed-tensors whose layout is written; 3, 5, 6 and 7 bits differ before it.
+LAYOUT_VERSION = "0.20.0"
+CONTAINER_BITS = (4, 8)
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def refuse_quantized(directory: str | Path, raw: Mapping[str, Any]) -> None:
+    """Refuse to quantize a model a second time, whatever format it is in.
+
+    Args:
+        directory: For the message.
+        raw: Content of its ``config.json``.
+
+    Raises:
+        InputError: If the weights were rounded.
+    """
+    mark = raw.get(MARK)
+    if "quantization_config" in raw or (isinstance(mark, dict) and mark.get("rounded")):
+        raise InputError(
+            f"{directory} is quantized already; quantize the full-precision model instead"
+        )
+
+
+def check_expressible(
+    format: ExportFormat,  # noqa: A002 - the word of the command line
+    weights: Mapping[str, WeightFormat],
+    activations: ActivationFormat | None,
+) -> None:
+    """Refuse what nobody could load, and warn about what is lost, before any work is done.
+
+    Args:
+        format: Of the export.
+        weights: Formats of the quantized parameters, by their full names.
+        activations: Rounding of activations.
+
+    Raises:
+        ConfigError: Naming what can be done instead.
+    """
+    experts = {name for name in weights if name.endswith((GATE_UP_EXPERTS, DOWN_EXPERTS))}
+    if format in ("dense", "pre-quant") and activations is not None:
+        warn(f"format {format} holds weights only: loaded again, no activation is rounded")
+    if format != "compressed-tensors":
+        return
+    if activations is not None:
+        _check_activations(activations, bool(experts))
+    kinds = {_kind(fmt) for fmt in weights.values()}
+    asymmetric = any(not fmt.sym for fmt in weights.values())
+    if asymmetric and experts:
+        raise ConfigError(
+            "transformers cannot load asymmetric experts from compressed-tensors; calibrate with "
+            "--sym, or use --format native"
+        )
+    if asymmetric and len(kinds) > 1:
+        raise ConfigError(
+            "transformers cannot load asymmetric compressed-tensors weights of several kinds; "
+            "use one kind, --sym, or --format native"
+        )
+    if asymmetric and activations is not None:
+        raise ConfigError(
+            "transformers drops the rounding of activations when it loads asymmetric weights; "
+            "calibrate with --sym, or use --format native"
+        )
+    if len({_kind(weights[name]) for name in experts}) > 1:
+        raise ConfigError(
+            "transformers reads all experts in one format; give them the same bits and group size, "
+            "or use --format native"
+        )
+
+
+def _check_activations(activations: ActivationFormat, moe: bool) -> None:
+    if activations.attention:
+        raise ConfigError(
+            "compressed-tensors has no rounding of queries, keys and values; calibrate with "
+            "--no-quantize-attention, or use --format native"
+        )
+    if not activations.sym:
+        raise ConfigError(
+            "asymmetric activations are rounded otherwise by compressed-tensors and by no server; "
+            "calibrate with --act-sym, or use --format native"
+        )
+    if moe:
+        raise ConfigError(
+            "transformers does not round the activations of experts; use --abits 16, or --format native"
+        )
+
+
+def _kind(fmt: WeightFormat) -> tuple[int, int | None, bool]:
+    return fmt.bits, fmt.group_size, fmt.sym
+
+
+def describe(fmt: WeightFormat) -> dict[str, Any]:
+    """Return a weight format as JSON; the dtype is that of the model."""
+    return {"bits": fmt.bits, "group_size": fmt.group_size, "sym": fmt.sym}
+
+
+def describe_activations(activations: ActivationFormat | None) -> dict[str, Any] | None:
+    """Return a format of activations as JSON."""
+    if activations is None:
+        return None
+    return {
+        "bits": activations.bits,
+        "sym": activations.sym,
+        "attention": activations.attention,
+    }
+
+
+def native_config(
+    config: Mapping[str, Any],
+    weights: Mapping[str, WeightFormat],
+    activations: ActivationFormat | None,
+) -> dict[str, Any]:
+    """Return a ``config.json`` that only this package reads.
+
+    Elsewhere its model type is an error. An unknown quantization method alone would be a warning, and
+    the weights random.
+    """
+    return {
+        **config,
+        "model_type": NATIVE_TYPE,
+        "base_model_type": config["model_type"],
+        "quantization_config": {
+            "quant_method": "sliderquant",
+            "sliderquant_version": NATIVE_VERSION,
+            "weights": {name: describe(fmt) for name, fmt in weights.items()},
+            "activations": describe_activations(activations),
+        },
+    }
+
+
+def compressed_tensors_config(
+    weights: Mapping[str, WeightFormat],
+    plain: Sequence[str],
+    activations: ActivationFormat | None,
+    moe: bool,
+) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a pack-quantized model.
+
+    Args:
+        weights: Formats of the quantized parameters, by their full names.
+        plain: Linear weights that stay as they are.
+        activations: Rounding of activations, symmetric per token.
+        moe: Whether there are routers, which stay as they are.
+    """
+    kinds: dict[tuple[int, int | None, bool], list[str]] = defaultdict(list)
+    for name, fmt in weights.items():
+        kinds[_kind(fmt)].append(name)
+    groups = {
+        f"group_{number}": {
+            "targets": ["Linear"] if len(kinds) == 1 else patterns(names),
+            "format": "pack-quantized",
+            "weights": {
+                "num_bits": bits,
+                "type": "int",
+                "symmetric": sym,
+                "strategy": "group" if group_size else "channel",
+                "group_size": group_size,
+                "dynamic": False,
+            },
+            "input_activations": None if activations is None else _token_args(activations),
+            "output_activations": None,
+        }
+        for number, ((bits, group_size, sym), names) in enumerate(kinds.items())
+    }
+    written = {
+        "quant_method": "compressed-tensors",
+        "version": LAYOUT_VERSION,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head", *([r"re:.*\.gate$"] if moe else []), *patterns(plain)],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+    if any(not fmt.sym for fmt in weights.values()):
+        # Read by transformers: its other way of loading fails on zero points.
+        written["dequantize"] = True
+    return written
+
+
+def _token_args(activations: ActivationFormat) -> dict[str, Any]:
+    return {
+        "num_bits": activations.bits,
+        "type": "int",
+        "symmetric": activations.sym,
+        "strategy": "token",
+        "dynamic": True,
+    }
+
+
+def patterns(names: Iterable[str]) -> list[str]:
+    """Return regular expressions that match exactly these layers, one per place in the block.
+
+    Args:
+        names: Parameters of decoder blocks, by their full names.
+    """
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        match = LAYER.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name} is no layer of a decoder block")
+        place = re.escape(match[2].removesuffix(".weight"))
+        if match[2] in (GATE_UP_EXPERTS, DOWN_EXPERTS):  # one layer per expert in the files
+            place = r"(mlp|block_sparse_moe)\.experts.*"
+        if match[1] not in blocks[place]:
+            blocks[place].append(match[1])
+    return [rf"re:.*layers\.({'|'.join(numbers)})\.{place}$" for place, numbers in blocks.items()]
