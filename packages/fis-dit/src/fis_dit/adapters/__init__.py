@@ -1,0 +1,1 @@
+"""Where the method meets diffusers."""

@@ -1,0 +1,120 @@
+"""Attention processors: full keys and values for Wan, trimmed text for HunyuanVideo 1.5.
+
+Both take over the attention backend of the processor they replace.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+from torch.nn import functional as F
+
+from fis_dit.errors import HookStateError
+
+
+class FullKeysProcessor:
+    """Wan self-attention with queries from the anchors and keys and values from all frames."""
+
+    def __init__(self, replaced: Any) -> None:
+        self.replaced = replaced
+        self._attention_backend = getattr(replaced, "_attention_backend", None)
+        self._parallel_config = getattr(replaced, "_parallel_config", None)
+        self._lent: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def lend(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+        """Give the normalised hidden states and rotary tables of all frames, for one call."""
+        self._lent = hidden, rotary
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if self._lent is None or rotary_emb is None:  # a dense step or a dense shape
+            return self.replaced(
+                attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
+            )
+        (full, full_rotary), self._lent = self._lent, None
+        if attn.fused_projections:
+            width = attn.to_qkv.out_features // 3
+            weight, bias = attn.to_qkv.weight, attn.to_qkv.bias
+            query = F.linear(hidden_states, weight[:width], bias[:width])
+            key, value = F.linear(full, weight[width:], bias[width:]).chunk(2, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(full), attn.to_v(full)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+        out = dispatch_attention_fn(
+            _rotated(query, rotary_emb),
+            _rotated(key, full_rotary),
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        out = out.flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def _rotated(values: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate pairs of neighbouring channels; the tables hold every angle twice."""
+    cos, sin = rotary[0][..., 0::2], rotary[1][..., 1::2]
+    even, odd = values[..., 0::2], values[..., 1::2]
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return turned.flatten(-2).type_as(values)
+
+
+class TrimmedTextProcessor:
+    """HunyuanVideo 1.5 attention on the valid text alone, without a mask.
+
+    Valid text comes first, so for one sample this is exact, and it frees the attention backend from the
+    (S + T)^2 mask. Padded text tokens come out as zero before their output projection, as they do when all
+    of their keys are masked. Reading the number of valid tokens waits for the device once per block.
+    """
+
+    def __init__(self, replaced: Any) -> None:
+        self.replaced = replaced
+        self._attention_backend = getattr(replaced, "_attention_backend", None)
+        self._parallel_config = getattr(replaced, "_parallel_config", None)
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+        image_rotary_emb: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        if len(hidden_states) != 1:
+            raise HookStateError(
+                f"drop_text_padding needs batch 1, got {len(hidden_states)}; turn it off, or run "
+                "the two branches of guidance one after the other"
+            )
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        valid, padded = int(attention_mask.sum()), encoder_hidden_states.shape[1]
+        heads = (attn.heads, -1)
+        video = [f(hidden_states).unflatten(2, heads) for f in (attn.to_q, attn.to_k, attn.to_v)]
+        video[0], video[1] = attn.norm_q(video[0]), attn.norm_k(video[1])
+        for i in (0, 1):
+            video[i] = apply_rotary_emb(video[i], image_rotary_emb, sequence_dim=1)
+        words = encoder_hidden_states[:, :valid]
+        text = [f(words).unflatten(2, heads) for f in (attn.add_q_proj, attn.add_k_proj)]
+        text = [attn.norm_added_q(text[0]), attn.norm_added_k(text[1])]
+        text.append(attn.add_v_proj(words).unflatten(2, heads))
+        query, key, value = (torch.cat(pair, 1) for pair in zip(video, text, strict=True))
+        out = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        out = out.flatten(2, 3).to(query.dtype)
+        of_video, of_text = out.split([hidden_states.shape[1], valid], dim=1)
+        of_text = F.pad(of_text, (0, 0, 0, padded - valid))
+        return attn.to_out[1](attn.to_out[0](of_video)), attn.to_add_out(of_text)
