@@ -33,7 +33,7 @@ from sliderquant.demo import calibrated_weights, measure
 from sliderquant.demo_model import demo_model, library_corpus
 from sliderquant.evaluation import chunks
 from sliderquant.plan import make_plan
-from sliderquant.quantization import weight_format
+from sliderquant.simulation import weight_format
 
 ARMS: dict[str, dict[str, Any]] = {
     "block-wise": {"schedule": "block", "gamma": 1.0},

@@ -14,7 +14,7 @@ from sliderquant.calibration import CalibrationDivergedError, calibrate, run_blo
 from sliderquant.config import SliderConfig
 from sliderquant.evaluation import chunks, model_logits, perplexity
 from sliderquant.learnables import BlockLearnables
-from sliderquant.quantization import (
+from sliderquant.simulation import (
     fresh_learnables,
     merge_,
     simulated_logits,

@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effml_common.errors import InputError
-from sliderquant.adapters.files import load_config, load_model, save_model
+from sliderquant.adapters.files import load_config, load_model
 from sliderquant.adapters.text import calibration_samples, encode, read_documents
 
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -98,32 +97,6 @@ def test_missing_directory_is_refused(tmp_path) -> None:
 def test_unusable_device_is_refused(model_directory) -> None:
     with pytest.raises(InputError, match="device 'warp' is not usable"):
         load_model(model_directory, "warp")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_model_loads_with_companions_and_type(loaded, model_copy, tmp_path, dtype) -> None:
-    (model_copy / "generation_config.json").write_text('{"temperature": 0.25, "do_sample": true}')
-    (model_copy / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    out = tmp_path / "out"
-    save_model(loaded.model, model_copy, out, dtype)
-    model = AutoModelForCausalLM.from_pretrained(out)
-    assert model.dtype == dtype
-    for name, value in loaded.model.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value.to(dtype))
-    assert model.generation_config.temperature == 0.25
-    assert AutoTokenizer.from_pretrained(out).chat_template == CHAT_TEMPLATE
-    assert not list(out.glob(".tmp-*"))
-    assert loaded.model.dtype == torch.float32
-
-
-def test_failed_save_leaves_no_loadable_half(loaded, model_copy, tmp_path, monkeypatch) -> None:
-    def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(type(loaded.model), "save_pretrained", fail)
-    with pytest.raises(OSError, match="No space"):
-        save_model(loaded.model, model_copy, tmp_path / "out", torch.float32)
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_chat_lines_go_through_the_models_template(loaded, tmp_path) -> None:

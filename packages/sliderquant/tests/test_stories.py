@@ -1,5 +1,7 @@
 """What a user does, through the command line."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -7,35 +9,58 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from effml_common.cli import main
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
 from sliderquant.adapters.text import calibration_samples, encode, read_documents
 from sliderquant.calibration import calibrate
+from sliderquant.cli import COMMANDS
 from sliderquant.config import SliderConfig
 from sliderquant.evaluation import chunks, perplexity
-from sliderquant.quantization import fresh_learnables, simulated_logits, simulated_weights
+from sliderquant.simulation import fresh_learnables, simulated_logits, simulated_weights
 from sliderquant.windows import make_windows
 
 FAST = ["--nsamples", "8", "--seqlen", "64", "--epochs", "2", "--batch-size", "4"]
-FAST += ["--lr-lora", "3e-3", "--lr-lwc", "3e-2"]
+FAST += ["--lr-lora", "3e-3", "--lr-lwc", "3e-2", "--format", "dense"]
 
 
-def run(*words: object, check: int | None = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-c", "from sliderquant.cli import main; main()", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert check is None or done.returncode == check, done.stderr
-    return done
+def run(*words: object, check: int | None = 0) -> SimpleNamespace:
+    """Run a command line in this process: importing torch and transformers takes seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main("sliderquant", "sliderquant", COMMANDS, list(map(str, words)))
+    assert check is None or code == check, err.getvalue()
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def start(*words: object, err: Path = Path(os.devnull)) -> int:
+    """Run a command line in a forked process that a test may kill; returns its number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside idle threads
+        child = os.fork()
+    if child:
+        return child
+    with err.open("w") as stream, contextlib.redirect_stderr(stream):
+        code = main("sliderquant", "sliderquant", COMMANDS, list(map(str, words)))
+    os._exit(code)
+
+
+def wait_for(child: int, path: Path) -> None:
+    """Wait until a path exists or the process has ended by itself."""
+    while (
+        not path.exists()
+        and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    ):
+        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
@@ -155,16 +180,10 @@ def test_killed_run_resumes_to_the_same_bits(
         text_file, "--eval-text", held_out_file, "--out", out, *FAST,
     ]  # fmt: skip
     steps = random.Random(trial).sample(range(1, 12), 1)
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from sliderquant.cli import main; main()", *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
-    target = out / "run" / "checkpoints" / f"step-{steps[0]}"
-    while not target.exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    child = start(*words)
+    wait_for(child, out / "run" / "checkpoints" / f"step-{steps[0]}")
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert not (out / "config.json").exists()
     run(*words, "--resume", "auto")
     for name, value in load_file(reference / "model.safetensors").items():
@@ -181,16 +200,11 @@ def test_terminated_run_exits_143_with_its_windows_saved(
         "quantize", model_directory, "--calib", text_file, "--group-size", 32, "--out", out,
         *FAST, "--epochs", 60,
     ]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from sliderquant.cli import main; main()", *map(str, words)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not (out / "run" / "checkpoints").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 143, err
+    child = start(*words, err=tmp_path / "err")
+    wait_for(child, out / "run" / "checkpoints")
+    os.kill(child, signal.SIGTERM)
+    err = (tmp_path / "err").read_text()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143, err
     assert "Traceback" not in err
     assert not (out / "config.json").exists()
 
@@ -216,8 +230,8 @@ def test_filled_folder_is_not_overwritten(quantized, model_directory, text_file)
         ({"model": "nowhere"}, "model directory nowhere does not exist"),
         ({"model": "."}, "no model directory"),
         ({"--group-size": "48"}, "group_size 48 does not divide"),
-        ({"--wbits": "0"}, "wbits must be between 2 and 8, got 0"),
-        ({"--wbits": "9"}, "wbits must be between 2 and 8, got 9"),
+        ({"--wbits": "0"}, "wbits must be between 2 and 8, or 16, got 0"),
+        ({"--wbits": "9"}, "wbits must be between 2 and 8, or 16, got 9"),
         ({"--gamma": "0.3"}, "gamma must be 1, 1/2, 1/3"),
         ({"--epochs": "1"}, "epochs (1) are fewer than the 2 intra-layer stages"),
         ({"--schedule": "spiral"}, "schedule 'spiral' is not known"),
@@ -260,5 +274,6 @@ def test_inspect_of_a_model_reads_no_weight(model_copy) -> None:
     assert plan["windows"] == [[0], [0, 1], [0, 1, 2], [2, 3], [3, 4], [4]]
     assert plan["bits_per_weight"] == 2.5
     assert set(plan["memory_gib"]) == {
-        "model in float32", "activation caches", "window while training"
+        "embedding, read once", "weights of the window", "simulation of the window",
+        "activation caches",
     }  # fmt: skip

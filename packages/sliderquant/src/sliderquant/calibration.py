@@ -48,6 +48,10 @@ class Decoder(Protocol):
         """Return all parameters of one block by name."""
         ...
 
+    def linear_weights(self, block: int) -> dict[str, Tensor]:
+        """Return the weights to quantize, [out, in] or [experts, out, in], by parameter name."""
+        ...
+
     def run_block(
         self,
         block: int,
@@ -206,7 +210,8 @@ def train_window(
         mine = own_share(index)
         loss = inputs.new_zeros(())
         if len(mine):
-            error = simulate(inputs[mine]) - targets[mine]
+            simulated = simulate(inputs[mine])
+            error = simulated - targets[mine].to(simulated.device)
             # The mean over the whole batch, of which this process may hold a part.
             loss = error.square().sum() / (len(index) * error[0].numel())
             loss.backward()
@@ -359,6 +364,10 @@ def calibrate(
     Raises:
         CalibrationDivergedError: Naming window and stage.
     """
+    if not any(made.parameter_groups(0, 0) for made in learnables):
+        for block in range(decoder.depth):  # all at full precision: nothing to do
+            on_block(block)
+        return
     step = 0
     order = passes(len(windows), config)
     for last, turns in ((i == len(order) - 1, turns) for i, turns in enumerate(order)):

@@ -85,6 +85,7 @@ class SliderConfig(WindowConfig):
     rotate: Literal["none", "r1", "r2", "both"] = _setting(
         "none", "rotate offline: r1 the residual stream, r2 the value heads"
     )
+    lwc: bool = _setting(True, "train the clipping range; no-lwc keeps it open")
     channel_scale: Literal["auto", "on", "off"] = _setting(
         "auto", "train channel scaling; auto: where activations are rounded, as in the paper"
     )
@@ -188,6 +189,18 @@ class QuantizeConfig(SliderConfig):
         "never", "auto continues an interrupted run in the same --out"
     )
     device: str = _setting("cpu", "torch device that computes: cpu, cuda, cuda:1, ...")
+    format: Literal["compressed-tensors", "native", "dense", "pre-quant"] = _setting(
+        "compressed-tensors",
+        "compressed-tensors (packed; transformers, vLLM), native (packed; this package), dense "
+        "(dequantized), pre-quant (calibrated but not rounded, for another quantizer)",
+    )
+    container_bits: int | None = _setting(
+        None, "store the codes in this many bits, 4 or 8, for servers that read no fewer"
+    )
+    cache: Literal["memory", "disk"] = _setting(
+        "memory", "where hidden states of the calibration samples live; disk is memory-mapped"
+    )
+    trust_remote_code: bool = _setting(False, "run Python code that comes with the model")
 
     def __post_init__(self) -> None:
         SliderConfig.__post_init__(self)

@@ -30,7 +30,7 @@ from sliderquant.config import DemoConfig, SliderConfig
 from sliderquant.demo_model import demo_model, library_corpus
 from sliderquant.evaluation import chunks, perplexity
 from sliderquant.plan import make_plan
-from sliderquant.quantization import (
+from sliderquant.simulation import (
     BlockWeights,
     fresh_learnables,
     simulated_logits,

@@ -18,6 +18,7 @@ from sliderquant.layout import Site, scale_channels
 from sliderquant.quantizer import LOGIT_INIT, WeightFormat, fake_quantize, stored
 
 UNQUANTIZED_BITS = 16
+OPEN_LOGIT = 50.0  # its sigmoid is exactly one in float32
 
 
 class LinearLearnables(nn.Module):
@@ -57,9 +58,7 @@ class LinearLearnables(nn.Module):
         """Return the simulated weight at intra-layer ratio ``ratio``, in float32."""
         if self.fmt.bits == UNQUANTIZED_BITS:
             return weight
-        rows = (self.corrected(weight), self.upper, self.lower)
-        flat, upper, lower = (x.flatten(0, -2) for x in rows)
-        return fake_quantize(flat, self.fmt, upper, lower, ratio).view(weight.shape)
+        return fake_quantize(self.corrected(weight), self.fmt, self.upper, self.lower, ratio)
 
 
 class BlockLearnables(nn.Module):
@@ -71,6 +70,7 @@ class BlockLearnables(nn.Module):
         rank: Rank of the correction.
         generator: Source of the initial values.
         sites: Channel scalings to train; alpha starts at one.
+        clipping: Train the clipping range; else it is open and stays so.
     """
 
     def __init__(
@@ -80,13 +80,19 @@ class BlockLearnables(nn.Module):
         rank: int,
         generator: torch.Generator,
         sites: Sequence[Site] = (),
+        clipping: bool = True,
     ) -> None:
         super().__init__()
         self.fmt = fmt
+        self.clipping = clipping
         self.names = tuple(weights)
         self.linears = nn.ModuleList(
             LinearLearnables(weight.shape, fmt, rank, generator) for weight in weights.values()
         )
+        if not clipping:
+            for linear in self.linears:
+                nn.init.constant_(linear.upper, OPEN_LOGIT)
+                nn.init.constant_(linear.lower, OPEN_LOGIT)
         self.sites = tuple(sites)
         self.factors = nn.ParameterList(torch.ones(site.size) for site in sites)
         self.trained_experts: Bool[Tensor, " experts"] | None = None
@@ -131,8 +137,10 @@ class BlockLearnables(nn.Module):
         groups = []
         if self.fmt.bits != UNQUANTIZED_BITS:
             lora = [p for linear in self.linears for p in (linear.lora_a, linear.lora_b)]
-            clipping = [p for linear in self.linears for p in (linear.upper, linear.lower)]
-            groups = [{"params": lora, "lr": lr_lora}, {"params": clipping, "lr": lr_lwc}]
+            groups.append({"params": lora, "lr": lr_lora})
+            if self.clipping:
+                logits = [p for linear in self.linears for p in (linear.upper, linear.lower)]
+                groups.append({"params": logits, "lr": lr_lwc})
         if self.sites:
             groups.append({"params": list(self.factors), "lr": lr_scale})
         return groups

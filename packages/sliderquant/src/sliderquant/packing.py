@@ -48,18 +48,21 @@ def pack_bits(codes: Int[Tensor, "*rows n"], bits: int) -> Int[Tensor, "*rows w"
 
 def unpack_bits(packed: Int[Tensor, "*rows w"], bits: int, count: int) -> Int[Tensor, "*rows n"]:
     """Return the first ``count`` unsigned codes of every row, int16: the inverse of ``pack_bits``."""
-    period = WORD // _gcd(bits)
-    per_period = period * bits // WORD
-    padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % per_period))
-    padded = padded.unflatten(-1, (-1, per_period)).long() & 0xFFFFFFFF
-    made = packed.new_empty((*padded.shape[:-1], period), dtype=torch.int16)
-    for k in range(period):
-        word, offset = divmod(k * bits, WORD)
-        code = padded[..., word] >> offset
-        if offset + bits > WORD:
-            code = code | (padded[..., word + 1] << (WORD - offset))
-        made[..., k] = code & (2**bits - 1)
-    return made.flatten(-2)[..., :count]
+    mask = 2**bits - 1
+    if WORD % bits == 0:
+        shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=packed.device)
+        # The shift repeats the sign bit; the mask takes it away again.
+        made = (packed.unsqueeze(-1) >> shifts) & mask
+    else:
+        period = WORD // _gcd(bits)
+        per_period = period * bits // WORD
+        padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % per_period + 1))
+        low = padded.long() & 0xFFFFFFFF
+        # Every word with its successor behind it, so that no code straddles.
+        pairs = (low[..., :-1] | low[..., 1:] << WORD).unflatten(-1, (-1, per_period))
+        start = torch.arange(period, device=packed.device) * bits
+        made = (pairs[..., start // WORD] >> start % WORD) & mask
+    return made.flatten(-2)[..., :count].to(torch.int16)
 
 
 def _gcd(bits: int) -> int:

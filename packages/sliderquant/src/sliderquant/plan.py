@@ -1,13 +1,18 @@
 """What a calibration will do and need, known before it starts: the ``inspect`` command."""
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from effml_common.errors import InputError
-from sliderquant.config import InspectConfig, SliderConfig
+from sliderquant.calibration import RECOMPUTE_ABOVE
+from sliderquant.config import FULL_BITS, InspectConfig, SliderConfig
 from sliderquant.windows import block_visits, make_windows
+
+if TYPE_CHECKING:
+    from sliderquant.adapters.decoder import TransformersDecoder
 
 
 class ShapeError(InputError):
@@ -21,15 +26,15 @@ class ModelShape:
     Attributes:
         layers: Decoder blocks.
         hidden: Width of the hidden state.
-        linears: Shape [out, in] of each linear layer of a block, by name.
-        parameters: Weights of the whole model.
+        linears: Shape [out, in] or [experts, out, in] of each quantized weight of a block, by name.
+        embedding: Weights of the embedding.
         context: Longest sequence, in tokens.
     """
 
     layers: int
     hidden: int
-    linears: dict[str, tuple[int, int]]
-    parameters: int
+    linears: dict[str, tuple[int, ...]]
+    embedding: int
     context: int
 
 
@@ -79,35 +84,36 @@ def model_shape(directory: str) -> ModelShape:
     Raises:
         InputError: If the directory is no supported model.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from sliderquant.adapters.decoder import TransformersDecoder
     from sliderquant.adapters.files import load_config
+    from sliderquant.adapters.streaming import empty_model
 
-    config = load_config(directory)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    weights = TransformersDecoder(model).linear_weights(0)
+    return decoder_shape(TransformersDecoder(empty_model(load_config(directory))))
+
+
+def decoder_shape(decoder: "TransformersDecoder") -> ModelShape:
+    """Return the sizes of a model; its parameters may be on the meta device."""
+    config = decoder.model.config
+    parameters = dict(decoder.blocks[0].named_parameters())
     return ModelShape(
-        layers=config.num_hidden_layers,
+        layers=decoder.depth,
         hidden=config.hidden_size,
-        linears={name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()},
-        parameters=sum(weight.numel() for weight in model.parameters()),
+        linears={name: tuple(parameters[name].shape) for name in decoder.layout(0).linears},
+        embedding=decoder.model.get_input_embeddings().weight.numel(),
         context=config.max_position_embeddings,
     )
 
 
-def check_group_size(linears: dict[str, tuple[int, int]], group_size: int | None) -> None:
+def check_group_size(linears: dict[str, tuple[int, ...]], group_size: int | None) -> None:
     """Refuse a group size that leaves a remainder in some layer.
 
     Raises:
         ShapeError: Listing the layers.
     """
     misfits = [
-        f"{name} ({columns} columns)"
-        for name, (_, columns) in linears.items()
-        if group_size and columns % group_size
+        f"{name} ({shape[-1]} columns)"
+        for name, shape in linears.items()
+        if group_size and shape[-1] % group_size
     ]
     if misfits:
         raise ShapeError(
@@ -148,25 +154,30 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
 
 def _bits_per_weight(config: SliderConfig, shape: ModelShape) -> float:
     """Codes plus 16-bit scales, plus zero points where asymmetric, averaged over a block."""
+    if config.wbits == FULL_BITS:
+        return float(FULL_BITS)
     side = 16 + (0 if config.sym else config.wbits)
     stored = sum(
-        out * (columns * config.wbits + side * columns / (config.group_size or columns))
-        for out, columns in shape.linears.values()
+        math.prod(weight) * (config.wbits + side / (config.group_size or weight[-1]))
+        for weight in shape.linears.values()
     )
-    return stored / sum(out * columns for out, columns in shape.linears.values())
+    return stored / sum(map(math.prod, shape.linears.values()))
 
 
 def _memory(config: SliderConfig, shape: ModelShape, largest_window: int) -> dict[str, float]:
-    """Float32 weights, three activation caches, and the working copies of the largest window."""
-    gib = 2**30
+    """Embedding, caches, and the working copies of the largest window, all in float32."""
+    float32 = 4 / 2**30
     seqlen = min(config.seqlen, shape.context)
-    cache = 4 * config.nsamples * seqlen * shape.hidden / gib
-    block = sum(out * columns for out, columns in shape.linears.values())
-    # Autograd keeps about six temporaries of a weight's size through its fake quantizer.
+    weights = list(map(math.prod, shape.linears.values()))
+    window = largest_window * sum(weights)
+    # Autograd keeps about six temporaries of a weight's size through its fake quantizer; above the
+    # limit it keeps one block's simulated weights and the temporaries of one weight at a time.
+    simulated = sum(weights) + 6 * max(weights) if window > RECOMPUTE_ABOVE else 6 * window
     return {
-        "model in float32": 4 * shape.parameters / gib,
-        "activation caches": 3 * cache,
-        "window while training": 4 * 6 * largest_window * block / gib,
+        "embedding, read once": float32 * shape.embedding,
+        "weights of the window": float32 * window,
+        "simulation of the window": float32 * simulated,
+        "activation caches": float32 * 3 * config.nsamples * seqlen * shape.hidden,
     }
 
 

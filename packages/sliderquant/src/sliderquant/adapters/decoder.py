@@ -26,6 +26,8 @@ from sliderquant.layout import BlockLayout
 class ParameterSource(Protocol):
     """Where parameters come from."""
 
+    device: torch.device
+
     def block(self, block: int) -> dict[str, Tensor]:
         """Return all parameters of a block, by name inside the block, on the computing device."""
         ...
@@ -40,6 +42,7 @@ class ModelParameters:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        self.device = model.get_input_embeddings().weight.device
 
     def block(self, block: int) -> dict[str, Tensor]:
         """Return the model's own tensors, not copies."""
@@ -119,6 +122,11 @@ class TransformersDecoder:
         """Number of decoder blocks."""
         return len(self.blocks)
 
+    @property
+    def device(self) -> torch.device:
+        """Where blocks compute."""
+        return self.source.device
+
     def layout(self, block: int) -> BlockLayout:
         """Return the roles of a block's parameters.
 
@@ -162,7 +170,7 @@ class TransformersDecoder:
         )
         hidden = []
         with self._instead_of_blocks(recorders):
-            for sample in tokens.to(next(iter(outside.values())).device).split(1):
+            for sample in tokens.to(self.device).split(1):
                 try:
                     self._whole_model(outside, input_ids=sample)
                 except _BlockInputs as caught:
@@ -192,6 +200,7 @@ class TransformersDecoder:
         if block not in self._calls:
             raise RuntimeError("call block_inputs first: it captures masks and rotary tables")
         args, kwargs = self._calls[block]
+        hidden = hidden.to(self.device)
         module = self.blocks[block]
         parameters = weights or {}
         if len(parameters) < sum(1 for _ in module.parameters()):
@@ -229,11 +238,20 @@ class TransformersDecoder:
                 del counts[block]
 
     @torch.no_grad()
-    def logits(self, hidden: Float[Tensor, "n t h"]) -> Float[Tensor, "n t v"]:
-        """Return the model's logits for the output of the last block."""
+    def logits(
+        self, hidden: Float[Tensor, "n t h"], outside: dict[str, Tensor] | None = None
+    ) -> Float[Tensor, "n t v"]:
+        """Return the model's logits for the output of the last block.
+
+        Args:
+            hidden: Output of the last block.
+            outside: Embedding, norm and head, to read them once for many calls.
+        """
+        outside = outside or self.source.outside()
+        hidden = hidden.to(self.device)
         stand_ins = nn.ModuleList(_Injected(block, hidden) for block in self.blocks)
         with self._instead_of_blocks(stand_ins):
-            return self._whole_model(self.source.outside(), inputs_embeds=hidden).logits
+            return self._whole_model(outside, inputs_embeds=hidden).logits
 
     def _whole_model(self, outside: dict[str, Tensor], **inputs: Tensor) -> Any:
         # Given by name, also where the model ties embedding and head: a rotation unties them.

@@ -1,8 +1,6 @@
 """Model directories of transformers: checked loading, atomic writing."""
 
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +63,7 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_config(directory: str | Path) -> PreTrainedConfig:
+def load_config(directory: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Read and check a model directory's ``config.json``.
 
     Raises:
@@ -85,7 +83,9 @@ def load_config(directory: str | Path) -> PreTrainedConfig:
     try:
         raw = json.loads((directory / "config.json").read_text())
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(directory, local_files_only=True)
+            config = AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=trust_remote_code
+            )
     except (ValueError, OSError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{directory}/config.json cannot be read ({reason}); restore it") from None
@@ -95,6 +95,39 @@ def load_config(directory: str | Path) -> PreTrainedConfig:
         )
     family_of(config.model_type)
     return config
+
+
+def check_device(device: str) -> torch.device:
+    """Return a device that can be computed on.
+
+    Raises:
+        InputError: If torch does not know it or it is not there.
+    """
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} is not usable ({reason}); use cpu") from None
+    return target
+
+
+def load_tokenizer(
+    directory: str | Path, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model directory.
+
+    Raises:
+        InputError: If it is missing or damaged.
+    """
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{directory} has no usable tokenizer ({reason}); add its files") from None
 
 
 def load_model(directory: str | Path, device: str = "cpu") -> LoadedModel:
@@ -109,12 +142,7 @@ def load_model(directory: str | Path, device: str = "cpu") -> LoadedModel:
     """
     directory = Path(directory)
     config = load_config(directory)
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {device!r} is not usable ({reason}); use cpu") from None
+    target = check_device(device)
     dtype = _stored_dtype(directory)
     try:
         with quiet_transformers():
@@ -136,15 +164,9 @@ def load_model(directory: str | Path, device: str = "cpu") -> LoadedModel:
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise InputError(f"weight {name} holds NaN or infinity; use an intact checkpoint")
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{directory} has no usable tokenizer ({reason}); add its files") from None
     return LoadedModel(
         model=model.to(target),
-        tokenizer=tokenizer,
+        tokenizer=load_tokenizer(directory),
         dtype=dtype,
         context=config.max_position_embeddings,
     )
@@ -178,45 +200,3 @@ def _stored_dtype(directory: Path) -> torch.dtype:
             reason = str(error).splitlines()[0]
             raise InputError(f"{path} is damaged ({reason}); copy it again") from None
     raise InputError(f"{directory} holds no weight matrix; it is no language model")
-
-
-def save_model(
-    model: PreTrainedModel, source: str | Path, out: str | Path, dtype: torch.dtype
-) -> None:
-    """Write a directory that ``AutoModelForCausalLM.from_pretrained`` loads.
-
-    Files appear under their final names only when they are complete, ``config.json`` last: a folder
-    without it is not taken for a model.
-
-    Args:
-        model: The model; unchanged.
-        source: Directory whose tokenizer, chat template and generation config are copied along.
-        out: Directory to write to.
-        dtype: Type of the written weights.
-    """
-    source, out = Path(source), Path(out)
-    staging = out / f".tmp-model-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        # The weights are cast here one by one: model.to(dtype) would cast the rotary tables too.
-        state = {name: value.to(dtype) for name, value in model.state_dict().items()}
-        with quiet_transformers():
-            model.save_pretrained(staging, state_dict=state)
-        # save_pretrained records the type of the live model, which computes in float32.
-        written = json.loads((staging / "config.json").read_text())
-        written["dtype"] = str(dtype).removeprefix("torch.")
-        (staging / "config.json").write_text(json.dumps(written, indent=2) + "\n")
-        for pattern in COMPANION_FILES:
-            for path in source.glob(pattern):
-                target = staging / path.name
-                if path.is_dir():
-                    shutil.copytree(path, target, dirs_exist_ok=True)
-                else:
-                    shutil.copy2(path, target)
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-            if path.is_dir():
-                shutil.rmtree(out / path.name, ignore_errors=True)
-            path.replace(out / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sliderquant.activations import ActivationFormat, fake_quantize_tokens
+from sliderquant.packed import PackedLinear
 
 PREFIX = "sliderquant_"
 _active: ContextVar[ActivationFormat] = ContextVar("activation format")
@@ -43,7 +44,7 @@ class ActivationRounding:
             module.register_forward_pre_hook(partial(_round_input, fmt))
             for block in blocks
             for module in block.modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear | PackedLinear)
         ]
         if fmt.attention:
             config._attn_implementation = _register_attention(self._attention)

@@ -1,0 +1,44 @@
+"""Hidden states of the calibration samples, in memory or in memory-mapped files."""
+
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from effml_common.logging import rank
+
+
+class ActivationCache:
+    """Copies hidden states to where they shall live; a context that removes its files.
+
+    Args:
+        folder: Where files are made; ``None`` keeps copies in memory.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = None if folder is None else folder / f"rank-{rank()}"
+
+    def __call__(self, name: str, hidden: Tensor) -> Tensor:
+        """Return a copy of ``hidden``; a name that is used again takes the place of the first."""
+        if self._folder is None:
+            return hidden.clone()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # Unlinked first: an earlier tensor of that name may still be read from.
+        path = self._folder / name
+        path.unlink(missing_ok=True)
+        mapped = torch.from_file(str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype)
+        return mapped.view(hidden.shape).copy_(hidden)
+
+    def __enter__(self) -> "ActivationCache":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)

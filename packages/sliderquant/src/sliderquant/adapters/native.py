@@ -1,0 +1,201 @@
+"""The native format: a model whose linear layers stay packed, also in memory."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from effml_common.errors import InputError
+from sliderquant.activations import ActivationFormat
+from sliderquant.adapters.families import family_of
+from sliderquant.adapters.files import check_device, quiet_transformers, weight_files
+from sliderquant.adapters.formats import MARK, NATIVE_TYPE, NATIVE_VERSION
+from sliderquant.adapters.rounding import ActivationRounding
+from sliderquant.adapters.streaming import EMBEDDING, HEAD, empty_model
+from sliderquant.packed import PackedLinear, pack_parameter_
+from sliderquant.quantizer import WeightFormat
+
+INDEX = "sliderquant.safetensors.index.json"
+
+
+def load(directory: str | Path, device: str = "cpu") -> PreTrainedModel:
+    """Load a native model directory; linear layers stay packed.
+
+    Args:
+        directory: Written by ``sliderquant quantize --format native`` or ``sliderquant export``.
+        device: Torch device.
+
+    Returns:
+        A transformers model in eval mode, for ``generate`` and forward passes. If activations belong
+        to what was calibrated, they are rounded.
+
+    Raises:
+        InputError: If the directory is no native model, or a file is missing or damaged.
+    """
+    directory, target = Path(directory), check_device(device)
+    raw = read_raw_config(directory)
+    if raw.get("model_type") != NATIVE_TYPE:
+        raise InputError(
+            f"{directory} is no native sliderquant model; load it with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    formats, activations = native_formats(directory, raw)
+    with quiet_transformers():
+        config = AutoConfig.for_model(**base_config(directory, raw))
+    family_of(config.model_type)
+    model = empty_model(config)
+    try:
+        for name, fmt in formats.items():
+            _swap_(model, name, fmt)
+    except (AttributeError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{directory}/config.json names a weight that the model lacks ({error}); restore it"
+        ) from None
+    _fill_(model, directory, target)
+    if activations is not None:
+        ActivationRounding(model.model.layers, model.config, activations)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    model.save_pretrained = _no_saving
+    return model.requires_grad_(False)
+
+
+def read_raw_config(directory: Path) -> dict[str, Any]:
+    """Read ``config.json`` as plain JSON.
+
+    Raises:
+        InputError: If it is missing or no JSON object.
+    """
+    try:
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{directory} is no model directory, it has no config.json; check the path"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{directory}/config.json cannot be read ({error}); restore it") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{directory}/config.json is no JSON object; restore it")
+    return raw
+
+
+def base_config(directory: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of the model as it was before it was packed.
+
+    Raises:
+        InputError: If the config does not say what it was.
+    """
+    if not isinstance(raw.get("base_model_type"), str):
+        raise InputError(f"{directory}/config.json has no base_model_type; restore it")
+    own = ("quantization_config", "base_model_type", MARK)
+    kept = {key: value for key, value in raw.items() if key not in own}
+    return kept | {"model_type": raw["base_model_type"]}
+
+
+def native_formats(
+    directory: Path, raw: Mapping[str, Any]
+) -> tuple[dict[str, WeightFormat], ActivationFormat | None]:
+    """Return the formats of all packed weights, by parameter name, and of activations.
+
+    Raises:
+        InputError: If the version is not this one, or an entry is not what was written.
+    """
+    try:
+        told = raw["quantization_config"]
+        if told["sliderquant_version"] != NATIVE_VERSION:
+            raise ValueError(f"version {told['sliderquant_version']}, not {NATIVE_VERSION}")
+        dtype = getattr(torch, raw["dtype"])
+        formats = {
+            name: WeightFormat(**_checked(entry), dtype=dtype)
+            for name, entry in told["weights"].items()
+        }
+        rounding = told["activations"]
+        return formats, None if rounding is None else ActivationFormat(**rounding)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{directory}/config.json does not say how its weights are packed ({error}); export again"
+        ) from None
+
+
+def _checked(entry: Mapping[str, Any]) -> dict[str, Any]:
+    bits, group_size, sym = entry["bits"], entry["group_size"], entry["sym"]
+    if bits not in range(2, 9) or not (group_size is None or 0 < group_size < 2**31):
+        raise ValueError(f"{bits} bits in groups of {group_size}")
+    return {"bits": bits, "group_size": group_size, "sym": bool(sym)}
+
+
+def _swap_(model: PreTrainedModel, name: str, fmt: WeightFormat) -> None:
+    """Put a packed stand-in where the parameter was."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    columns = module.get_parameter(last).shape[-1]
+    if columns % fmt.columns_per_group(columns):
+        raise ValueError(f"{name}: {columns} columns, groups of {fmt.group_size}")
+    if isinstance(module, nn.Linear):
+        model.set_submodule(path, PackedLinear(module, fmt))
+    else:
+        pack_parameter_(module, last, fmt)
+
+
+def _fill_(model: PreTrainedModel, directory: Path, device: torch.device) -> None:
+    """Read every tensor from the files into its place."""
+    state = model.state_dict()
+    modules = dict(model.named_modules())  # get_submodule would trip over fused experts' properties
+    if model.config.tie_word_embeddings:
+        state.pop(HEAD, None)
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    if name not in state:
+                        raise InputError(
+                            f"{path} holds {name}, which the model lacks; export again"
+                        )
+                    _put_(modules, name, file.get_tensor(name), state.pop(name), path)
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path} is damaged ({reason}); copy it again") from None
+    if state:
+        raise InputError(
+            f"{directory} lacks {len(state)} tensors, such as {sorted(state)[0]}; restore its files"
+        )
+    if model.config.tie_word_embeddings:
+        _put_(modules, HEAD, model.get_parameter(EMBEDDING).data, None, directory)
+    for module in modules.values():  # rotary tables and the like, which are in no file
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def _put_(
+    modules: Mapping[str, nn.Module],
+    name: str,
+    tensor: Tensor,
+    expected: Tensor | None,
+    path: Path,
+) -> None:
+    integers = expected is not None and not expected.is_floating_point()
+    if expected is not None and (
+        tensor.shape != expected.shape or tensor.is_floating_point() == integers
+    ):
+        raise InputError(
+            f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, its config asks for "
+            f"{list(expected.shape)}; export again"
+        )
+    place, _, last = name.rpartition(".")
+    module = modules[place]
+    if last in module._buffers:
+        module._buffers[last] = tensor
+    else:
+        module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _no_saving(*_: Any, **__: Any) -> NoReturn:
+    raise InputError(
+        "a packed model is not saved again; copy its directory, or use sliderquant export"
+    )

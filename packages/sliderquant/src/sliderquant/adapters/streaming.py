@@ -1,0 +1,302 @@
+"""A model whose weights stay in their safetensors files until a block is asked for.
+
+The model itself is an empty shell: its parameters are on the meta device, its buffers (rotary tables,
+embedding scales) are real. A block is read, turned to float32, rotated if asked, and handed out; nobody
+keeps it here.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from effml_common.errors import InputError
+from effml_common.logging import progress, warn
+from sliderquant.adapters.decoder import TransformersDecoder
+from sliderquant.adapters.families import (
+    DOWN_EXPERTS,
+    GATE_UP_EXPERTS,
+    ROUTER,
+    block_layout,
+    family_of,
+)
+from sliderquant.adapters.files import (
+    check_device,
+    load_config,
+    load_tokenizer,
+    quiet_transformers,
+    weight_files,
+)
+from sliderquant.calibration import seeded
+from sliderquant.rotation import random_rotation, rotate_block, rotate_outside
+
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Make parameters without memory while models are built; buffers are made for real."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        original(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original
+
+
+def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model of a config with its parameters on the meta device, in eval mode."""
+    with _parameters_on_meta(), quiet_transformers():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+class CheckpointParameters:
+    """Parameters read from a model directory, block by block, in float32.
+
+    Args:
+        directory: Local Hugging Face directory with safetensors weights.
+        model: Its empty model, from ``empty_model``.
+        device: Where parameters are put.
+        r1: Rotation of the residual stream [hidden, hidden], float64.
+        r2: Rotation of the value heads [head_dim, head_dim] of every block.
+
+    Raises:
+        InputError: If a file is damaged, a weight is missing or has another shape than the config says.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        model: PreTrainedModel,
+        device: str = "cpu",
+        r1: Float[Tensor, "h h"] | None = None,
+        r2: Sequence[Float[Tensor, "d d"]] | None = None,
+    ) -> None:
+        self.model, self.device, self.r1, self.r2 = model, torch.device(device), r1, r2
+        self.family = family_of(model.config.model_type)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        self.dtype = torch.float32
+        for path in weight_files(directory):
+            self._index(path)
+        self.tied = HEAD not in self._files
+        self._check(Path(directory))
+
+    def _index(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    self._files[name] = path
+                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
+                if EMBEDDING in self._files and self._files[EMBEDDING] == path:
+                    self.dtype = file.get_tensor(EMBEDDING).dtype
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path} is damaged ({reason}); copy it again") from None
+
+    def _check(self, directory: Path) -> None:
+        """Compare names and shapes with what the config asks for; reads no weight."""
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name == HEAD and self.tied and self.model.config.tie_word_embeddings:
+                continue
+            _, _, rest = name.partition("model.layers.")
+            block, _, inner = rest.partition(".")
+            stored = self._stored_names(int(block), inner) if block else [name]
+            for one in stored:
+                # Pieces of fused experts differ from the fused shape; their count is what matters.
+                expected[one] = tuple(parameter.shape) if len(stored) == 1 else ()
+        missing = sorted(expected.keys() - self._files.keys())
+        if missing:
+            raise InputError(
+                f"{directory} lacks {len(missing)} weights, such as {missing[0]}; restore its files"
+            )
+        for name, shape in expected.items():
+            if shape and shape != self._shapes[name]:
+                raise InputError(
+                    f"{directory} cannot be loaded ({name} has shape {list(self._shapes[name])}, its "
+                    f"config asks for {list(shape)}); restore its files"
+                )
+
+    def _stored_names(self, block: int, name: str) -> list[str]:
+        """Return the names in the files of one parameter: itself, or the pieces of fused experts."""
+        prefix = f"model.layers.{block}."
+        files = self.family.expert_files
+        if prefix + name in self._files or files is None:
+            return [prefix + name]
+        gate, up, down, router = files
+        if name == ROUTER:
+            return [prefix + router]
+        if name not in (GATE_UP_EXPERTS, DOWN_EXPERTS):
+            return [prefix + name]
+        experts = range(self.model.get_parameter(f"model.layers.{block}.{name}").shape[0])
+        pieces = (gate, up) if name == GATE_UP_EXPERTS else (down,)
+        return [prefix + piece.format(expert) for expert in experts for piece in pieces]
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Read tensors in float32; files are closed again, so that no mapping of them stays."""
+        by_file = defaultdict(list)
+        for name in names:
+            by_file[self._files[name]].append(name)
+        tensors = {}
+        for path, inside in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for name in inside:
+                    # A copy in any case: what safetensors returns may be the mapped file itself.
+                    tensors[name] = file.get_tensor(name).to(self.device, torch.float32, copy=True)
+        return tensors
+
+    def block(self, block: int) -> dict[str, Tensor]:
+        """Return all parameters of a block, by name inside the block, rotated if asked."""
+        tensors = self._block_as_stored(block)
+        if self.r1 is None and self.r2 is None:
+            return tensors
+        layout = block_layout(self.model.config, {n: t.shape for n, t in tensors.items()})
+        turned = rotate_block(tensors, layout, self.r1, None if self.r2 is None else self.r2[block])
+        # What is not quantized is stored in the checkpoint's type.
+        return {n: t if n in layout.linears else self._stored(t) for n, t in turned.items()}
+
+    def _block_as_stored(self, block: int) -> dict[str, Tensor]:
+        names = [name for name, _ in self.model.model.layers[block].named_parameters()]
+        stored = {name: self._stored_names(block, name) for name in names}
+        read = self._read([one for several in stored.values() for one in several])
+        tensors = {}
+        for name, several in stored.items():
+            if len(several) == 1:
+                tensors[name] = read.pop(several[0])
+                continue
+            fused = self.model.get_parameter(f"model.layers.{block}.{name}").shape
+            pieces = [read.pop(one) for one in several]
+            tensors[name] = torch.cat(pieces).view(fused)
+        return tensors
+
+    def outside(self, head: bool = True) -> dict[str, Tensor]:
+        """Return embedding, final norm and (if asked) head, by their names in the model."""
+        names = [EMBEDDING, NORM, *([HEAD] if head and not self.tied else [])]
+        if self.r1 is not None:
+            names = [EMBEDDING, NORM, *([] if self.tied else [HEAD])]
+        tensors = self._read(names)
+        if head and self.tied:
+            tensors[HEAD] = tensors[EMBEDDING]
+        if self.r1 is not None:
+            whole = rotate_outside(
+                tensors[EMBEDDING],
+                tensors[NORM],
+                tensors.get(HEAD, tensors[EMBEDDING]),
+                self.r1,
+                self.family.gain_offset,
+            )
+            tensors = dict(zip((EMBEDDING, NORM, HEAD), map(self._stored, whole), strict=True))
+        return tensors
+
+    def check_finite(self) -> None:
+        """Read every weight once.
+
+        Raises:
+            InputError: Naming a weight that holds NaN or infinity.
+        """
+        names = list(self._files)
+        with progress("checking weights", len(names)) as bar:
+            for name in names:
+                # A sum needs no copy of the weight, and one bad entry makes it bad.
+                if not torch.isfinite(self._read([name])[name].sum()):
+                    raise InputError(
+                        f"weight {name} holds NaN or infinity; use an intact checkpoint"
+                    )
+                bar.advance()
+
+    def _stored(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedModel:
+    """A checked model directory whose weights are read when they are needed.
+
+    Attributes:
+        decoder: Its blocks.
+        source: Its parameters, in the basis that the result will have.
+        tokenizer: Its tokenizer.
+        config: What the result's ``config.json`` says; a rotation unties the embeddings.
+        context: Longest sequence the model supports, in tokens.
+    """
+
+    decoder: TransformersDecoder
+    source: CheckpointParameters
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
+    context: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights on disk."""
+        return self.source.dtype
+
+
+def open_model(
+    directory: str | Path,
+    *,
+    device: str = "cpu",
+    rotate: str = "none",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> StreamedModel:
+    """Check a model directory and open it for reading block by block.
+
+    Args:
+        directory: Local Hugging Face directory.
+        device: Torch device.
+        rotate: "none", "r1", "r2" or "both", see ``rotation``.
+        seed: Of the rotations.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        InputError: If something is missing, damaged or does not fit, or R1 is not possible.
+    """
+    config = load_config(directory, trust_remote_code)
+    check_device(device)
+    model = empty_model(config, trust_remote_code)
+    source = CheckpointParameters(directory, model, device)
+    decoder = TransformersDecoder(model, source)
+    layout = decoder.layout(0)
+    if rotate in ("r1", "both"):
+        if layout.output_norms:
+            raise InputError(
+                f"rotate r1 does not fit {config.model_type}: {layout.output_norms[0]} stands between "
+                "its blocks and the residual stream; use --rotate r2"
+            )
+        source.r1 = random_rotation(config.hidden_size, seeded((seed, 0))).to(device)
+        if source.tied:
+            warn("r1 unties the embeddings: the result holds a head of its own")
+            config.tie_word_embeddings = False
+    if rotate in ("r2", "both"):
+        source.r2 = [
+            random_rotation(layout.head_dim, seeded((seed, 1, block))).to(device)
+            for block in range(decoder.depth)
+        ]
+    return StreamedModel(
+        decoder=decoder,
+        source=source,
+        tokenizer=load_tokenizer(directory, trust_remote_code),
+        config=config,
+        context=config.max_position_embeddings,
+    )
