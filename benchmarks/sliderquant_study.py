@@ -41,6 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "sliding windows": {"gamma": 1.0},
     "block-wise + intra": {"schedule": "block", "gamma": 0.5},
     "SliderQuant": {"gamma": 0.5},
+    "SliderQuant, window order": {"gamma": 0.5, "intra_order": "window"},
 }
 
 

@@ -1,0 +1,98 @@
+"""Every family from a saved directory to a quantized one that transformers loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from sliderquant.config import QuantizeConfig
+from sliderquant.quantization import quantize
+
+TEXT = "".join(chr(33 + (i * i + i // 7) % 90) for i in range(3000))
+
+
+@pytest.fixture
+def save(tiny, tmp_path):
+    """Writes a tiny model of a family, with a tokenizer of one token per character."""
+
+    def write(family: str, **changes) -> Path:
+        directory = tmp_path / "source"
+        tiny(family, **changes).save_pretrained(directory)
+        vocabulary = {chr(33 + i): i + 1 for i in range(90)} | {"<unk>": 0}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
+            directory
+        )
+        (tmp_path / "text.txt").write_text(TEXT)
+        return directory
+
+    return write
+
+
+def run(directory: Path, **changes):
+    """Quantize beside the source; returns the folder and the report."""
+    out = directory.with_name(changes.pop("out", "out"))
+    text = str(directory.with_name("text.txt"))
+    base = {
+        "model": str(directory), "calib": (text,), "eval_text": (text,), "out": str(out),
+        "group_size": 8, "nsamples": 4, "seqlen": 16, "batch_size": 2, "epochs": 2,
+        "format": "dense", "lr_lora": 1e-3, "min_expert_tokens": 8,
+    }  # fmt: skip
+    return out, quantize(QuantizeConfig(**{**base, **changes}))
+
+
+def perplexity(directory: Path, **kwargs) -> float:
+    """Of a directory that transformers loads, on the whole text in chunks of the model's limit."""
+    from sliderquant.adapters.files import load_tokenizer
+    from sliderquant.evaluation import chunks, model_logits
+    from sliderquant.evaluation import perplexity as measured
+
+    model = AutoModelForCausalLM.from_pretrained(directory, **kwargs).eval()
+    ids = load_tokenizer(directory)(TEXT, return_tensors="pt")["input_ids"][0]
+    with torch.no_grad():
+        return measured(model_logits(model), list(chunks(ids, 64)))
+
+
+def simulated(report, row: int = -1) -> float:
+    return report.rows[row].metrics["perplexity text.txt"][0]
+
+
+def test_reloaded_model_equals_the_simulated_one(family, save) -> None:
+    directory = save(family)
+    out, report = run(directory, wbits=2, sym=False)
+    assert perplexity(out) == pytest.approx(simulated(report), rel=1e-5)
+    assert perplexity(directory) == pytest.approx(simulated(report, 0), rel=1e-5)
+    assert simulated(report) != pytest.approx(simulated(report, 0), rel=1e-3)
+
+
+def test_weights_and_activations_with_channel_scaling_and_rotation(family, save) -> None:
+    """Scaling and rotation go into the weights: without activation rounding the result is near full."""
+    directory = save(family)
+    rotate = "r2" if family.startswith("gemma") else "both"
+    out, report = run(
+        directory, wbits=8, abits=8, rotate=rotate, epochs=2, gamma=1.0, lr_scale=1e-2
+    )
+    full, rtn, ours = (simulated(report, row) for row in range(3))
+    assert ours == pytest.approx(full, rel=0.02)
+    assert rtn == pytest.approx(full, rel=0.02)
+    assert perplexity(out) == pytest.approx(full, rel=0.02)
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (directory, out)
+    )
+    if rotate == "both":
+        assert not after["tie_word_embeddings"]
+    else:
+        assert after.get("tie_word_embeddings") == before.get("tie_word_embeddings")
+
+
+def test_all_at_sixteen_bits_is_the_same_model(family, save) -> None:
+    directory = save(family)
+    out, _ = run(directory, wbits=16, eval_text=())
+    before = AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
