@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from effml_common.errors import ConfigError
 
+BASELINES = ("ddim", "dpmpp", "unipc", "extrapolate", "deepcache")
+
 
 def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -37,3 +39,194 @@ class DashConfig:
         for name in ("dash_steps", "dash_batch"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoDotConfig(DashConfig):
+    """The demo's Dash and the Dot that is trained for it."""
+
+    m: int = _setting(2, "extra halvings of the Dot")
+    channels: tuple[int, ...] = _setting((8, 16), "channels of the Dot's extra levels")
+    rank: int = _setting(16, "rank of the Dot's residuals on the shared weights")
+    dot_steps: int = _setting(900, "updates of the Dot's training")
+    dot_batch: int = _setting(32, "images per update of the Dot")
+    dot_lr: float = _setting(3e-3, "peak learning rate of the Dot")
+    gap_max: float = _setting(0.4, "largest jump of a training pair, as a share of T")
+
+    def __post_init__(self) -> None:
+        DashConfig.__post_init__(self)
+        for name in ("m", "rank", "dot_steps", "dot_batch"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        _require(
+            len(self.channels) == self.m,
+            f"{len(self.channels)} channel counts for m={self.m} levels",
+            "give one per level",
+        )
+        _require(0 < self.gap_max <= 1, f"gap_max must be in (0, 1], got {self.gap_max}", "use 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainDotConfig:
+    """Train a Dot for your own diffusers pipeline on a folder of images."""
+
+    pipe: str = field(metadata={"help": "folder of a diffusers pipeline"})
+    data: str = field(
+        metadata={
+            "help": "folder of images; captions in metadata.jsonl (file_name, text) or in a .txt "
+            "beside each image; classes are the names of sub-folders"
+        }
+    )
+    out: str | None = _setting(None, "folder of the Dot; default runs/train-dot-<time>")
+    m: int = _setting(2, "extra halvings: 2 makes the Dot 5 to 10 times faster, 1 about 3 times")
+    channels: tuple[int, ...] = _setting((96, 160), "width of each extra level, outermost first")
+    layers: int = _setting(1, "residual blocks per extra down block")
+    rank: int = _setting(64, "rank of the residuals on the shared weights")
+    guidance: tuple[float, ...] = _setting(
+        (2.0, 10.0), "range of guidance scales for text pipelines; one number for LCM models"
+    )
+    steps: int = _setting(100_000, "updates")
+    batch: int = _setting(8, "images per update, over all processes")
+    lr: float = _setting(1e-4, "learning rate of AdamW")
+    ema: float = _setting(0.999, "decay of the average of the weights that is saved")
+    clip: float = _setting(1.0, "largest gradient norm")
+    gap_max: float = _setting(1.0, "largest jump of a training pair, as a share of T")
+    rollout: float = _setting(
+        0.0, "share of the last updates whose jump has a Dot step in the middle, as in sampling"
+    )
+    cosine: bool = _setting(False, "let the learning rate fall to 0 along a cosine; for short runs")
+    precision: Literal["no", "bf16"] = _setting("no", "bf16 runs the networks in bfloat16")
+    checkpointing: bool = _setting(False, "recompute shared blocks in the backward pass")
+    seed: int = _setting(0, "seed of the start and of every draw")
+    save_every: int = _setting(1000, "updates between checkpoints")
+    log_every: int = _setting(50, "updates between lines of metrics.jsonl")
+    resume: Literal["never", "auto"] = _setting(
+        "never", "auto continues an interrupted run in the same --out"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("m", "layers", "rank", "steps", "batch", "save_every", "log_every"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        _require(
+            len(self.channels) == self.m and all(c >= 1 for c in self.channels),
+            f"channels {list(self.channels)} do not fit m={self.m}",
+            "give one positive width per extra level",
+        )
+        _require(
+            len(self.guidance) in (1, 2) and all(w >= 0 for w in self.guidance)
+            and self.guidance[0] <= self.guidance[-1],
+            f"guidance must be one scale or a range, got {list(self.guidance)}",
+            "use 2 10",
+        )  # fmt: skip
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            _require(0 < value < float("inf"), f"{name} must be above 0, got {value}", "try 1e-4")
+        _require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}", "use 0.999")
+        _require(0 < self.gap_max <= 1, f"gap_max must be in (0, 1], got {self.gap_max}", "use 1")
+        _require(0 <= self.rollout <= 1, f"rollout must be in [0, 1], got {self.rollout}", "use 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """Sample images from a pipeline and its Dot within a time budget."""
+
+    pipe: str = field(metadata={"help": "folder of a diffusers pipeline"})
+    dot: str = field(metadata={"help": "folder of its Dot, as train-dot writes it"})
+    budget_lsd: float = _setting(10.0, "time for the denoising loop, in steps of the full network")
+    speed_ratio: float | None = _setting(None, "N; default measured by a short run")
+    prompt: str = _setting("", "text, for text-to-image pipelines")
+    guidance_scale: float | None = _setting(None, "guidance; default the pipeline's own")
+    n: int = _setting(4, "images")
+    seed: int = _setting(0, "seed of the noise")
+    out: str | None = _setting(None, "folder of the images; default runs/sample-<time>")
+    device: str = _setting("cpu", "torch device")
+
+    def __post_init__(self) -> None:
+        _require(self.n >= 1, f"n must be 1 or more, got {self.n}", "give a positive count")
+        _require(self.budget_lsd >= 1, f"budget_lsd is {self.budget_lsd}", "give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Quality and measured time of a Dot beside other samplers, on your own pipeline."""
+
+    pipe: str = field(metadata={"help": "folder of a diffusers pipeline"})
+    dot: str = field(metadata={"help": "folder of its Dot"})
+    data: str = field(metadata={"help": "folder of real images to compare with"})
+    budgets: tuple[int, ...] = _setting((5, 10, 15, 20), "budgets in LSD")
+    baselines: tuple[str, ...] = _setting(
+        ("ddim", "dpmpp", "unipc", "extrapolate"), f"some of {', '.join(BASELINES)}"
+    )
+    prompt: str = _setting("", "text, for text-to-image pipelines")
+    samples: int = _setting(256, "images per cell")
+    batch: int = _setting(64, "images per call")
+    seeds: int = _setting(1, "seeds of the noise; claims need 3")
+    out: str | None = _setting(None, "folder of the report; default runs/bench-<time>")
+    device: str = _setting("cpu", "torch device")
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.baselines if name not in BASELINES]
+        _require(not unknown, f"baseline {unknown} is not known", f"use {', '.join(BASELINES)}")
+        for name in ("samples", "batch", "seeds"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        _require(
+            bool(self.budgets) and min(self.budgets) >= 2,
+            f"budgets must be 2 LSD or more, got {list(self.budgets)}",
+            "use 5 10 20",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """Print the order of Dash and Dot steps for a budget."""
+
+    budget_lsd: float | None = _setting(None, "budget in steps of the full network")
+    budget_ms: float | None = _setting(None, "budget in milliseconds, with --profile")
+    n: float | None = _setting(None, "N: how many Dot steps take the time of a Dash step")
+    r: float | None = _setting(None, "steps per LSD, 2 to 3; default 2.5, less for a small N")
+    profile: str | None = _setting(None, "JSON file with t_dash, t_dot and t_sched in ms")
+
+    def __post_init__(self) -> None:
+        lsd, ms = self.budget_lsd is not None, self.budget_ms is not None
+        _require(lsd != ms, "give one budget", "use --budget-lsd 10 --n 6, or --budget-ms 400")
+        _require(not lsd or self.n is not None, "N is not given", "add --n, as bench measures it")
+        _require(not ms or self.profile is not None, "no profile given", "add --profile FILE")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    """Show what a Dot is made of, or count the one of the paper."""
+
+    dot: str | None = _setting(None, "folder of a Dot")
+    published: bool = _setting(
+        False, "count a Dot of Stable Diffusion 1.4 beside the paper's 97.84M, without weights"
+    )
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.dot is not None) != self.published,
+            "inspect needs either a Dot or the published shape",
+            "give --dot DIR or --published",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig(DemoDotConfig):
+    """Compare samplers at equal time on a small denoiser, with sample grids and a report."""
+
+    seeds: int = _setting(1, "seeds of the noise; claims need 3")
+    budgets: tuple[int, ...] = _setting((5, 10, 20), "budgets in steps of the full network")
+    samples: int = _setting(128, "images per cell")
+    out: str | None = _setting(None, "folder of the report; default runs/demo-<time>")
+
+    def __post_init__(self) -> None:
+        DemoDotConfig.__post_init__(self)
+        _require(self.seeds >= 1, f"seeds must be 1 or more, got {self.seeds}", "use 3 for claims")
+        _require(self.samples >= 32, f"samples must be 32 or more, got {self.samples}", "use 128")
+        _require(
+            bool(self.budgets) and min(self.budgets) >= 2,
+            f"budgets must be 2 LSD or more, got {list(self.budgets)}",
+            "use 5 10 20",
+        )

@@ -1,6 +1,7 @@
 """The demo's images, all made here: digits up-sampled to 32x32, and coloured shapes."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def digits() -> tuple[Tensor, Tensor]:
     """All digits of scikit-learn; see ``images_of``."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     small = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
     large = torch.nn.functional.interpolate(small, (SIDE, SIDE), mode="bilinear")
     return large, torch.tensor(data.target)

@@ -1,6 +1,16 @@
-"""The demo's Dash: a small ``UNet2DModel`` trained here as a plain DDPM."""
+"""The demo's Dash, a small ``UNet2DModel`` trained as a plain DDPM, and the Dot for it.
 
+The digits pair in ``assets`` was made by ``python -m morse_diffusion.demo_model``, in half precision.
+"""
+
+import hashlib
+import json
 import math
+import os
+import shutil
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,9 +18,13 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from effml_common.finite import check_finite
-from effml_common.logging import progress
-from morse_diffusion.config import DashConfig
+from effml_common.logging import progress, say
+from morse_diffusion.adapters.dot import MorseDot
+from morse_diffusion.adapters.estimate import GuidedDash
+from morse_diffusion.adapters.schedulers import process_of
+from morse_diffusion.config import DashConfig, DemoDotConfig
 from morse_diffusion.demo_data import SIDE, images_of
+from morse_diffusion.trainer import DotTrainer, LoopConfig, TrainingData
 
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -19,6 +33,8 @@ SCHEDULE: dict[str, Any] = {
     "beta_schedule": "linear",
 }
 CHANNELS = {"digits": 1, "shapes": 3}
+ASSETS = Path(__file__).parent / "assets"
+TRAINED = {"family": "vp", "prediction": "epsilon", "steps_of_process": 1000}
 
 
 def untrained_dash(config: DashConfig) -> UNet2DModel:
@@ -82,3 +98,99 @@ def noise_loss(
     with torch.autocast("cpu", torch.bfloat16):
         guess = model(scheduler.add_noise(clean, noise, t), t).sample
     return (guess.float() - noise).square().mean()
+
+
+def train_demo_dot(config: DemoDotConfig, dash: UNet2DModel) -> MorseDot:
+    """Train the demo's Dot; the Dash's own forward runs in bfloat16 (autocast)."""
+    from accelerate import Accelerator
+    from diffusers import DDIMScheduler
+
+    process = process_of(DDIMScheduler(clip_sample=False, **SCHEDULE))
+    torch.manual_seed(0)
+    dot = MorseDot.build(dash, m=config.m, channels=config.channels, lora_rank=config.rank)
+    loop = LoopConfig(
+        steps=config.dot_steps,
+        batch=config.dot_batch,
+        lr=config.dot_lr,
+        ema=0.99,
+        cosine=True,
+        gap_max=config.gap_max,
+    )
+    data = TrainingData(clean=images_of(config.data)[0])
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    estimate = GuidedDash(dash, process, "epsilon")
+    left = DotTrainer(estimate, dot, process, data, loop, accelerator).run()
+    dot.trained = {**TRAINED, "residual_left": left}
+    return dot
+
+
+def demo_pair(config: DemoDotConfig) -> tuple[UNet2DModel, MorseDot]:
+    """The Dash and its Dot: from the package, from the user's cache, or trained once.
+
+    Raises:
+        NonFiniteError: If training diverges.
+    """
+    shipped = ASSETS / config.data
+    if config == DemoDotConfig(data=config.data) and shipped.is_dir():
+        return load_pair(shipped)
+    own = {field.name: getattr(config, field.name) for field in fields(DashConfig)}
+    dash_folder = cache_root() / f"dash-{key_of(own)}"
+    if not dash_folder.is_dir():
+        say(f"training a small denoiser on {config.data} once; it is kept in the user cache folder")
+        keep(train_dash(DashConfig(**own)), dash_folder)
+    dash = load_dash(dash_folder)
+    whole = {field.name: getattr(config, field.name) for field in fields(DemoDotConfig)}
+    dot_folder = cache_root() / f"dot-{key_of(whole)}"
+    if not dot_folder.is_dir():
+        keep(train_demo_dot(config, dash), dot_folder)
+    return dash, MorseDot.from_pretrained(str(dot_folder), dash)
+
+
+def load_pair(folder: Path) -> tuple[UNet2DModel, MorseDot]:
+    """A Dash and its Dot from ``folder/dash`` and ``folder/dot``."""
+    dash = load_dash(folder / "dash")
+    return dash, MorseDot.from_pretrained(str(folder / "dot"), dash)
+
+
+def load_dash(folder: Path) -> UNet2DModel:
+    """A Dash in float32, whatever precision it was stored in."""
+    return UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False).float().eval()
+
+
+def keep(model: Any, folder: Path) -> None:
+    """Save a model under a name that exists only when it is whole."""
+    staging = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    model.save_pretrained(str(staging))
+    try:
+        staging.rename(folder)
+    except OSError:  # another process trained the same one meanwhile: theirs is as good
+        shutil.rmtree(staging)
+
+
+def key_of(settings: dict[str, Any]) -> str:
+    """Cache key of settings and library versions."""
+    libraries = {name: version(name) for name in ("torch", "diffusers")}
+    text = json.dumps([settings, libraries], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cache_root() -> Path:
+    """Folder of what the demo trains once."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "effml" / "morse-diffusion"
+
+
+def make_assets() -> None:
+    """Train the digits pair and store it in the package, in half precision."""
+    config = DemoDotConfig()
+    dash = train_dash(DashConfig(**{f.name: getattr(config, f.name) for f in fields(DashConfig)}))
+    dash.half().save_pretrained(ASSETS / "digits" / "dash")
+    # The Dot learns beside the rounded Dash that it will run with.
+    dot = train_demo_dot(config, dash.float())
+    dot.half().save_pretrained(str(ASSETS / "digits" / "dot"))
+
+
+if __name__ == "__main__":
+    make_assets()

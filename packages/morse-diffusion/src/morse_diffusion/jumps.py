@@ -175,7 +175,9 @@ def space_coefficients(
         ConfigError: If the prediction type is not known.
     """
     if prediction not in PREDICTIONS:
-        raise ConfigError(f"prediction type {prediction} is not known; use {', '.join(PREDICTIONS)}")
+        raise ConfigError(
+            f"prediction type {prediction} is not known; use {', '.join(PREDICTIONS)}"
+        )
     if family == "edm":
         total = (sigma**2 + 0.25) ** 0.5
         # x is scaled by c_in = 1 / total, hence c_skip / c_in = 0.25 / total.
@@ -185,5 +187,3 @@ def space_coefficients(
     if prediction == "v_prediction":
         return sigma, alpha
     return 0.0, 1.0
-
-

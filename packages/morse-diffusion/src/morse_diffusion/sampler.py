@@ -1,5 +1,6 @@
 """The sampling rule of Morse (Eq. 3 and 4 of the paper), for any network and any sampler update."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -87,7 +88,7 @@ class MorseSampler:
             )
         dash = set(plan.dash_indices)
         state: tuple[Tensor, Tensor, float] | None = None
-        for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        for i, (t, t_next) in enumerate(itertools.pairwise(times)):
             if i in dash:
                 z = self._dash(x, t)
                 state = (x, z, t)

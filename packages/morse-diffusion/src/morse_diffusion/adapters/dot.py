@@ -65,6 +65,8 @@ class MorseDot(nn.Module):
     """
 
     shape: DotShape
+    dash: Any
+    residuals: LowRankResiduals
 
     def __init__(self, dash: nn.Module, shape: DotShape) -> None:
         super().__init__()
@@ -82,7 +84,8 @@ class MorseDot(nn.Module):
         Args:
             dash: ``UNet2DModel`` or ``UNet2DConditionModel``; experimental: a DiT, PixArt, SD3 or
                 Flux transformer.
-            shape: Or its fields as keyword arguments.
+            shape: What it is made of.
+            settings: Fields of ``DotShape``, instead of ``shape``.
 
         Raises:
             UnsupportedDenoiserError: If the Dash is of another class.

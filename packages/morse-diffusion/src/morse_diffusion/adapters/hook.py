@@ -64,7 +64,9 @@ class MorseHook(ModelHook):
         on_nan: Literal["error", "dash"] = "error",
     ) -> None:
         super().__init__()
-        self.pipe, self.dot, self.plan = pipe, dot, plan
+        self.fn_ref: Any = None  # diffusers puts the denoiser's own forward there
+        self.pipe, self.plan = pipe, plan
+        self.dot: Any = dot
         self.on_nan: Literal["error", "dash"] = on_nan
         self._guidance = guidance_scale
         self._calls_per_step = calls_per_step
@@ -159,9 +161,7 @@ class MorseHook(ModelHook):
             guidance=guidance,
         )
 
-    def _keep(
-        self, run: Trajectory, index: int, call: int, x: Tensor, t: Any, answer: Any
-    ) -> None:
+    def _keep(self, run: Trajectory, index: int, call: int, x: Tensor, t: Any, answer: Any) -> None:
         """Store the guided estimate of a Dash step."""
         out = answer[0]
         if call + 1 < run.guidance.calls:  # two calls a step: the conditional one comes first
@@ -270,11 +270,11 @@ def apply_morse(
     """
     denoiser = denoiser_of(pipe)
     check_scheduler(pipe.scheduler)
-    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-    if registry.get_hook(NAME) is not None:
+    hooks = getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", {})
+    if NAME in hooks:
         raise StateError("Morse is already on this denoiser; call remove_morse(pipe) first")
     if not allow_caches:
-        refuse_caches(denoiser, registry)
+        refuse_caches(denoiser)
     prepare: Callable[..., None] | None = getattr(dot, "prepare", None)
     if prepare is not None:
         prepare(denoiser, pipe.scheduler, strict=strict)
@@ -286,7 +286,7 @@ def apply_morse(
         calls_per_step=calls_per_step,
         on_nan=on_nan,
     )
-    registry.register_hook(hook, NAME)
+    HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(hook, NAME)
     return MorseHandle(pipe, hook)
 
 
@@ -316,19 +316,31 @@ def remove_morse(pipe: Any, *, force: bool = False) -> None:
             del denoiser.forward
 
 
-def refuse_caches(denoiser: nn.Module, registry: HookRegistry) -> None:
+def refuse_caches(denoiser: nn.Module) -> None:
     """Refuse a denoiser whose blocks another accelerator skips or replays.
 
     Raises:
         StateError: If one is found.
     """
-    patched = [m for m in denoiser.modules() if "forward" in vars(m) and not hasattr(m, "_hf_hook")]
-    hooked = any(getattr(m, "_diffusers_hook", registry) is not registry for m in denoiser.modules())
-    if registry.hooks or hooked or patched or getattr(denoiser, "is_cache_enabled", False):
+    modules = list(denoiser.modules())
+    hooked = [m for m in modules if getattr(getattr(m, "_diffusers_hook", None), "hooks", {})]
+    patched = [m for m in modules if is_patched(m)]
+    if hooked or patched or getattr(denoiser, "is_cache_enabled", False):
         raise StateError(
             "another accelerator (DeepCache, enable_cache, a diffusers hook) is on this denoiser; "
             "disable it, or pass allow_caches=True if it reuses no features between steps"
         )
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether someone else's function stands in for the forward of a module.
+
+    DeepCache leaves the class's own method behind as an attribute, and accelerate's offloading hooks
+    move weights only; neither counts.
+    """
+    forward = vars(module).get("forward")
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not own and not hasattr(module, "_hf_hook")
 
 
 def batch_times(t: Any, x: Tensor) -> Tensor:

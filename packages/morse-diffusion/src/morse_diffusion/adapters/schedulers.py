@@ -134,8 +134,8 @@ def from_space(scheduler: Any, z: Tensor, x: Tensor, index: int) -> Tensor:
 def fitted(plan: MorsePlan, scheduler: Any) -> MorsePlan:
     """The plan with a step count that the scheduler walks without drifting.
 
-    DDIM and DDPM compute the next time as t - T // n instead of reading their list, so n must divide T; other
-    schedulers take any n.
+    DDIM and DDPM compute the next time as t - T // n instead of reading their list, so n must divide T;
+    other schedulers take any n.
     """
     if type(scheduler).__name__ not in ("DDIMScheduler", "DDPMScheduler"):
         return plan

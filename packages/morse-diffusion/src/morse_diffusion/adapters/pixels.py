@@ -1,0 +1,84 @@
+"""The sampling loop for a ``UNet2DModel`` and any scheduler.
+
+diffusers' own DDIM and DDPM pipelines tie the UNet to one scheduler's arguments.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+from torch import Tensor
+
+
+class PixelPipeline:
+    """Samples images from noise; has the ``unet`` and ``scheduler`` that Morse looks for."""
+
+    def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
+        self.unet, self.scheduler = unet, scheduler
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | None = None,
+        class_labels: Tensor | None = None,
+        latents: Tensor | None = None,
+        timesteps: list[int] | None = None,
+    ) -> Tensor:
+        """Images in [-1, 1], float [n, c, h, w], not clamped.
+
+        Args:
+            batch_size: Number of images; ignored beside ``latents``.
+            num_inference_steps: Steps; ignored beside ``timesteps``.
+            generator: Of the start and of stochastic steps.
+            class_labels: Int64 [n], for class-conditional UNets.
+            latents: Start instead of fresh noise, of unit variance.
+            timesteps: Times of your own, where the scheduler takes them.
+        """
+        config: Any = self.unet.config
+        weight = next(self.unet.parameters())
+        if latents is None:
+            side = config.sample_size
+            height, width = (side, side) if isinstance(side, int) else side
+            shape = (batch_size, config.in_channels, height, width)
+            latents = torch.randn(shape, generator=generator)
+        if timesteps is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=weight.device)
+        else:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=weight.device)
+        x = latents.to(weight) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        options: dict[str, Any] = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            options["generator"] = generator
+        for t in self.scheduler.timesteps:
+            seen = self.scheduler.scale_model_input(x, t)
+            out = self.unet(seen, t, class_labels=class_labels).sample
+            x = self.scheduler.step(out, t, x, **options).prev_sample
+        return x
+
+
+def call_inputs(pipe: Any, prompt: str, n: int, scale: float | None = None) -> dict[str, Any]:
+    """Keyword arguments for ``n`` images."""
+    if isinstance(pipe, PixelPipeline):
+        return {"batch_size": n}
+    inputs: dict[str, Any] = {"prompt": [prompt] * n, "output_type": "pt"}
+    return inputs if scale is None else {**inputs, "guidance_scale": scale}
+
+
+def as_images(result: Any) -> Tensor:
+    """A pipeline's result as float32 images in [-1, 1], [n, c, h, w]."""
+    if isinstance(result, Tensor):
+        return result.float().clamp(-1, 1).cpu()
+    return (result.images.float() * 2 - 1).cpu()
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    """Images in [-1, 1] as PIL pictures."""
+    values = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [
+        Image.fromarray((v[0] if len(v) == 1 else v.permute(1, 2, 0)).contiguous().numpy())
+        for v in values
+    ]

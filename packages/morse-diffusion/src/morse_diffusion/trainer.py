@@ -1,0 +1,226 @@
+"""Trains a Dot on accelerate: the loop, its averages, its checkpoints."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effml_common import checkpoint
+from effml_common.errors import ConfigError
+from effml_common.finite import check_finite
+from effml_common.interrupt import StopSignal
+from effml_common.logging import RunLog, say, warn
+from effml_common.state import restore_training_state, training_state
+from morse_diffusion.jumps import Process
+from morse_diffusion.objective import Estimate, make_pair, nested, pair_losses
+
+FAILING = 0.9  # of the residual left after the first half of a run
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Everything a run draws from, in memory.
+
+    Args:
+        clean: Images or latents, [n, ...].
+        cond: Nested dict of tensors [n, ...]: the Dash's other inputs per sample.
+    """
+
+    clean: Tensor
+    cond: dict[str, Any] = field(default_factory=dict)
+
+    def batch(self, index: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+        """Samples and their conditions, on a device."""
+        return self.clean[index].to(device), nested(self.cond, lambda t: t[index].to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Settings of the loop; ``config.TrainDotConfig`` documents and checks them."""
+
+    steps: int
+    batch: int
+    lr: float = 1e-4
+    ema: float = 0.999
+    clip: float = 1.0
+    gap_max: float = 1.0
+    rollout: float = 0.0
+    cosine: bool = False
+    guidance: tuple[float, float] | None = None
+    seed: int = 0
+    save_every: int = 1000
+    log_every: int = 10
+
+
+class DotTrainer:
+    """Algorithm 1 with AdamW, an exponential average of the weights, and resuming.
+
+    Every random number of step n comes from a generator seeded with (seed, n) for the whole batch, of
+    which each process takes its part. So a resumed run repeats the uninterrupted one, and several
+    processes repeat the single one.
+
+    Args:
+        dash: Frozen estimate in the residual space.
+        dot: The Dot; trained in place, and left with the averaged weights.
+        process: Noise schedule and jump.
+        data: Training data, at least one batch.
+        config: Settings.
+        accelerator: An ``accelerate.Accelerator``; default one for this device.
+
+    Raises:
+        ConfigError: If the data are fewer than a batch, or the batch cannot be split evenly.
+    """
+
+    def __init__(
+        self,
+        dash: Estimate,
+        dot: nn.Module,
+        process: Process,
+        data: TrainingData,
+        config: LoopConfig,
+        accelerator: Any = None,
+    ) -> None:
+        from accelerate import Accelerator
+
+        self.accelerator = accelerator or Accelerator()
+        self.dash, self.process, self.data, self.config = dash, process, data, config
+        world = self.accelerator.num_processes
+        if len(data.clean) < config.batch:
+            raise ConfigError(
+                f"{len(data.clean)} training samples are fewer than one batch of {config.batch}; "
+                "add images or lower --batch"
+            )
+        if config.batch % world:
+            raise ConfigError(
+                f"a batch of {config.batch} cannot be split over {world} processes; "
+                f"use a multiple of {world}"
+            )
+        self.dot = dot.train()
+        optimizer = torch.optim.AdamW(self.dot.parameters(), lr=config.lr, weight_decay=0.0)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.dot, optimizer)
+        self.average = {k: p.detach().clone() for k, p in self.dot.named_parameters()}
+        self.left = 1.0
+
+    def run(
+        self,
+        out: Path | None = None,
+        *,
+        resume: bool = False,
+        settings: dict[str, Any] | None = None,
+    ) -> float:
+        """Train; returns the part of the residual that is left (smoothed over about 50 steps).
+
+        Args:
+            out: Folder for ``metrics.jsonl`` and ``checkpoints``; None keeps neither.
+            resume: Continue from the newest good checkpoint in it.
+            settings: Kept in each checkpoint.
+
+        Raises:
+            NonFiniteError: If the loss or the gradient is not finite.
+            Interrupted: After SIGINT or SIGTERM, once a checkpoint is saved.
+        """
+        root = None if out is None else out / "checkpoints"
+        start = self._restore(root) if resume and root is not None else 0
+        if root is not None and self.accelerator.is_main_process:
+            root.parent.mkdir(parents=True, exist_ok=True)
+        steps = self.config.steps
+        with (
+            StopSignal() as stop,
+            RunLog(out, resume_step=start or None, every=self.config.log_every) as log,
+            log.progress("training the Dot", steps) as bar,
+        ):
+            bar.advance(start)
+            began = time.monotonic()
+            for step in range(start + 1, steps + 1):
+                loss = self._step(step, root)
+                if step % self.config.log_every == 0 or step == steps:
+                    log.log(step, {"loss": loss, "residual left": self.left})
+                if step == start + 5:
+                    self._estimate(5, time.monotonic() - began, steps - start)
+                bar.advance(residual_left=self.left)
+                self._warn_if_failing(step)
+                last = step == steps or stop.requested
+                if root is not None and (step % self.config.save_every == 0 or last):
+                    self._save(root, step, settings)
+                stop.check()
+        self._use_average()
+        return self.left
+
+    def _step(self, step: int, root: Path | None) -> Tensor:
+        config, accelerator = self.config, self.accelerator
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        index = torch.randint(len(self.data.clean), (config.batch,), generator=generator)
+        clean, cond = self.data.batch(index, accelerator.device)
+        if config.cosine:
+            rate = config.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
+            self.optimizer.param_groups[0]["lr"] = rate
+        rolled = step > config.steps * (1 - config.rollout)
+        with accelerator.autocast():
+            pair = make_pair(
+                self.dash,
+                self.process,
+                clean,
+                generator,
+                cond=cond,
+                guidance=config.guidance,
+                gap_max=config.gap_max,
+                middle=self.dot if rolled else None,
+            )
+            mine = slice(accelerator.process_index, None, accelerator.num_processes)
+            part = nested(vars(pair), lambda t: t[mine])
+            loss, repeated = pair_losses(self.wrapped, type(pair)(**part))
+        self.optimizer.zero_grad()
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(self.dot.parameters(), config.clip)
+        check_finite(loss.detach(), norm, step=step, term="squared residual", last_good=root)
+        self.optimizer.step()
+        both = accelerator.reduce(torch.stack([loss.detach(), repeated]), "mean")
+        self.left += (float(both[0] / both[1].clamp(min=1e-12)) - self.left) / min(50, step)
+        with torch.no_grad():
+            decay = min(config.ema, (1 + step) / (10 + step))
+            for name, p in self.dot.named_parameters():
+                self.average[name].lerp_(p, 1 - decay)
+        return both[0]
+
+    def _restore(self, root: Path) -> int:
+        found = checkpoint.latest(root)
+        if found is None:
+            say("nothing to resume from; starting at step 0")
+            return 0
+        extra = restore_training_state(found, self.dot, self.optimizer)
+        device = self.accelerator.device
+        self.average = {k: v.to(device) for k, v in extra["average"].items()}
+        self.left = extra["left"]
+        say(f"resuming after step {found.step}")
+        return found.step
+
+    def _save(self, root: Path, step: int, settings: dict[str, Any] | None) -> None:
+        tensors, state = training_state(
+            self.dot, self.optimizer, average=self.average, left=self.left
+        )
+        if not (root / f"step-{step}").exists():
+            checkpoint.save(root, step, tensors, state, config=settings or {})
+
+    def _use_average(self) -> None:
+        with torch.no_grad():
+            for name, p in self.dot.named_parameters():
+                p.copy_(self.average[name])
+        self.dot.eval()
+
+    def _estimate(self, done: int, seconds: float, steps: int) -> None:
+        size = 3 * sum(p.numel() for p in self.dot.parameters()) * 4 / 2**20
+        say(
+            f"about {seconds / done * steps / 60:.1f} minutes for {steps} steps; "
+            f"{size:.0f} MiB a checkpoint, two are kept"
+        )
+
+    def _warn_if_failing(self, step: int) -> None:
+        if step == max(1, self.config.steps // 2) and self.left > FAILING:
+            warn(
+                f"after {step} steps {self.left:.0%} of the residual is left: the Dot is not "
+                "learning; raise --lr, --rank or --channels, or lower --gap-max"
+            )
