@@ -231,6 +231,12 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 @pytest.fixture
+def tiny() -> Callable[..., Family]:
+    """Makes a tiny random model: ``tiny("wan", depth=6)``."""
+    return lambda name, **settings: FAMILIES[name](**settings)
+
+
+@pytest.fixture
 def tiny_wan() -> Family:
     return wan()
 
