@@ -23,7 +23,7 @@ from morse_diffusion.adapters.pixels import PixelPipeline
 from morse_diffusion.comparison import ARMS, Arm, Times, measure_times, plan_for, run_arm, solver
 from morse_diffusion.config import DemoDotConfig
 from morse_diffusion.demo_data import images_of
-from morse_diffusion.demo_model import SCHEDULE, demo_pair
+from morse_diffusion.demo_model import CHANNELS, SCHEDULE, demo_pair
 from morse_diffusion.evaluation import Reference, frechet_distance, sliced_wasserstein
 from morse_diffusion.tables import Table, claims_of, curves, rows_of, speed_up_notes
 
@@ -73,8 +73,8 @@ def measure_all(config: StudyConfig, folder: Path, reference: Reference) -> None
         dot = MorseDot.from_pretrained(config.dot, dash)
     pipe = PixelPipeline(dash, solver("ddim", SCHEDULE))
     times = times_of(pipe, dot, folder)
-    print(f"N {times.speed_ratio:.2f}, DeepCache step {times.cached / times.dash:.2f} LSD", times)
-    channels = dash.config.in_channels
+    print(f"N {times.speed_ratio:.2f}", times, flush=True)
+    channels = CHANNELS[config.data]
     for seed, budget, arm in order(config):
         path = folder / f"{arm.name.replace(' ', '_')}-{budget}-{seed}.json"
         if path.exists():

@@ -48,7 +48,7 @@ class DemoDotConfig(DashConfig):
     m: int = _setting(2, "extra halvings of the Dot")
     channels: tuple[int, ...] = _setting((8, 16), "channels of the Dot's extra levels")
     rank: int = _setting(16, "rank of the Dot's residuals on the shared weights")
-    dot_steps: int = _setting(900, "updates of the Dot's training")
+    dot_steps: int = _setting(450, "updates of the Dot's training")
     dot_batch: int = _setting(32, "images per update of the Dot")
     dot_lr: float = _setting(3e-3, "peak learning rate of the Dot")
     gap_max: float = _setting(0.4, "largest jump of a training pair, as a share of T")

@@ -270,7 +270,7 @@ class UNetDot(MorseDot):
         h = self._shared_part(self.to_shared(h), emb, blocks)
         h = self.from_shared(h)
         for block in self.up:
-            n = len(block.resnets)
+            n = self.shape.layers + 1
             h, skips = block(h, tuple(skips[-n:]), emb), skips[:-n]
         assert not skips
         return self.conv_out(nn.functional.silu(self.norm_out(h)))
@@ -353,7 +353,7 @@ def mask_to_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if mask is None else ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
 
 
-def check_sides(dash: nn.Module, m: int, sides: Any) -> None:
+def check_sides(dash: Any, m: int, sides: Any) -> None:
     """Refuse a sample whose sides the Dot cannot halve.
 
     Raises:

@@ -72,7 +72,7 @@ class TransformerDot(MorseDot):
         super().fold_()
         whole = self.dash
         # A new Dash around the folded children, without a second copy of the weights.
-        copy = type(whole).__new__(type(whole))
+        copy: nn.Module = object.__new__(type(whole))
         copy.__dict__.update({k: v for k, v in vars(whole).items() if k != "forward"})
         copy._modules = dict(self._copies)
         self._copies = {"": copy}
@@ -89,7 +89,8 @@ class TransformerDot(MorseDot):
     ) -> Float[Tensor, "b ..."]:
         """As ``UNetDot.forward``; Flux's samples are packed tokens [b, n, 4 c]."""
         cond = dict(cond or {})
-        w, ids = cond.pop("w", None), cond.get("img_ids")
+        w = cond.pop("w", None)
+        ids: Tensor = cond.get("img_ids", torch.empty(0))
         grid = token_grid(ids) if self.packed else None
         parts = [unpack(p, grid) if grid else p for p in (x_s, x_i, z_s.to(x_i.dtype))]
         self._check_sides(parts[1].shape[-2:])
@@ -118,7 +119,7 @@ class TransformerDot(MorseDot):
     def _whole(self, low: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
         """The Dash on a small latent."""
         kwargs = {k: v for k, v in cond.items() if k != "return_dict"}
-        module = self._copies.get("", self.dash)
+        module: nn.Module = self._copies[""] if self._copies else self.dash
 
         def call(x: Tensor) -> Tensor:
             weights: dict[str, Tensor] = {}
