@@ -59,10 +59,10 @@ def write_model(folder: Path, layers: int, config: MemoryConfig) -> int:
     llama = LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        intermediate_size=config.hidden_size * 43 // 16 // 128 * 128,
+        intermediate_size=config.hidden_size * 7 // 4,
         num_hidden_layers=layers,
         num_attention_heads=16,
-        num_key_value_heads=16,
+        num_key_value_heads=4,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
     )
