@@ -53,8 +53,9 @@ class PixelPipeline:
         options: dict[str, Any] = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             options["generator"] = generator
+        scale = getattr(self.scheduler, "scale_model_input", None)  # flow matching has none
         for t in self.scheduler.timesteps:
-            seen = self.scheduler.scale_model_input(x, t)
+            seen = scale(x, t) if scale else x
             out = self.unet(seen, t, class_labels=class_labels).sample
             x = self.scheduler.step(out, t, x, **options).prev_sample
         return x
