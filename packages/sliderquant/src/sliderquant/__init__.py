@@ -1,20 +1,21 @@
 """SliderQuant: post-training quantization of language models with sliding windows.
 
 Paper: "SliderQuant" (ICLR 2026, arXiv 2603.25284). ``quantize`` takes a model directory to a quantized
-one; ``evaluate``, ``inspect`` and ``demo`` are the other commands; ``calibrate`` is the method itself.
+one and ``load`` reads what only this package reads; the other commands are ``evaluate``, ``export``,
+``inspect`` and ``demo``; ``calibrate`` is the method itself.
 """
 
 from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "EvalConfig": "config",
-    "InspectConfig": "config",
     "QuantizeConfig": "config",
     "SliderConfig": "config",
     "calibrate": "calibration",
     "evaluate": "evaluation",
+    "export": "conversion",
     "inspect": "plan",
+    "load": "adapters.native",
     "make_windows": "windows",
     "quantize": "quantization",
 }

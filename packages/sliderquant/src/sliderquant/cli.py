@@ -36,6 +36,16 @@ COMMANDS = (
         ),
     ),
     Command(
+        "export",
+        "write a quantized model in another format, without loss",
+        config="sliderquant.config:ExportConfig",
+        run="sliderquant.conversion:export",
+        examples=(
+            "sliderquant export models/llama-w4-native --out models/llama-w4",
+            "sliderquant export models/llama-w2-native --container-bits 4 --out models/llama-w2-vllm",
+        ),
+    ),
+    Command(
         "inspect",
         "windows, cost and memory plan, without reading a weight",
         config="sliderquant.config:InspectConfig",

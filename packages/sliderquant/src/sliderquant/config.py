@@ -17,6 +17,10 @@ def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def _require_container(bits: int | None) -> None:
+    _require(bits in (None, 4, 8), f"container_bits must be 4 or 8, got {bits}", "or leave it out")
+
+
 def _require(condition: bool, problem: str, remedy: str) -> None:
     if not condition:
         raise ConfigError(f"{problem}; {remedy}")
@@ -205,6 +209,7 @@ class QuantizeConfig(SliderConfig):
     def __post_init__(self) -> None:
         SliderConfig.__post_init__(self)
         _require(len(self.calib) > 0, "calib names no file", "give one or more text files")
+        _require_container(self.container_bits)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,6 +233,24 @@ class EvalConfig:
             f"seqlen must be 2 or more, got {self.seqlen}",
             "the first token of a chunk is never predicted",
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """Write a native quantized model in another format, without loss."""
+
+    model: str = field(metadata={"help": "directory that quantize wrote with --format native"})
+    format: Literal["compressed-tensors", "dense", "native"] = _setting(
+        "compressed-tensors",
+        "compressed-tensors (packed; transformers, vLLM), dense (dequantized), native (a copy)",
+    )
+    out: str | None = _setting(None, "folder to write; default runs/export-<time>")
+    container_bits: int | None = _setting(
+        None, "store the codes in this many bits, 4 or 8, for servers that read no fewer"
+    )
+
+    def __post_init__(self) -> None:
+        _require_container(self.container_bits)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -54,6 +54,7 @@ class ModelWriter:
         format: "compressed-tensors" (packed, loads in transformers and vLLM), "native" (packed, loads
             with ``sliderquant.load``), "dense" (dequantized), "pre-quant" (not rounded at all).
         dtype: Type of all weights that are not integers.
+        config: What to write as ``config.json``; default that of the source.
         config_changes: Keys of ``config.json`` that differ from the source's, for example
             ``{"tie_word_embeddings": False}`` after a rotation.
         activations: Rounding of activations that belongs to the model, if any.
@@ -72,6 +73,7 @@ class ModelWriter:
         *,
         format: ExportFormat,  # noqa: A002 - the word of the command line
         dtype: torch.dtype,
+        config: Mapping[str, Any] | None = None,
         config_changes: Mapping[str, Any] | None = None,
         activations: ActivationFormat | None = None,
         container_bits: int | None = None,
@@ -81,9 +83,8 @@ class ModelWriter:
         self.out, self.source = Path(out), Path(source)
         self.format, self.dtype, self.activations = format, dtype, activations
         self._container_bits = container_bits
-        self._config = json.loads((self.source / "config.json").read_text()) | dict(
-            config_changes or {}
-        )
+        found = config or json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        self._config = {**found, **(config_changes or {})}
         self._family = family_of(self._config["model_type"])
         # Asked of the config class: a file may leave out what is the family's default.
         self._tied = AutoConfig.for_model(**self._config).tie_word_embeddings

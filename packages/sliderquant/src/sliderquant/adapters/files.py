@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from effml_common.errors import InputError
 from sliderquant.adapters.families import family_of
+from sliderquant.adapters.formats import refuse_quantized
 
 # Everything beside weights and config.json that a loader or a server reads.
 COMPANION_FILES = (
@@ -81,18 +82,16 @@ def load_config(directory: str | Path, trust_remote_code: bool = False) -> PreTr
             "give the folder that save_pretrained wrote"
         )
     try:
-        raw = json.loads((directory / "config.json").read_text())
+        refuse_quantized(directory, json.loads((directory / "config.json").read_text()))
         with quiet_transformers():
             config = AutoConfig.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=trust_remote_code
             )
+    except InputError:
+        raise
     except (ValueError, OSError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{directory}/config.json cannot be read ({reason}); restore it") from None
-    if "quantization_config" in raw:
-        raise InputError(
-            f"{directory} is quantized already; quantize the full-precision model instead"
-        )
     family_of(config.model_type)
     return config
 

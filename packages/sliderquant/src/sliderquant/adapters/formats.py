@@ -25,7 +25,7 @@ CONTAINER_BITS = (4, 8)
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def refuse_quantized(directory: str | Path, raw: Mapping[str, Any]) -> None:
+def refuse_quantized(directory: str | Path, raw: Any) -> None:
     """Refuse to quantize a model a second time, whatever format it is in.
 
     Args:
@@ -35,6 +35,8 @@ def refuse_quantized(directory: str | Path, raw: Mapping[str, Any]) -> None:
     Raises:
         InputError: If the weights were rounded.
     """
+    if not isinstance(raw, dict):
+        return  # no config at all, which its reader will say
     mark = raw.get(MARK)
     if "quantization_config" in raw or (isinstance(mark, dict) and mark.get("rounded")):
         raise InputError(

@@ -1,0 +1,184 @@
+"""The model card: a README.md beside the weights that says what they are and how to load them."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from effml_common.errors import InputError
+from effml_common.report import Report
+from sliderquant.adapters.formats import MARK
+from sliderquant.adapters.shards import tensor_bytes
+
+MADE = "## How it was made"
+_PACKED = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
+
+
+def sizes(directory: str | Path) -> dict[str, float]:
+    """Return what a model directory takes on disk, in bytes.
+
+    Returns:
+        ``linears`` (packed layers with their scales; absent where nothing is packed), ``bfloat16`` (the
+        same layers unpacked in 16 bits) and ``directory`` (all weight files).
+    """
+    directory = Path(directory)
+    tensors = tensor_bytes(directory)
+    files = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    packed = sum(size for name, size in tensors.items() if name.endswith(_PACKED))
+    if not packed:
+        return {"directory": files}
+    return {"linears": packed, "bfloat16": 2 * _packed_entries(directory), "directory": files}
+
+
+def _packed_entries(directory: Path) -> int:
+    from math import prod
+
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            shapes = [name for name in file.keys() if name.endswith(".weight_shape")]  # noqa: SIM118
+            total += sum(prod(file.get_tensor(name).tolist()) for name in shapes)
+    return total
+
+
+def file_hashes(paths: Sequence[str]) -> dict[str, str]:
+    """Return the sha256 of files by their bare names."""
+    hashes = {}
+    for path in map(Path, paths):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def made_section(
+    report: Report, settings: Mapping[str, Any], data: Mapping[str, str], setting: str
+) -> str:
+    """Return the part of the card that stays the same in every format.
+
+    Args:
+        report: Of the run that quantized the model; its rows are the figures.
+        settings: The method's settings.
+        data: sha256 of the calibration files by name.
+        setting: The weight format in words.
+    """
+    document = report.to_json()
+    libraries = {"python": document["environment"]["python"], "torch": report.environment["torch"]}
+    libraries |= document["environment"]["libraries"]
+    lines = [
+        MADE,
+        "",
+        f"[SliderQuant](https://arxiv.org/abs/2603.25284) post-training quantization, "
+        f"{report.package} {report.version}: {setting}. {'; '.join(report.notes)}.",
+        "",
+        *_figures(document["rows"]),
+        "Calibration data:",
+        "",
+        *(f"- `{name}` (sha256 `{digest}`)" for name, digest in data.items()),
+        "",
+        "Settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".",
+        "",
+        "Libraries: " + ", ".join(f"{name} {number}" for name, number in libraries.items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _figures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    if not names:
+        return []
+    table = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row in rows:
+        cells = (row["metrics"].get(name, {}).get("mean") for name in names)
+        written = (f"{cell:.4g}" if isinstance(cell, float) else str(cell or "") for cell in cells)
+        table.append(f"| {row['name']} | {' | '.join(written)} |")
+    return [*table, ""]
+
+
+def made_of(directory: str | Path) -> str:
+    """Return the section of an existing card, for the card of a converted copy; may be empty.
+
+    Raises:
+        InputError: If the card is no UTF-8 text.
+    """
+    path = Path(directory) / "README.md"
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; restore or remove it") from None
+    return text[text.index(MADE) :] if MADE in text else ""
+
+
+def model_card(directory: str | Path, base: str, made: str) -> str:
+    """Return the card of a finished directory.
+
+    Args:
+        directory: Holds the weight files and ``config.json``.
+        base: Name of the full-precision model.
+        made: From ``made_section`` or ``made_of``.
+    """
+    directory = Path(directory)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    written = config[MARK]["format"]
+    size = sizes(directory)
+    lines = [
+        "---",
+        f"library_name: {'sliderquant' if written == 'native' else 'transformers'}",
+        f"base_model: {json.dumps(base)}",
+        "tags: [quantized, sliderquant]",
+        "---",
+        f"# {directory.name}",
+        "",
+        f"{base}, {_NAMES[written]}.",
+        "",
+        f"- Weight files: {size['directory'] / 1e6:.1f} MB",
+    ]
+    if "linears" in size:
+        ratio = size["bfloat16"] / size["linears"]
+        bits = 16 / ratio
+        lines += [
+            f"- Quantized layers: {size['linears'] / 1e6:.1f} MB, {bits:.3f} bits per weight with "
+            f"scales, 1/{ratio:.2f} of 16-bit; embeddings, norms and head are in {config['dtype']}"
+        ]
+    return "\n".join([*lines, "", "## How to load it", "", _loading(config, written), made])
+
+
+_NAMES = {
+    "compressed-tensors": "quantized and packed (compressed-tensors, pack-quantized)",
+    "native": "quantized and packed (sliderquant's own format)",
+    "dense": "quantized, stored dequantized",
+    "pre-quant": "calibrated for quantization but not rounded: let another quantizer finish it",
+}
+
+
+def _loading(config: Mapping[str, Any], written: str) -> str:
+    if written == "native":
+        return (
+            "Needs `pip install sliderquant`; other loaders refuse this folder.\n\n"
+            "```python\nimport sliderquant\n\n"
+            'model = sliderquant.load("PATH_OF_THIS_FOLDER")\n```\n'
+        )
+    extra = "Needs `pip install compressed-tensors`.\n\n" if written == "compressed-tensors" else ""
+    lines = (
+        f"{extra}```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")\n```\n'
+    )
+    if written == "pre-quant":
+        return lines
+    serving = (
+        "\nServing (not run by the makers of this folder; check the release notes of vLLM):\n\n"
+    )
+    return f"{lines}{serving}```\nvllm serve PATH_OF_THIS_FOLDER\n```\n{_vllm_remark(config)}"
+
+
+def _vllm_remark(config: Mapping[str, Any]) -> str:
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    weights = [group["weights"] for group in groups]
+    if any(not each["symmetric"] and each["num_bits"] not in (4, 8) for each in weights):
+        return "\nvLLM reads asymmetric weights of 4 and 8 bits only: not these.\n"
+    if any(each["num_bits"] not in (4, 8) for each in weights):
+        return "\nBits other than 4 and 8 need a vLLM with its Humming kernels.\n"
+    return ""
