@@ -182,14 +182,16 @@ class TestEveryAdapter:
         config = FISConfig(dense_head=1, dense_tail=1, equalize=equalize)
         with apply_fis(family.model, config):
             expected = family()
-            for block in list(blocks(family))[:3]:  # Mochi's last block is of another kind
+            for block in list(blocks(family))[:-1]:  # Mochi's last block is of another kind
                 block.compile(backend=count, fullgraph=True, dynamic=False)
             torch.testing.assert_close(family(), expected, rtol=1e-4, atol=1e-5)
             family()
         for block in blocks(family):
             block._compiled_call_impl = None
         torch._dynamo.reset()
-        assert len(graphs) == (2 if equalize else 3)
+        # One dense, one per number of anchors. Wan VACE and HunyuanVideo hand their first blocks a
+        # transposed tensor, and a sparse block a contiguous one, which costs one more.
+        assert len(graphs) in ((2, 3) if equalize else (3,))
 
     def test_group_offloading_works_before_and_after(self, family) -> None:
         with apply_fis(family.model, CONFIG):
@@ -253,6 +255,22 @@ class TestEveryAdapter:
         block._diffusers_hook.remove_hook("other")
         handle.remove()
         assert torch.equal(family(), dense)
+
+
+def test_deeper_models_need_no_more_graphs(tiny) -> None:
+    family, graphs = tiny("wan", depth=8), 0
+
+    def count(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    with apply_fis(family.model, CONFIG):
+        family.model.compile_repeated_blocks(backend=count, fullgraph=True, dynamic=False)
+        family()
+    torch._dynamo.reset()
+    assert graphs == 3
 
 
 def test_first_block_cache_over_fis_at_threshold_zero_is_fis_alone(tiny_wan) -> None:

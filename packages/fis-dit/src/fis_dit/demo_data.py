@@ -25,6 +25,9 @@ class ClipSet:
         classes: Number of labels, given to the model as text.
         mean: Of the pixels before standardisation.
         std: Same.
+        teacher_steps: Training updates of the teacher.
+        student_steps: Same of the student.
+        paths: Teacher paths that the student learns from.
     """
 
     size: int
@@ -32,11 +35,32 @@ class ClipSet:
     classes: int
     mean: float
     std: float
+    teacher_steps: int
+    student_steps: int
+    paths: int
 
 
 CLIP_SETS = {
-    "shapes": ClipSet(size=9, patch=3, classes=2, mean=0.09, std=0.22),
-    "digits": ClipSet(size=16, patch=4, classes=10, mean=0.076, std=0.21),
+    "shapes": ClipSet(
+        size=9,
+        patch=3,
+        classes=2,
+        mean=0.09,
+        std=0.22,
+        teacher_steps=1560,
+        student_steps=1500,
+        paths=768,
+    ),
+    "digits": ClipSet(
+        size=12,
+        patch=4,
+        classes=10,
+        mean=0.135,
+        std=0.275,
+        teacher_steps=1000,
+        student_steps=800,
+        paths=384,
+    ),
 }
 
 

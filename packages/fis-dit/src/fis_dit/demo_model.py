@@ -116,10 +116,10 @@ def load(name: str, kind: str, folder: Path = ASSETS) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def train_teacher(name: str, steps: int = 1560, batch: int = 12, seed: int = 0) -> nn.Module:
+def train_teacher(name: str, batch: int = 12, seed: int = 0) -> nn.Module:
     """Train by flow matching: predict noise minus clip at a random noise level."""
     torch.manual_seed(seed)
-    model = make_transformer(name)
+    model, steps = make_transformer(name), CLIP_SETS[name].teacher_steps
     values, labels, _ = clips(name, 4096, seed=seed)
     optimizer, schedule = _optimizer(model, steps, 2e-3)
     generator = torch.Generator().manual_seed(seed)
@@ -166,11 +166,10 @@ def teacher_paths(teacher: nn.Module, name: str, count: int, seed: int) -> tuple
     return torch.cat(parts, 1), prompt
 
 
-def distil(
-    teacher: nn.Module, name: str, steps: int = 1500, batch: int = 16, count: int = 768
-) -> nn.Module:
+def distil(teacher: nn.Module, name: str, batch: int = 16) -> nn.Module:
     """Distil four straight steps out of the teacher's paths."""
     torch.manual_seed(1)
+    steps, count = CLIP_SETS[name].student_steps, CLIP_SETS[name].paths
     points, prompts = teacher_paths(teacher, name, count, seed=1)
     student = make_transformer(name)
     student.load_state_dict(teacher.state_dict())

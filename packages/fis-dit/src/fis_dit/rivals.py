@@ -17,7 +17,6 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
-from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -104,17 +103,21 @@ def skipped_blocks(blocks: Sequence[int]) -> Arm:
     return Arm(f"skip blocks {' '.join(map(str, blocks))}", "block skipping", change)
 
 
-def cached(name: str, group: str, make: Callable[[], Any]) -> Arm:
-    """One of diffusers' caches; ``make`` builds its config anew for every run."""
+def cached(name: str, group: str, make: Callable[[Callable[[], float]], Any]) -> Arm:
+    """One of diffusers' caches; ``make`` builds its config anew, given a function of the time."""
 
     @contextlib.contextmanager
     def change(model: Any) -> Iterator[None]:
-        model.enable_cache(make())
+        now = [1000.0]
+        watch = model.register_forward_pre_hook(
+            lambda _, args: now.__setitem__(0, float(args[1].flatten()[0]))
+        )
+        model.enable_cache(make(lambda: now[0]))
         try:
             yield
         finally:
             model.disable_cache()
-            HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
+            watch.remove()
 
     return Arm(name, group, change)
 
@@ -143,7 +146,7 @@ def cache_arms(ratios: Sequence[float]) -> list[Arm]:
         cached(
             f"FirstBlockCache {threshold:g}",
             "FirstBlockCache",
-            lambda threshold=threshold: FirstBlockCacheConfig(threshold=threshold),
+            lambda _, threshold=threshold: FirstBlockCacheConfig(threshold=threshold),
         )
         for threshold in (0.1, 0.2, 0.3, 0.5, 0.8)
     ]
@@ -151,7 +154,7 @@ def cache_arms(ratios: Sequence[float]) -> list[Arm]:
         cached(
             f"MagCache {threshold:g}",
             "MagCache",
-            lambda threshold=threshold: MagCacheConfig(
+            lambda _, threshold=threshold: MagCacheConfig(
                 threshold=threshold,
                 max_skip_steps=2,
                 retention_ratio=0.25,
@@ -166,7 +169,7 @@ def cache_arms(ratios: Sequence[float]) -> list[Arm]:
             f"TaylorSeer order {order}, every {interval}",
             "TaylorSeer",
             # The default patterns match no attention of Wan: without identifiers nothing is cached.
-            lambda order=order, interval=interval: TaylorSeerCacheConfig(
+            lambda _, order=order, interval=interval: TaylorSeerCacheConfig(
                 cache_interval=interval,
                 disable_cache_before_step=2 if order else 1,
                 max_order=order,
@@ -180,12 +183,12 @@ def cache_arms(ratios: Sequence[float]) -> list[Arm]:
         cached(
             f"PAB every {skip}",
             "PAB",
-            lambda skip=skip: PyramidAttentionBroadcastConfig(
+            lambda now, skip=skip: PyramidAttentionBroadcastConfig(
                 spatial_attention_block_skip_range=skip,
                 cross_attention_block_skip_range=skip,
                 spatial_attention_timestep_skip_range=(-1, 1001),
                 cross_attention_timestep_skip_range=(-1, 1001),
-                current_timestep_callback=lambda: 500,
+                current_timestep_callback=now,
             ),
         )
         for skip in (2, 4)
@@ -194,10 +197,10 @@ def cache_arms(ratios: Sequence[float]) -> list[Arm]:
         cached(
             "FasterCache",
             "FasterCache",
-            lambda: FasterCacheConfig(
+            lambda now: FasterCacheConfig(
                 spatial_attention_block_skip_range=2,
-                spatial_attention_timestep_skip_range=(-1, 1001),
-                current_timestep_callback=lambda: 500,
+                spatial_attention_timestep_skip_range=(-1, 999),  # the first step fills its cache
+                current_timestep_callback=now,
                 is_guidance_distilled=True,
             ),
         )

@@ -83,6 +83,14 @@ class SparseHook(ModelHook):
             raise HookStateError(self._misread(hidden))
         if plan is None:
             return self.fn_ref.original_forward(*args, **kwargs)
+        return self.evaluate(module, self.fn_ref.original_forward, named)
+
+    def evaluate(
+        self, module: nn.Module, forward: Callable[..., Any], named: Mapping[str, Any]
+    ) -> Any:
+        """Run ``forward`` on the anchors of ``self.plan`` and fill in the other frames."""
+        hidden, plan = named[self.names[0]], self.plan
+        assert plan is not None
         if self.processor is not None:
             self._lend_full_keys(module, named)
         small = {**named, self.names[0]: gather_frames(hidden, plan)}
@@ -90,7 +98,7 @@ class SparseHook(ModelHook):
         for name, rule in self.per_token.items():
             if small.get(name) is not None:
                 small[name] = _gather_argument(small[name], rule, tokens, plan, name)
-        out = self.fn_ref.original_forward(**small)
+        out = forward(**small)
         computed = out[0] if isinstance(out, tuple) else out
         full = self.fill(hidden, computed, plan)
         if self.debug and not bool(torch.isfinite(full).all()):
