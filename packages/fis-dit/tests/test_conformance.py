@@ -167,7 +167,7 @@ class TestEveryAdapter:
                 with family.model.cache_context("c", step_index=step, num_inference_steps=4):
                     assert torch.equal(family(), dense) == (step in (0, 3))
 
-    @pytest.mark.parametrize("equalize", [False, True])
+    @pytest.mark.parametrize("equalize", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_compiled_blocks_need_one_graph_per_number_of_anchors(
         self, family, equalize: bool
     ) -> None:
@@ -197,7 +197,9 @@ class TestEveryAdapter:
         with apply_fis(family.model, CONFIG):
             plain = family()
             cpu = torch.device("cpu")
-            apply_group_offloading(family.model, cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+            apply_group_offloading(
+                family.model, cpu, cpu, offload_type="block_level", num_blocks_per_group=1
+            )
             torch.testing.assert_close(family(), plain)
         with apply_fis(family.model, CONFIG):
             torch.testing.assert_close(family(), plain)

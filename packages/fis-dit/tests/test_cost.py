@@ -1,4 +1,4 @@
-"""The FLOPs model against torch's counter, and against the figures that follow from the paper's setting."""
+"""The FLOPs model against torch's counter, and against figures worked out for full-size models."""
 
 import dataclasses
 
@@ -37,16 +37,18 @@ def counted_in_blocks(family) -> float:
     modulation = sum(
         sum(ops.values())
         for name, ops in counts.items()
-        if name.startswith(prefix) and name.endswith(".linear") and ".norm1" in name
-        or name.startswith(prefix) and name.endswith((".norm1.linear", ".norm2.linear"))
-        or name.startswith(prefix) and name.endswith("norm1_context.linear_1")
+        if (name.startswith(prefix) and name.endswith(".linear") and ".norm1" in name)
+        or (name.startswith(prefix) and name.endswith((".norm1.linear", ".norm2.linear")))
+        or (name.startswith(prefix) and name.endswith("norm1_context.linear_1"))
     )
     return sum(inside.values()) - modulation
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan-1.5", "cogvideox", "ltx", "mochi"])
 @pytest.mark.parametrize("sites", ["block", "attn"])
-def test_the_model_agrees_with_torchs_counter_within_one_percent(tiny, name: str, sites: str) -> None:
+def test_the_model_agrees_with_torchs_counter_within_one_percent(
+    tiny, name: str, sites: str
+) -> None:
     family = tiny(name)
     text = 10 if name == "hunyuan-1.5" else 5
     shape = dataclasses.replace(adapter_of(family.model).shape(family.model.config), text=text)

@@ -113,7 +113,9 @@ def bench(config: BenchConfig) -> Report:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rows = []
     for name, setting in arms.items():
-        cost = flops(shape, setting if name != "dense" else FISConfig(blocks=()), depth, frames, tokens)
+        cost = flops(
+            shape, setting if name != "dense" else FISConfig(blocks=()), depth, frames, tokens
+        )
         predicted, measured = cost.speedup, median["dense"] / median[name]
         metrics = {
             "seconds": seconds[name],

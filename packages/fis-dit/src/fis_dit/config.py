@@ -5,7 +5,6 @@ blocks are counted by j, ``step_shift`` rotates the residue over denoising steps
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -38,7 +37,9 @@ def _count(config: Any, *names: str, least: int = 1) -> None:
         value = getattr(config, name)
         whole = isinstance(value, int) and not isinstance(value, bool)
         _require(
-            whole and value >= least, f"{name} must be {least} or more, got {value!r}", "give a count"
+            whole and value >= least,
+            f"{name} must be {least} or more, got {value!r}",
+            "give a count",
         )
 
 
@@ -59,21 +60,37 @@ class FISConfig:
     blocks: tuple[int, ...] | None = _setting(
         None, "sparse blocks; none for all but dense_head first and dense_tail last ones"
     )
-    dense_head: int | None = _setting(None, "dense blocks at the front; none for 7.5 % of the depth")
+    dense_head: int | None = _setting(
+        None, "dense blocks at the front; none for 7.5 % of the depth"
+    )
     dense_tail: int | None = _setting(None, "dense blocks at the end; none for 7.5 % of the depth")
     dense_steps: tuple[int, ...] = _setting((), "denoising steps left dense; -1 is the last one")
-    lift: Lift = _setting("residual", "how skipped frames are filled: residual, hold, carry, state")
-    sites: Sites = _setting("block", "what is sparse: the whole block, or attn, its self-attention")
-    kv: Keys = _setting("anchor", "keys and values from anchor frames, or (Wan only) from full")
-    pattern: Pattern = _setting(
-        "interleaved", "interleaved over depth (the method); static and random are for comparison"
+    lift: Lift = field(
+        default="residual",
+        metadata={"help": "how skipped frames are filled: residual, hold, carry, state"},
+    )
+    sites: Sites = field(
+        default="block",
+        metadata={"help": "what is sparse: the whole block, or attn, its self-attention"},
+    )
+    kv: Keys = field(
+        default="anchor",
+        metadata={"help": "keys and values from anchor frames, or (Wan only) from full"},
+    )
+    pattern: Pattern = field(
+        default="interleaved",
+        metadata={
+            "help": "interleaved over depth (the method); static and random are for comparison"
+        },
     )
     boundaries: bool = _setting(True, "always compute the first and the last frame")
     condition_frames: tuple[int, ...] = _setting(
         (), "frames that feed no skipped frame, such as the given image of TI2V-5B: 0"
     )
     step_shift: int = _setting(0, "additional rotation of the anchors at every denoising step")
-    equalize: bool = _setting(False, "the same number of anchors in every phase: one compiled shape")
+    equalize: bool = _setting(
+        False, "the same number of anchors in every phase: one compiled shape"
+    )
     drop_text_padding: bool = _setting(
         False, "HunyuanVideo 1.5, batch 1: trim padded text instead of masking it (exact)"
     )
@@ -82,7 +99,9 @@ class FISConfig:
     )
     allow_grad: bool = _setting(False, "also run where gradients are recorded in training mode")
     debug: bool = _setting(False, "check every sparse block's output for NaN and infinity")
-    strict: bool = _setting(True, "refuse a plan made for another model; otherwise rescale and warn")
+    strict: bool = _setting(
+        True, "refuse a plan made for another model; otherwise rescale and warn"
+    )
     model_class: str | None = _setting(None, "what a plan was calibrated for: transformer class")
     layers: int | None = _setting(None, "same: number of blocks")
     frames: int | None = _setting(None, "same: latent frames after patching")
@@ -113,7 +132,9 @@ class FISConfig:
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "FISConfig":
         """A named setting: "paper-like", "quality" or "safe"; keyword arguments change fields."""
-        _require(name in PRESETS, f"there is no preset {name!r}", f"use one of {', '.join(PRESETS)}")
+        _require(
+            name in PRESETS, f"there is no preset {name!r}", f"use one of {', '.join(PRESETS)}"
+        )
         return cls(**{**PRESETS[name], **changes})
 
     def sparse_blocks(self, depth: int) -> tuple[int, ...]:
@@ -123,7 +144,9 @@ class FISConfig:
             ConfigError: If a block is out of range.
         """
         if self.blocks is None:
-            share = max(1, round(0.075 * depth))  # 3 of 40 (Wan 14B), 2 of 30, 4 of 54 (HunyuanVideo)
+            share = max(
+                1, round(0.075 * depth)
+            )  # 3 of 40 (Wan 14B), 2 of 30, 4 of 54 (HunyuanVideo)
             head = share if self.dense_head is None else self.dense_head
             tail = share if self.dense_tail is None else self.dense_tail
             return tuple(range(head, max(head, depth - tail)))
@@ -154,9 +177,11 @@ class FISConfig:
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise ConfigError(f"the plan is not JSON ({error}); write it with fis-dit plan") from None
+            raise ConfigError(
+                f"the plan is not JSON ({error}); write it with fis-dit plan"
+            ) from None
         _require(
-            isinstance(values, Mapping) and values.get("schema") == SCHEMA,
+            isinstance(values, dict) and values.get("schema") == SCHEMA,
             f"the plan is not of schema {SCHEMA}",
             "write it again with fis-dit plan",
         )
@@ -186,8 +211,10 @@ class ClipShape:
 class InspectConfig(ClipShape):
     """Anchors, FLOPs, predicted speed-up and memory, from a model's config alone."""
 
-    model: str = field(metadata={"help": "diffusers directory, transformer directory or config.json"})
-    preset: Preset = _setting("paper-like", "setting to start from")
+    model: str = field(
+        metadata={"help": "diffusers directory, transformer directory or config.json"}
+    )
+    preset: Preset = field(default="paper-like", metadata={"help": "setting to start from"})
     stride: int | None = _setting(None, "n; none keeps the preset's")
     plan: str | None = _setting(None, "JSON file of fis-dit plan, instead of a preset")
 
@@ -208,7 +235,9 @@ class PlanConfig(ClipShape):
     method: Literal["local", "endpoint"] = _setting(
         "local", "score of a block: its own error, or (a pass per block) that of the velocity"
     )
-    preset: Preset = _setting("paper-like", "setting whose blocks are chosen")
+    preset: Preset = field(
+        default="paper-like", metadata={"help": "setting whose blocks are chosen"}
+    )
     num_inference_steps: int = _setting(4, "denoising steps")
     guidance_scale: float = _setting(1.0, "1 turns guidance off, as distilled models want it")
     seed: int = _setting(0, "seed of the noise")
@@ -232,7 +261,9 @@ class GenerateConfig(ClipShape):
     model: str = field(metadata={"help": "directory of a diffusers video pipeline"})
     prompt: str = _setting("a cat walks over grass", "what the clip shows")
     image: str | None = _setting(None, "first frame, for image-to-video pipelines")
-    preset: Preset = _setting("paper-like", "setting, unless a plan is given")
+    preset: Preset = field(
+        default="paper-like", metadata={"help": "setting, unless a plan is given"}
+    )
     plan: str | None = _setting(None, "JSON file of fis-dit plan")
     lora: str | None = _setting(None, "safetensors file of LoRA weights, such as 4-step ones")
     compare_dense: bool = _setting(False, "also make the dense clip and report the distance")
@@ -258,7 +289,8 @@ class BenchConfig:
     random_weights: bool = _setting(True, "there is no other way: speed does not depend on weights")
     device: str = _setting("cpu", "cpu runs tiny only")
     settings: tuple[str, ...] = _setting(
-        ("block-n2", "block-n3", "attn-n2", "attn-n3"), "sites-stride to time; add -full for all keys"
+        ("block-n2", "block-n3", "attn-n2", "attn-n3"),
+        "sites-stride to time; add -full for all keys",
     )
     repeats: int = _setting(5, "timed forwards of every setting, interleaved; the median counts")
     warmup: int = _setting(2, "forwards before")
@@ -273,7 +305,9 @@ class BenchConfig:
             sites, _, rest = name.partition("-n")
             stride, _, full = rest.partition("-")
             _require(
-                sites in get_args(Sites) and stride.isdigit() and int(stride) > 0
+                sites in get_args(Sites)
+                and stride.isdigit()
+                and int(stride) > 0
                 and full in ("", "full"),
                 f"setting {name!r} is not known",
                 "write block-n2, attn-n3 or block-n2-full",
@@ -284,7 +318,9 @@ class BenchConfig:
 class DemoConfig:
     """Distilled four-step models of moving clips: dense, FIS and its rivals at equal FLOPs."""
 
-    data: Literal["shapes", "digits"] = _setting("shapes", "clips: bouncing shapes, drifting digits")
+    data: Literal["shapes", "digits"] = _setting(
+        "shapes", "clips: bouncing shapes, drifting digits"
+    )
     seeds: int = _setting(1, "seeds of noise and labels; claims need 3")
     clips: int = _setting(48, "clips per seed")
     out: str | None = _setting(None, "folder of the report; default runs/demo-<time>")

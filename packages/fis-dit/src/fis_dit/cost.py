@@ -57,7 +57,9 @@ def block_flops(shape: BlockShape, s: int, kv: int, rest: int) -> int:
     return attention + feed + 2 * shape.ffn_matrices * e * g * t
 
 
-def sparse_block_flops(shape: BlockShape, config: FISConfig, frames: int, tokens: int, k: int) -> int:
+def sparse_block_flops(
+    shape: BlockShape, config: FISConfig, frames: int, tokens: int, k: int
+) -> int:
     """FLOPs of one sparse block with ``k`` of ``frames`` anchors of ``tokens`` tokens each."""
     total, s = frames * tokens, k * tokens
     kv = total if config.kv == "full" else s

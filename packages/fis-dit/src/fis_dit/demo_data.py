@@ -6,6 +6,7 @@ some clips stand still and others cross the picture. Values are standardised wit
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ def _shapes(labels: Tensor, centres: Tensor, size: int) -> Tensor:
 def _digits() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     return torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target).long()
 
 

@@ -1,13 +1,14 @@
 """The demo's models: a small Wan transformer, the same distilled to four steps, a clip classifier.
 
-The teacher is trained by flow matching. The student starts from it and learns, for each of the four fixed
-noise levels, the straight line from there to where the teacher's 32-step path meets the next level. The
+The teacher is trained by flow matching. The student starts from it and learns, for each of the four
+fixed noise levels, the straight line from there to where the teacher's 32-step path meets the next one. The
 package ships all of them (``python -m fis_dit.demo_model NAME FOLDER`` is the script that made them).
 """
 
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ def euler(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Denoise step by step, yielding (velocity, clips after the step)."""
     x = noise
-    for step, (level, following) in enumerate(zip(levels, levels[1:], strict=False)):
+    for step, (level, following) in enumerate(pairwise(levels)):
         with model.cache_context("cond", step_index=step, num_inference_steps=len(levels) - 1):  # pyright: ignore[reportCallIssue]
             v = velocity(model, x, level, prompt)
         x = x + (following - level) * v
@@ -106,7 +107,9 @@ def load(name: str, kind: str, folder: Path = ASSETS) -> nn.Module:
     """
     path = folder / f"{name}-{kind}.safetensors"
     if not path.is_file():
-        raise InputError(f"there are no weights {path.name}; python -m fis_dit.demo_model makes them")
+        raise InputError(
+            f"there are no weights {path.name}; python -m fis_dit.demo_model makes them"
+        )
     model = (
         ClipClassifier(CLIP_SETS[name].classes) if kind == "classifier" else make_transformer(name)
     )
@@ -156,10 +159,9 @@ def teacher_paths(teacher: nn.Module, name: str, count: int, seed: int) -> tuple
         for rows in torch.arange(count).split(64):
             x = torch.randn(len(rows), 1, 13, spec.size, spec.size, generator=generator)
             points = [x]
-            for start, end in zip(coarse, coarse[1:], strict=False):
+            for start, end in pairwise(coarse):
                 fine = [start + (end - start) * i / inner for i in range(inner + 1)]
-                for _, x in euler(teacher, x, prompt[rows], fine):
-                    pass
+                *_, (_, x) = euler(teacher, x, prompt[rows], fine)
                 points.append(x)
             parts.append(torch.stack(points))
             bar.advance(len(rows))

@@ -43,7 +43,9 @@ def _residue_class(frames: int, n: int, residue: int, boundaries: bool) -> set[i
     return set(range(residue, frames, n)) | ({0, frames - 1} if boundaries else set())
 
 
-def random_anchors(frames: int, count: int, seed: int, *, boundaries: bool = True) -> tuple[int, ...]:
+def random_anchors(
+    frames: int, count: int, seed: int, *, boundaries: bool = True
+) -> tuple[int, ...]:
     """``count`` frames drawn without replacement; a rival of the residue rule at equal cost."""
     fixed = {0, frames - 1} if boundaries else set()
     rest = [f for f in range(frames) if f not in fixed]

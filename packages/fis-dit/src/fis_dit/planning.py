@@ -1,7 +1,7 @@
 """Calibrate which blocks to leave dense: the ``plan`` command and function.
 
-A block's score says how much sparsity hurts there. "local" evaluates, in one dense pass, the sparse block on
-the dense input of every block; "endpoint" makes one block sparse at a time and measures the velocity.
+A block's score says how much sparsity hurts there. "local" evaluates, in one dense pass, the sparse
+block on the dense input of every block; "endpoint" makes one block sparse at a time and measures the velocity.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.logging import progress, say
 from fis_dit.adapters.apply import apply_fis
-from fis_dit.adapters.pipelines import load_pipeline, run_pipeline
 from fis_dit.adapters.hooks import BlockHook
+from fis_dit.adapters.pipelines import load_pipeline, run_pipeline
 from fis_dit.adapters.table import FISAdapter, adapter_of
 from fis_dit.config import FISConfig, PlanConfig
 from fis_dit.cost import blocks_for, flops
@@ -43,7 +43,9 @@ class Plan:
     def __rich__(self) -> Any:
         from rich.table import Table
 
-        table = Table("block", "error if sparse", "runs", title=f"plan: {self.speedup:.2f}x by FLOPs")
+        table = Table(
+            "block", "error if sparse", "runs", title=f"plan: {self.speedup:.2f}x by FLOPs"
+        )
         for number, score in enumerate(self.scores):
             runs = "sparse" if number in (self.config.blocks or ()) else "dense"
             table.add_row(str(number), f"{score:.4f}", runs)
@@ -96,9 +98,7 @@ def _local_scores(transformer: Any, run: Run, config: FISConfig, frames: int) ->
             busy = True
             named = {**dict(zip(adapter.block_arguments, args, strict=False)), **kwargs}
             for residue in range(min(config.stride, frames)):
-                sums[number] += _local_error(
-                    adapter, module, named, out, config, frames, residue
-                )
+                sums[number] += _local_error(adapter, module, named, out, config, frames, residue)
                 counts[number] += 1
             busy = False
 
@@ -164,7 +164,15 @@ def plan(
         ConfigError: If the target is out of reach at this stride.
     """
     return _plan(
-        pipe, prompts, target_speedup, num_inference_steps, config, method, clip, guidance_scale, seed
+        pipe,
+        prompts,
+        target_speedup,
+        num_inference_steps,
+        config,
+        method,
+        clip,
+        guidance_scale,
+        seed,
     ).config
 
 
@@ -223,7 +231,9 @@ def write_plan(config: PlanConfig) -> Plan:
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError(f"{config.prompts} holds no prompt; write one a line")
-    pipe = load_pipeline(config.model, torch.float32 if config.device == "cpu" else torch.bfloat16, config.device)
+    pipe = load_pipeline(
+        config.model, torch.float32 if config.device == "cpu" else torch.bfloat16, config.device
+    )
     say(f"calibrating on {len(prompts)} prompts, {config.num_inference_steps} steps each")
     found = _plan(
         pipe,

@@ -1,7 +1,7 @@
 """What FIS is compared with: fewer steps, skipped blocks, and diffusers' caches, on the demo's Wan.
 
-Every rival is a context that changes a transformer and undoes it. Costs are counted by torch over the whole
-run, so that adaptive caches are charged for what they really computed.
+Every rival is a context that changes a transformer and undoes it. Costs are counted by torch over the
+whole run, so that adaptive caches are charged for what they really computed.
 """
 
 import contextlib
@@ -103,14 +103,14 @@ def skipped_blocks(blocks: Sequence[int]) -> Arm:
     return Arm(f"skip blocks {' '.join(map(str, blocks))}", "block skipping", change)
 
 
-def cached(name: str, group: str, make: Callable[[Callable[[], float]], Any]) -> Arm:
+def cached(name: str, group: str, make: Callable[[Callable[[], int]], Any]) -> Arm:
     """One of diffusers' caches; ``make`` builds its config anew, given a function of the time."""
 
     @contextlib.contextmanager
     def change(model: Any) -> Iterator[None]:
-        now = [1000.0]
+        now = [1000]
         watch = model.register_forward_pre_hook(
-            lambda _, args: now.__setitem__(0, float(args[1].flatten()[0]))
+            lambda _, args: now.__setitem__(0, int(args[1].flatten()[0]))
         )
         model.enable_cache(make(lambda: now[0]))
         try:
@@ -141,7 +141,7 @@ def magnitude_ratios(model: Any, noise: Tensor, prompt: Tensor) -> list[float]:
 
 
 def cache_arms(ratios: Sequence[float]) -> list[Arm]:
-    """diffusers' caches over their useful settings at four steps."""
+    """Diffusers' caches over their useful settings at four steps."""
     arms = [
         cached(
             f"FirstBlockCache {threshold:g}",

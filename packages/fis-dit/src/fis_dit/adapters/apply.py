@@ -219,7 +219,9 @@ def _fitted(config: FISConfig, model: nn.Module, depth: int) -> FISConfig:
     name = type(model).__name__
     if config.model_class in (None, name) and config.layers in (None, depth):
         return config
-    problem = f"the plan is for {config.model_class} of {config.layers} blocks, not {name} of {depth}"
+    problem = (
+        f"the plan is for {config.model_class} of {config.layers} blocks, not {name} of {depth}"
+    )
     if config.strict:
         raise ConfigError(f"{problem}; plan again, or set strict=False")
     warn(f"{problem}; its block list was rescaled")
@@ -253,9 +255,7 @@ def _register(item: Attached, blocks: list[nn.Module]) -> None:
     for number, block in zip(item.blocks, blocks, strict=True):
         attention = getattr(block, adapter.attention)
         if config.sites == "block":
-            hook: SparseHook = BlockHook(
-                number, adapter.block_arguments, adapter.per_token, config
-            )
+            hook: SparseHook = BlockHook(number, adapter.block_arguments, adapter.per_token, config)
             _hook(item, block, hook, BLOCK_HOOK)
         else:
             names, rules = adapter.attention_arguments, adapter.attention_per_token

@@ -47,6 +47,7 @@ class StepCounter(BaseState):
         self.count = 0
 
     def reset(self) -> None:
+        """Start anew."""
         self.count = 0
 
 
@@ -81,9 +82,10 @@ class SparseHook(ModelHook):
         hidden, plan = named[self.names[0]], self.plan
         if hidden.shape[1] != self.tokens:
             raise HookStateError(self._misread(hidden))
+        original: Any = self.fn_ref.original_forward
         if plan is None:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        return self.evaluate(module, self.fn_ref.original_forward, named)
+            return original(*args, **kwargs)
+        return self.evaluate(module, original, named)
 
     def evaluate(
         self, module: nn.Module, forward: Callable[..., Any], named: Mapping[str, Any]
@@ -208,9 +210,7 @@ class GeometryHook(ModelHook):
             return random_anchors(frames, len(chosen), seed, boundaries=config.boundaries)
         return chosen
 
-    def _plan(
-        self, frames: int, rank: int, step: int, device: torch.device
-    ) -> FrameTensors | None:
+    def _plan(self, frames: int, rank: int, step: int, device: torch.device) -> FrameTensors | None:
         chosen = self.anchors(frames, rank, step)
         key = (frames, chosen, device)
         if key not in self._plans:

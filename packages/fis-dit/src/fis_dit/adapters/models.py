@@ -1,13 +1,13 @@
 """The built-in adapters: Wan, HunyuanVideo 1.5, CogVideoX, LTX-Video, Mochi.
 
-Facts of diffusers 0.42: argument order and layout of each class's blocks. All of them lay video tokens out
-frame by frame.
+Facts of diffusers 0.42: argument order and layout of each class's blocks. All of them lay video tokens
+out frame by frame.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fis_dit.adapters.table import FISAdapter, Geometry, PerToken, register_adapter
 from fis_dit.cost import BlockShape
@@ -41,9 +41,9 @@ def _wan_attention_input(block: Any, arguments: Mapping[str, Any]) -> Tensor:
     hidden, temb = arguments["hidden_states"], arguments["temb"]
     per_token = temb.ndim == 4
     table = block.scale_shift_table
-    shift, scale = ((table.unsqueeze(0) if per_token else table) + temb.float()).chunk(
-        6, dim=-2
-    )[:2]
+    shift, scale = ((table.unsqueeze(0) if per_token else table) + temb.float()).chunk(6, dim=-2)[
+        :2
+    ]
     if per_token:
         shift, scale = shift.squeeze(2), scale.squeeze(2)
     return (block.norm1(hidden.float()) * (1 + scale) + shift).type_as(hidden)
@@ -113,9 +113,7 @@ def _cog_geometry(config: Config, args: tuple[Any, ...], kwargs: Config) -> Geom
 
 def _cog_shape(config: Config) -> BlockShape:
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    return BlockShape(
-        kind="joint", width=width, ffn=4 * width, text=config["max_text_seq_length"]
-    )
+    return BlockShape(kind="joint", width=width, ffn=4 * width, text=config["max_text_seq_length"])
 
 
 COGVIDEOX = FISAdapter(
@@ -173,7 +171,7 @@ LTX = FISAdapter(
     # One modulation per token where frames are conditioned one by one; otherwise one per sample.
     per_token={"image_rotary_emb": PerToken(dim=1), "temb": PerToken(dim=1, ndim=3)},
     attention="attn1",
-    attention_arguments=_JOINT_ATTENTION[:2] + ("attention_mask", "image_rotary_emb"),
+    attention_arguments=_JOINT_ATTENTION,
     attention_per_token={"image_rotary_emb": PerToken(dim=1)},
     shape=_ltx_shape,
     compression=(8, 32),

@@ -23,7 +23,9 @@ def load_pipeline(directory: str, dtype: torch.dtype, device: str) -> Any:
 
     path = Path(directory)
     if not (path / "model_index.json").is_file():
-        raise InputError(f"{directory} has no model_index.json; give a diffusers pipeline directory")
+        raise InputError(
+            f"{directory} has no model_index.json; give a diffusers pipeline directory"
+        )
     try:
         pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, AttributeError) as error:

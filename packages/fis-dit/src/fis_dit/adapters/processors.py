@@ -34,6 +34,7 @@ class FullKeysProcessor:
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        """As WanAttnProcessor, with the lent keys and values where there are some."""
         if self._lent is None or rotary_emb is None:  # a dense step or a dense shape
             return self.replaced(
                 attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
@@ -72,8 +73,8 @@ class TrimmedTextProcessor:
     """HunyuanVideo 1.5 attention on the valid text alone, without a mask.
 
     Valid text comes first, so for one sample this is exact, and it frees the attention backend from the
-    (S + T)^2 mask. Padded text tokens come out as zero before their output projection, as they do when all
-    of their keys are masked. Reading the number of valid tokens waits for the device once per block.
+    (S + T)^2 mask. Padded text tokens come out as zero before their output projection, as they do when
+    all of their keys are masked. Reading the number of valid tokens waits for the device once per block.
     """
 
     def __init__(self, replaced: Any) -> None:
@@ -89,6 +90,7 @@ class TrimmedTextProcessor:
         attention_mask: Tensor,
         image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor]:
+        """As HunyuanVideo15AttnProcessor2_0, on one sample."""
         if len(hidden_states) != 1:
             raise HookStateError(
                 f"drop_text_padding needs batch 1, got {len(hidden_states)}; turn it off, or run "

@@ -1,7 +1,7 @@
 """What fis-dit must know of a transformer class, and the table of classes it knows.
 
-An adapter is data: names of modules and arguments, and two small functions. ``register_adapter`` adds one
-for a class of your own.
+An adapter is data: names of modules and arguments, and a few small functions. ``register_adapter`` adds
+one for a class of your own.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,9 @@ class ReadGeometry(Protocol):
 
     def __call__(
         self, config: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Geometry: ...
+    ) -> Geometry:
+        """From the transformer's config and the probe's arguments."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
