@@ -5,6 +5,15 @@ from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -101,3 +110,93 @@ def tiny_sdxl() -> StableDiffusionXLPipeline:
     pipe.scheduler = ddim()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_dit():
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        sample_size=16, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2,
+        in_channels=4, out_channels=8, attention_bias=True, num_embeds_ada_norm=1000,
+        activation_fn="gelu-approximate", norm_type="ada_norm_zero", norm_elementwise_affine=False,
+    )  # fmt: skip
+    pipe = DiTPipeline(transformer=lively(transformer).eval(), vae=tiny_vae(), scheduler=ddim())
+    pipe.scheduler = ddim()
+    pipe.set_progress_bar_config(disable=True)
+    inputs = {"class_labels": [1, 2], "guidance_scale": 3.0, "output_type": "np"}
+    return pipe, inputs, {"guidance_scale": 3.0}
+
+
+def tiny_pixart():
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        sample_size=16, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2,
+        caption_channels=32, in_channels=4, cross_attention_dim=16, out_channels=8,
+        attention_bias=True, num_embeds_ada_norm=1000, use_additional_conditions=False,
+        norm_type="ada_norm_single", norm_elementwise_affine=False,
+    )  # fmt: skip
+    pipe = PixArtAlphaPipeline(
+        transformer=lively(transformer).eval(), vae=tiny_vae(), scheduler=ddim(),
+        text_encoder=None, tokenizer=None,
+    )  # fmt: skip
+    pipe.scheduler = ddim()
+    pipe.set_progress_bar_config(disable=True)
+    text, mask = torch.randn(1, 8, 32), torch.ones(1, 8)
+    inputs = {
+        "prompt_embeds": text, "prompt_attention_mask": mask, "negative_prompt": None,
+        "negative_prompt_embeds": -text, "negative_prompt_attention_mask": mask,
+        "guidance_scale": 3.0, "output_type": "latent", "height": 32, "width": 32,
+        "use_resolution_binning": False, "return_dict": False,
+    }  # fmt: skip
+    return pipe, inputs, {"guidance_scale": 3.0}
+
+
+def tiny_sd3():
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16,
+        pooled_projection_dim=64, out_channels=4, pos_embed_max_size=24,
+    )  # fmt: skip
+    pipe = StableDiffusion3Pipeline(
+        transformer=lively(transformer).eval(), vae=tiny_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(), text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    text, pooled = torch.randn(1, 8, 32), torch.randn(1, 64)
+    inputs = {
+        "prompt_embeds": text, "pooled_prompt_embeds": pooled, "negative_prompt_embeds": -text,
+        "negative_pooled_prompt_embeds": -pooled, "guidance_scale": 3.0, "output_type": "latent",
+        "height": 32, "width": 32, "return_dict": False,
+    }  # fmt: skip
+    return pipe, inputs, {}
+
+
+def tiny_flux():
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    pipe = FluxPipeline(
+        transformer=lively(transformer).eval(), vae=tiny_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(), text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    text, pooled = torch.randn(1, 8, 32), torch.randn(1, 32)
+    inputs = {
+        "prompt_embeds": text, "pooled_prompt_embeds": pooled, "negative_prompt_embeds": -text,
+        "negative_pooled_prompt_embeds": -pooled, "true_cfg_scale": 3.0, "output_type": "latent",
+        "height": 32, "width": 32, "return_dict": False,
+    }  # fmt: skip
+    return pipe, inputs, {"guidance_scale": 3.0, "calls_per_step": 2}
+
+
+def lively(network):
+    """Layers that these classes start at zero would make every output zero."""
+    for p in network.parameters():
+        if float(p.detach().abs().max()) == 0:
+            torch.nn.init.normal_(p, std=0.05)
+    return network

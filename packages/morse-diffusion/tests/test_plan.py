@@ -41,6 +41,12 @@ def test_a_plan_never_costs_more_than_its_budget(budget: float, ratio: float) ->
     assert plan.share <= 0.7 + 1 / budget
 
 
+def test_a_very_fast_dot_still_gets_its_steps() -> None:
+    # N = 100, r = 2.5, 6 LSD: k = 0.09 would round to no Dot step; 15 steps in all are wanted.
+    plan = make_plan(6, 100)
+    assert (plan.dash_steps, plan.dot_steps) == (5, 10)
+
+
 def test_r_of_one_is_plain_sampling() -> None:
     assert make_plan(10, 6, 1).pattern == "D" * 10
 

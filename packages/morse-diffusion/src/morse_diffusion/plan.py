@@ -179,13 +179,17 @@ def make_plan(
         r = min(2.5, 1 + (speed_ratio - 1) / 2)
     if not 1 <= r <= speed_ratio:
         raise PlanError(f"r is {r:g}; give 1 (no Dot step) to N = {speed_ratio:g}")
-    k = budget * (r - 1) / (speed_ratio - 1)
-    dash = max(min_dash, math.floor(budget - k + 0.5))
-    # A hair of tolerance, or 0.1 * 30 would lose a step to rounding.
-    dots = max(0, math.floor((budget - dash) * speed_ratio + 1e-9))
     if r > 1 and budget < 1 + 1 / speed_ratio:
         raise PlanError(
             f"{budget:g} LSD leave no time for a Dot step; give at least "
             f"{1 + 1 / speed_ratio:.3g} LSD, or r=1 for Dash steps alone"
         )
+    k = budget * (r - 1) / (speed_ratio - 1)
+    dash = max(min_dash, math.floor(budget - k + 0.5))
+    if r > 1 and (budget - dash) * speed_ratio < 1 and dash > min_dash:
+        dash -= 1  # a large N makes k round to nothing
+    # A hair of tolerance, or 0.1 * 30 would lose a step to rounding.
+    affordable = math.floor((budget - dash) * speed_ratio + 1e-9)
+    wanted = math.floor(r * budget + 1e-9) - dash
+    dots = max(0, min(affordable, wanted))
     return MorsePlan.uniform(dash, dots, speed_ratio)
