@@ -131,10 +131,9 @@ def test_peft_reads_the_residuals_and_computes_the_same(tmp_path) -> None:
     h, emb = torch.randn(1, 16, 4, 4), torch.randn(1, 32)
     with torch.no_grad():
         theirs = model.base_model.model["mid_block"](h, emb)
-        ours = dot._run("mid_block", h, emb) if False else None
-    clean = lively(build(tiny_unet()))
+    # PEFT changed the first Dash in place; the same one again, for the Dot alone.
     with torch.no_grad():
-        ours = clean._run("mid_block", h, emb)
+        ours = lively(build(tiny_unet()))._run("mid_block", h, emb)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
@@ -150,8 +149,8 @@ def test_a_dot_survives_a_round_trip_through_its_folder(tmp_path) -> None:
     assert names == {
         "config.json", "dot_blocks.safetensors", "adapter_model.safetensors", "adapter_config.json",
     }  # fmt: skip
-    stored = {**load_file(tmp_path / "dot/dot_blocks.safetensors")}
-    assert not set(stored) & set(dash.state_dict()) - {"conv_in.weight", "conv_in.bias", "conv_out.weight", "conv_out.bias"}  # fmt: skip
+    own = {name for name, _ in dot.named_parameters() if not name.startswith("residuals.")}
+    assert set(load_file(tmp_path / "dot" / "dot_blocks.safetensors")) == own  # no Dash weight
 
 
 @torch.no_grad()

@@ -206,13 +206,8 @@ def test_transformers_run_with_zero_and_learned_dots(kind) -> None:
 
     if kind in ("sd3", "flux"):  # five steps of their own would stand at other sigmas
         # Flux hands its scheduler a list that ends at 1/n.
-        pipe.scheduler.set_timesteps(
-            **(
-                {"sigmas": [1 - i / 20 for i in range(20)]}
-                if kind == "flux"
-                else {"num_inference_steps": 20}
-            )
-        )
+        whole = {"sigmas": [1 - i / 20 for i in range(20)]}
+        pipe.scheduler.set_timesteps(**(whole if kind == "flux" else {"num_inference_steps": 20}))
         steps = {"sigmas": [float(pipe.scheduler.sigmas[i]) for i in FIVE_OF_TWENTY.dash_indices]}
     else:
         steps = {"num_inference_steps": 5}

@@ -169,7 +169,7 @@ def _latents(pipe: Any, images: Tensor, files: list[Path], cache: Path | None) -
     latents = torch.cat(parts)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, save({"latents": latents}))
+        atomic_write(path, save({"latents": latents.contiguous()}))
     return latents
 
 
