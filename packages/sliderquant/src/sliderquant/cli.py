@@ -27,12 +27,22 @@ COMMANDS = (
     ),
     Command(
         "eval",
-        "perplexity of a model directory on text files",
+        "perplexity and lm-eval tasks of a model directory in any format",
         config="sliderquant.config:EvalConfig",
         run="sliderquant.evaluation:evaluate",
         examples=(
             "sliderquant eval models/llama-w4 --text held_out.txt",
-            "sliderquant eval models/llama-w4 --text a.txt b.txt --seqlen 512 --json",
+            "sliderquant eval models/llama-w4 --tasks tasks/arc.yaml tasks/mine --batch-size 8",
+        ),
+    ),
+    Command(
+        "sensitivity",
+        "what rounding each block alone does to the model: table, JSON, plot",
+        config="sliderquant.config:SensitivityConfig",
+        run="sliderquant.sensitivity:sensitivity",
+        examples=(
+            "sliderquant sensitivity models/llama --text notes.txt",
+            "sliderquant sensitivity models/llama --text notes.txt --wbits 3 --by linear --metric mse",
         ),
     ),
     Command(

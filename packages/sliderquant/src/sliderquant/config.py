@@ -214,25 +214,76 @@ class QuantizeConfig(SliderConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """Perplexity of a local model directory on text files."""
+    """Perplexity on text files, and lm-eval tasks, of a model directory in any format."""
 
-    model: str = field(metadata={"help": "directory of a Hugging Face causal language model"})
-    text: tuple[str, ...] = field(metadata={"help": "files: text, or JSON lines with 'text'"})
-    seqlen: int | None = _setting(
-        None, "tokens per chunk; default the smaller of 2048 and the model's limit"
+    model: str = field(metadata={"help": "directory of a causal language model, quantized or not"})
+    text: tuple[str, ...] = _setting((), "files: text, or JSON lines with 'text'")
+    tasks: tuple[str, ...] = _setting(
+        (), "lm-eval task files (YAML, with local data files), or folders of them"
     )
-    batch_size: int = _setting(1, "chunks per forward pass")
+    seqlen: int | None = _setting(
+        None, "tokens per chunk of text; default the smaller of 2048 and the model's limit"
+    )
+    batch_size: int = _setting(1, "chunks or requests per forward pass")
+    limit: int | None = _setting(None, "documents per task; default all")
+    dtype: Literal["float32", "stored"] = _setting(
+        "float32", "type to compute in: float32 with the stored values, or the stored type"
+    )
     out: str | None = _setting(None, "folder of the report; default runs/eval-<time>")
     device: str = _setting("cpu", "torch device that computes")
 
     def __post_init__(self) -> None:
-        _require(len(self.text) > 0, "text names no file", "give one or more text files")
+        _require(
+            bool(self.text or self.tasks), "nothing to evaluate on", "give --text or --tasks files"
+        )
         _require(self.batch_size >= 1, f"batch_size must be 1 or more, got {self.batch_size}", "1")
+        _require(self.limit is None or self.limit >= 1, f"limit is {self.limit}", "give 1 or more")
         _require(
             self.seqlen is None or self.seqlen >= 2,
             f"seqlen must be 2 or more, got {self.seqlen}",
             "the first token of a chunk is never predicted",
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SensitivityConfig:
+    """Round one block at a time to nearest, and measure what it does to the model."""
+
+    model: str = field(metadata={"help": "directory of a full-precision causal language model"})
+    text: tuple[str, ...] = field(metadata={"help": "files: text, or JSON lines with 'text'"})
+    wbits: int = _setting(2, "bits per weight, 2 to 8")
+    group_size: int | None = _setting(
+        128, "input columns that share a scale; none for one scale per output row"
+    )
+    sym: bool = _setting(True, "signed codes without zero point")
+    mode: Literal["single", "prefix"] = _setting(
+        "single", "single: one block rounded, the others not; prefix: all blocks up to it"
+    )
+    by: Literal["block", "linear"] = _setting(
+        "block", "what is rounded at a time: a decoder block, or one linear layer of it"
+    )
+    metric: Literal["kl", "ppl", "mse"] = _setting(
+        "kl", "what the plot and the ranking show; the table has all three"
+    )
+    nsamples: int = _setting(8, "chunks of text, spread over all of it")
+    seqlen: int = _setting(512, "tokens per chunk; capped at the model's limit")
+    out: str | None = _setting(None, "folder of the report; default runs/sensitivity-<time>")
+    device: str = _setting("cpu", "torch device that computes")
+
+    def __post_init__(self) -> None:
+        _require(len(self.text) > 0, "text names no file", "give one or more text files")
+        _require(
+            2 <= self.wbits <= 8, f"wbits must be between 2 and 8, got {self.wbits}", "use 2 to 4"
+        )
+        _require(
+            not (self.by == "linear" and self.mode == "prefix"),
+            "prefix mode goes block by block",
+            "use --by block, or --mode single",
+        )
+        for name in ("nsamples", "seqlen", "group_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} is {value}", "give 1 or more")
+        _require(self.seqlen >= 2, f"seqlen is {self.seqlen}", "give 2 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

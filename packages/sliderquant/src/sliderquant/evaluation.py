@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from effml_common.errors import InputError, NonFiniteError
 from effml_common.logging import Progress, progress
 from effml_common.report import Report, Row, environment, write_report
-from sliderquant.adapters.files import load_model
+from sliderquant.adapters.files import LoadedModel
+from sliderquant.adapters.harness import read_tasks, run_tasks
+from sliderquant.adapters.loading import load_any
 from sliderquant.adapters.text import encode, read_documents
 from sliderquant.config import EvalConfig
 
@@ -85,25 +87,62 @@ def default_seqlen(context: int) -> int:
     return min(LITERATURE_SEQLEN, context)
 
 
-def evaluate(config: EvalConfig) -> Report:
-    """Measure the perplexity of a model directory on text files and write the report.
+def text_perplexity(
+    loaded: LoadedModel, path: str, seqlen: int | None = None, batch_size: int = 1
+) -> float:
+    """Return the perplexity of a model in memory on one text file.
+
+    Args:
+        loaded: Model and tokenizer.
+        path: Text, or JSON lines.
+        seqlen: Tokens per chunk; default the literature's, or the model's limit.
+        batch_size: Chunks per forward pass.
+
+    Raises:
+        InputError: If the file cannot be used.
+    """
+    stream = encode(read_documents([path], loaded.tokenizer), loaded.tokenizer)
+    batches = list(chunks(stream, seqlen or default_seqlen(loaded.context), batch_size))
+    with progress(f"perplexity on {Path(path).name}", len(batches)) as bar:
+        return perplexity(model_logits(loaded.model), bar_over(batches, bar))
+
+
+def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
+    """Measure perplexities and lm-eval tasks of a model and write the report.
+
+    Args:
+        config: What to measure.
+        loaded: A model in memory, instead of the directory ``config.model``.
 
     Returns:
-        The report: one row, one metric per file.
+        The report: one row, one metric per file and per task metric.
 
     Raises:
         InputError: If the model or a file cannot be used.
     """
     started = time.monotonic()
-    loaded = load_model(config.model, config.device)
+    tasks = read_tasks(config.tasks)
+    loaded = loaded or load_any(config.model, config.device, upcast=config.dtype == "float32")
     seqlen = config.seqlen or default_seqlen(loaded.context)
-    metrics = {}
-    for path in config.text:
-        stream = encode(read_documents([path], loaded.tokenizer), loaded.tokenizer)
-        batches = list(chunks(stream, seqlen, config.batch_size))
-        with progress(f"perplexity on {Path(path).name}", len(batches)) as bar:
-            metrics[f"perplexity {Path(path).name}"] = [
-                perplexity(model_logits(loaded.model), bar_over(batches, bar))
+    metrics = {
+        f"perplexity {Path(path).name}": [text_perplexity(loaded, path, seqlen, config.batch_size)]
+        for path in config.text
+    }
+    notes = [f"computed in {loaded.model.dtype}, stored in {loaded.dtype}"]
+    if tasks:
+        scores = run_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            tasks,
+            batch_size=config.batch_size,
+            max_length=seqlen,
+            limit=config.limit,
+        )
+        for task in scores:
+            metrics |= {f"{task.name} {name}": [value] for name, value in task.metrics.items()}
+            notes += [
+                f"{task.name} {name}: standard error {value:.4f} over {task.samples} documents"
+                for name, value in task.stderrs.items()
             ]
     report = Report(
         package="sliderquant",
@@ -112,10 +151,10 @@ def evaluate(config: EvalConfig) -> Report:
         seeds=[],
         seconds=time.monotonic() - started,
         rows=[Row(Path(config.model).name, f"{seqlen} tokens per chunk", metrics)],
-        claims=[],
-        notes=[],
-        files=[],
-        environment=environment(("transformers", "tokenizers"), config.device),
+        notes=notes,
+        environment=environment(
+            ("transformers", "tokenizers", "lm-eval", "compressed-tensors"), config.device
+        ),
     )
     out = Path(config.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
     (out / "run").mkdir(parents=True, exist_ok=True)

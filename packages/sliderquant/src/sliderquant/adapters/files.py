@@ -64,8 +64,15 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_config(directory: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(
+    directory: str | Path, trust_remote_code: bool = False, allow_rounded: bool = False
+) -> PreTrainedConfig:
     """Read and check a model directory's ``config.json``.
+
+    Args:
+        directory: Local Hugging Face directory.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_rounded: Accept a model that was quantized and stored dequantized, to measure it.
 
     Raises:
         InputError: If it is missing, unreadable, of a quantized model, or of an unsupported family.
@@ -82,7 +89,9 @@ def load_config(directory: str | Path, trust_remote_code: bool = False) -> PreTr
             "give the folder that save_pretrained wrote"
         )
     try:
-        refuse_quantized(directory, json.loads((directory / "config.json").read_text()))
+        raw = json.loads((directory / "config.json").read_text())
+        if not allow_rounded:
+            refuse_quantized(directory, raw)
         with quiet_transformers():
             config = AutoConfig.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=trust_remote_code
@@ -129,18 +138,21 @@ def load_tokenizer(
         raise InputError(f"{directory} has no usable tokenizer ({reason}); add its files") from None
 
 
-def load_model(directory: str | Path, device: str = "cpu") -> LoadedModel:
+def load_model(
+    directory: str | Path, device: str = "cpu", allow_rounded: bool = False
+) -> LoadedModel:
     """Load model and tokenizer from safetensors, in float32, never from the network or a pickle.
 
     Args:
         directory: Local Hugging Face directory.
         device: Torch device.
+        allow_rounded: See ``load_config``.
 
     Raises:
         InputError: If a file is missing, damaged or does not fit, or a weight is NaN or infinite.
     """
     directory = Path(directory)
-    config = load_config(directory)
+    config = load_config(directory, allow_rounded=allow_rounded)
     target = check_device(device)
     dtype = _stored_dtype(directory)
     try:

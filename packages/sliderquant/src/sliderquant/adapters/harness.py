@@ -1,0 +1,198 @@
+"""lm-eval tasks from local files, on a model in memory; nothing is fetched."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from effml_common.errors import InputError
+from sliderquant.adapters.files import quiet_transformers
+
+# Builders of the datasets library that read files and come with it.
+LOCAL_READERS = ("json", "csv", "parquet", "text", "arrow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScores:
+    """Results of one task.
+
+    Attributes:
+        name: Task name with its version.
+        metrics: Value by metric, such as ``acc``.
+        stderrs: Standard error over the documents, where the harness gives one.
+        samples: Documents.
+    """
+
+    name: str
+    metrics: Mapping[str, float]
+    stderrs: Mapping[str, float]
+    samples: int
+
+
+def read_tasks(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Read task files of lm-eval.
+
+    Args:
+        paths: YAML files, or folders with such files; ``data_files`` in them are relative to the file.
+
+    Raises:
+        InputError: If a file is no task, names data that are not local, or asks for Python code.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise InputError(f"task {path} does not exist; give a YAML file or a folder of them")
+        found = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")]) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"{path} holds no YAML file; give a folder of task files")
+        files += found
+    tasks = [_read_task(path) for path in files]
+    names = [task["task"] for task in tasks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"task {twice[0]} is defined twice; rename one")
+    return tasks
+
+
+def _read_task(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        task = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.constructor.ConstructorError as error:
+        raise InputError(
+            f"{path} asks for more than plain values ({error.problem}); tasks that run Python code "
+            "are not supported"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}); restore it") from None
+    if not isinstance(task, dict) or not isinstance(task.get("task"), str):
+        raise InputError(f"{path} is no lm-eval task, it has no 'task: NAME'; see its task guide")
+    if "include" in task:
+        raise InputError(f"{path} includes another file; write the task in one file")
+    reader = task.get("dataset_path")
+    if reader not in LOCAL_READERS:
+        raise InputError(
+            f"{path}: dataset_path {reader!r} is not read from local files; "
+            f"use one of {', '.join(LOCAL_READERS)} with dataset_kwargs: data_files"
+        )
+    return task | {"dataset_kwargs": _local_data(path, task.get("dataset_kwargs"))}
+
+
+def _local_data(path: Path, kwargs: Any) -> dict[str, Any]:
+    """Resolve data files relative to the task file, and see that they are there."""
+    if not isinstance(kwargs, dict) or not kwargs.get("data_files"):
+        raise InputError(f"{path} names no data; add dataset_kwargs: data_files: {{test: FILE}}")
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: resolve(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [resolve(one) for one in value]
+        file = path.parent / str(value)
+        if not file.is_file():
+            raise InputError(
+                f"{path}: data file {value} does not exist; it is looked for beside it"
+            )
+        return str(file.resolve())
+
+    return {**kwargs, "data_files": resolve(kwargs["data_files"])}
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 1,
+    max_length: int | None = None,
+    limit: int | None = None,
+) -> list[TaskScores]:
+    """Run lm-eval on a model in memory.
+
+    Args:
+        model: On its device, in eval mode.
+        tokenizer: Its tokenizer.
+        tasks: From ``read_tasks``.
+        batch_size: Requests per forward pass.
+        max_length: Longest sequence in tokens; default the model's limit.
+        limit: Documents per task; default all.
+
+    Raises:
+        InputError: If lm-eval is not installed, or a task does not fit its data.
+    """
+    prefix = next(
+        (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None
+    )
+    if prefix is None:
+        raise InputError("the tokenizer has neither a bos nor an eos token; lm-eval needs one")
+    with _contained(), quiet_transformers(), tempfile.TemporaryDirectory() as cache:
+        try:
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise InputError("tasks need lm-eval; pip install 'sliderquant[eval]'") from None
+        host = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
+        )
+        given = [
+            {**t, "dataset_kwargs": {**t["dataset_kwargs"], "cache_dir": cache}} for t in tasks
+        ]
+        try:
+            results = simple_evaluate(
+                model=host,
+                tasks=given,
+                task_manager=TaskManager(include_defaults=False),
+                limit=limit,
+                bootstrap_iters=200,
+                log_samples=False,
+            )
+        except (ValueError, KeyError, TypeError, AssertionError, AttributeError, OSError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"lm-eval cannot run the tasks ({reason}); check the files") from error
+    assert results is not None  # only other ranks get None
+    return [_scores(task["task"], results) for task in tasks]
+
+
+def _scores(name: str, results: Mapping[str, Any]) -> TaskScores:
+    found = {
+        key.partition(",")[0]: value
+        for key, value in results["results"][name].items()
+        if "," in key and isinstance(value, int | float)
+    }
+    return TaskScores(
+        name=f"{name} v{results['versions'].get(name, '?')}",
+        metrics={key: value for key, value in found.items() if not key.endswith("_stderr")},
+        stderrs={
+            key.removesuffix("_stderr"): value
+            for key, value in found.items()
+            if key.endswith("_stderr")
+        },
+        samples=results["n-samples"][name]["effective"],
+    )
+
+
+@contextmanager
+def _contained() -> Iterator[None]:
+    """Make the hub's client refuse every request, and the harness quiet and in one process."""
+    from huggingface_hub import constants
+
+    logger = logging.getLogger("lm_eval")
+    offline, level = constants.HF_HUB_OFFLINE, logger.level
+    processes = os.environ.get("DISABLE_MULTIPROC")
+    constants.HF_HUB_OFFLINE = True
+    logger.setLevel(logging.ERROR)
+    os.environ["DISABLE_MULTIPROC"] = "1"  # else its standard errors start a process per core
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        logger.setLevel(level)
+        if processes is None:
+            del os.environ["DISABLE_MULTIPROC"]

@@ -1,0 +1,90 @@
+"""Any model directory for measuring: full precision, or quantized in whatever format."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from effml_common.errors import InputError
+from sliderquant.adapters.files import (
+    LoadedModel,
+    check_device,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+)
+from sliderquant.adapters.formats import NATIVE_TYPE
+from sliderquant.adapters.native import load, read_raw_config
+
+
+def load_any(directory: str | Path, device: str = "cpu", *, upcast: bool = True) -> LoadedModel:
+    """Load a model directory for evaluation.
+
+    Args:
+        directory: Local Hugging Face directory, or a native one.
+        device: Torch device.
+        upcast: Compute in float32 with the stored values; else in the stored type.
+
+    Raises:
+        InputError: If it cannot be loaded.
+    """
+    directory = Path(directory)
+    raw = read_raw_config(directory)
+    native = raw.get("model_type") == NATIVE_TYPE
+    if not native and "quantization_config" not in raw:
+        loaded = load_model(directory, device, allow_rounded=True)
+        if not upcast:
+            _cast_(loaded.model, loaded.dtype)
+        return loaded
+    model = load(directory, device) if native else _load_compressed(directory, device)
+    dtype = model.dtype
+    if upcast:
+        _cast_(model, torch.float32)
+    return LoadedModel(
+        model=model,
+        tokenizer=load_tokenizer(directory),
+        dtype=dtype,
+        context=model.config.max_position_embeddings,
+    )
+
+
+def _load_compressed(directory: Path, device: str) -> PreTrainedModel:
+    """Load what transformers' own quantizers load; compressed-tensors unpacks at the first pass."""
+    target = check_device(device)
+    try:
+        # compressed-tensors draws four progress bars on stderr.
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory, dtype="auto", use_safetensors=True, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
+            if info["missing_keys"]:
+                raise InputError(
+                    f"{directory} lacks {len(info['missing_keys'])} weights, such as "
+                    f"{sorted(info['missing_keys'])[0]}; restore its files"
+                )
+            model = model.to(target).eval()
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.int64, device=target), use_cache=False)
+    except ImportError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{directory} needs another library ({reason}); pip install 'sliderquant[ct]'"
+        ) from None
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{directory} cannot be loaded ({reason}); restore its files") from None
+    return model
+
+
+def _cast_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast parameters and packed scales, but not the rotary tables, which stay in float32."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
