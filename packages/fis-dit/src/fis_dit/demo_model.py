@@ -1,7 +1,7 @@
 """The demo's models: a small Wan transformer, the same distilled to four steps, a clip classifier.
 
 The teacher is trained by flow matching. The student starts from it and learns, for each of the four
-fixed noise levels, the straight line from there to where the teacher's 32-step path meets the next one. The
+fixed noise levels, the line from there to where the teacher's 32-step path meets the next one. The
 package ships all of them (``python -m fis_dit.demo_model NAME FOLDER`` is the script that made them).
 """
 
@@ -53,7 +53,10 @@ def make_transformer(name: str) -> nn.Module:
 
 
 class ClipClassifier(nn.Module):
-    """Two 3-D convolutions and a linear layer; its 32 pooled features measure sets of clips."""
+    """Two 3-D convolutions and a linear layer; its features measure sets of clips.
+
+    They are pooled over space and not over time, so that one broken frame is seen.
+    """
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -62,12 +65,12 @@ class ClipClassifier(nn.Module):
         self.head = nn.Linear(32, classes + 1)
 
     def features(self, values: Tensor) -> Tensor:
-        """Features "b 32" of standardised clips "b 1 f h w"."""
-        return F.gelu(self.second(F.gelu(self.first(values)))).mean((2, 3, 4))
+        """Features "b t 32" of standardised clips "b 1 f h w", one for every other frame."""
+        return F.gelu(self.second(F.gelu(self.first(values)))).mean((3, 4)).transpose(1, 2)
 
     def forward(self, values: Tensor) -> Tensor:
         """Logits of the labels and, last, an estimate of the speed; "b classes+1"."""
-        return self.head(self.features(values))
+        return self.head(self.features(values).mean(1))
 
 
 def noise_levels(steps: int, shift: float = SHIFT) -> list[float]:

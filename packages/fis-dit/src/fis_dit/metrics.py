@@ -28,6 +28,18 @@ def coverage(clip: Float[Tensor, "b c f h w"], dense: Float[Tensor, "b c f h w"]
     return float(errors.max() / errors.min().clamp_min(1e-20))
 
 
+def flicker(clip: Float[Tensor, "b c f h w"], real: Float[Tensor, "n c f h w"]) -> float:
+    """Energy of second differences over time, relative to real clips'; 1 is as smooth as they are."""
+    ours, theirs = (x.double().diff(n=2, dim=2).square().mean() for x in (clip, real))
+    return float(ours / theirs)
+
+
+def slowest(dense: Float[Tensor, "b c f h w"]) -> Tensor:
+    """Indices of the quarter of clips that move least, at least one."""
+    motion = dense.diff(dim=2).square().mean((1, 2, 3, 4))
+    return motion.argsort()[: max(1, len(dense) // 4)]
+
+
 def frechet_distance(features: Float[Tensor, "n d"], reference: Float[Tensor, "m d"]) -> float:
     """Squared Frechet distance between Gaussians fitted to two sets of features."""
     (mean, cov), (ref_mean, ref_cov) = _gaussian(features), _gaussian(reference)

@@ -1,7 +1,8 @@
 """Calibrate which blocks to leave dense: the ``plan`` command and function.
 
 A block's score says how much sparsity hurts there. "local" evaluates, in one dense pass, the sparse
-block on the dense input of every block; "endpoint" makes one block sparse at a time and measures the velocity.
+block on the dense input of every block; "endpoint" makes one block sparse at a time and measures the
+output.
 """
 
 from collections.abc import Sequence
