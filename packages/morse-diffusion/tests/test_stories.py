@@ -96,7 +96,9 @@ def test_samples_are_written_with_the_summary_of_the_run(pixels, trained, tmp_pa
     words = ["sample", pixels, trained, "--budget-lsd", 4, "--speed-ratio", 4, "--n", 3]
     told = json.loads(run(capsys, *words, "--out", out, "--json"))
     assert told["files"] == ["0000.png", "0001.png", "0002.png"]
-    assert [Image.open(out / name).size for name in told["files"]] == [(16, 16)] * 3
+    for name in told["files"]:
+        with Image.open(out / name) as picture:
+            assert picture.size == (16, 16)
     assert told["summary"]["dot_steps"] > 0
     first = [(out / name).read_bytes() for name in told["files"]]
     again = tmp_path / "again"

@@ -27,7 +27,7 @@ from morse_diffusion.demo_model import CHANNELS, SCHEDULE, demo_pair
 from morse_diffusion.evaluation import Reference, frechet_distance, sliced_wasserstein
 from morse_diffusion.tables import Table, claims_of, curves, rows_of, speed_up_notes
 
-PROG = "python benchmarks/morse_diffusion.py"
+PROG = "python benchmarks/morse_diffusion_study.py"
 EXAMPLES = (PROG, f"{PROG} --data shapes --seeds 3 --budgets 5 10 20")
 
 
