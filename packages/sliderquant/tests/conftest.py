@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -15,6 +16,7 @@ from transformers import (
     MixtralConfig,
     Phi3Config,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -93,6 +95,28 @@ def tiny():
 def tokens() -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randint(1, VOCABULARY, (4, 12), generator=generator)
+
+
+TEXT = "".join(chr(33 + (i * i + i // 7) % 90) for i in range(3000))
+
+
+@pytest.fixture
+def save(tiny, tmp_path):
+    """Writes a tiny model of a family, with a tokenizer of one token per character."""
+
+    def write(family: str, **changes) -> Path:
+        directory = tmp_path / "source"
+        tiny(family, **changes).save_pretrained(directory)
+        vocabulary = {chr(33 + i): i + 1 for i in range(90)} | {"<unk>": 0}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
+            directory
+        )
+        (tmp_path / "text.txt").write_text(TEXT)
+        return directory
+
+    return write
 
 
 @pytest.fixture(autouse=True, scope="session")

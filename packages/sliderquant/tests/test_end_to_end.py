@@ -5,32 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from sliderquant.config import QuantizeConfig
 from sliderquant.quantization import quantize
-
-TEXT = "".join(chr(33 + (i * i + i // 7) % 90) for i in range(3000))
-
-
-@pytest.fixture
-def save(tiny, tmp_path):
-    """Writes a tiny model of a family, with a tokenizer of one token per character."""
-
-    def write(family: str, **changes) -> Path:
-        directory = tmp_path / "source"
-        tiny(family, **changes).save_pretrained(directory)
-        vocabulary = {chr(33 + i): i + 1 for i in range(90)} | {"<unk>": 0}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
-            directory
-        )
-        (tmp_path / "text.txt").write_text(TEXT)
-        return directory
-
-    return write
 
 
 def run(directory: Path, **changes):
@@ -52,7 +30,8 @@ def perplexity(directory: Path, **kwargs) -> float:
     from sliderquant.evaluation import perplexity as measured
 
     model = AutoModelForCausalLM.from_pretrained(directory, **kwargs).eval()
-    ids = load_tokenizer(directory)(TEXT, return_tensors="pt")["input_ids"][0]
+    text = Path(directory).with_name("text.txt").read_text()
+    ids = load_tokenizer(directory)(text, return_tensors="pt")["input_ids"][0]
     with torch.no_grad():
         return measured(model_logits(model), list(chunks(ids, 64)))
 

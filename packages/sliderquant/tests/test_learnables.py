@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sliderquant import learnables
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.calibration import batches
 from sliderquant.config import SliderConfig
@@ -127,3 +128,23 @@ def test_clipping_can_be_left_out(pair) -> None:
     assert [group["lr"] for group in made.parameter_groups(1.0, 2.0, 3.0)] == [1.0]
     assert torch.sigmoid(made.linears[0].upper).unique().item() == 1
     assert math.isfinite(made(pair[1])["up"].sum().item())
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (3, 8, 16)])
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_row_by_row_simulation_has_the_same_values_and_gradients(shape, ratio, monkeypatch) -> None:
+    monkeypatch.setattr(learnables, "PIECE", 5 * 16)  # five rows, which divides neither shape
+    generator = torch.Generator().manual_seed(0)
+    linear = learnables.LinearLearnables(shape, fmt(), 2, generator).double()
+    with torch.no_grad():
+        for parameter in (linear.lora_b, linear.upper, linear.lower):
+            parameter.normal_(generator=generator)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    into = torch.randn(shape, generator=generator, dtype=torch.float64)
+    leaves = [weight, *linear.parameters()]
+    results = []
+    for simulate in (linear, linear.lean):
+        value = simulate(weight, ratio)
+        results.append((value, *torch.autograd.grad(value, leaves, into)))
+    for plain, lean in zip(*results, strict=True):
+        torch.testing.assert_close(lean, plain, rtol=1e-12, atol=1e-12)

@@ -192,6 +192,36 @@ def test_killed_run_resumes_to_the_same_bits(
     assert (out / "run" / "metrics.jsonl").read_text() == reference_metrics
 
 
+@pytest.mark.parametrize("order", ["network", "window"])
+@pytest.mark.parametrize(
+    "trial", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 20))]
+)
+def test_runs_killed_again_and_again_end_with_the_same_bytes(order, trial, save, tmp_path) -> None:
+    """Killed at windows, while blocks are written, and when the files get their names."""
+    model, text = save("qwen3_moe"), tmp_path / "text.txt"
+    words = [
+        "quantize", model, "--calib", text, "--group-size", 8, "--nsamples", 4, "--seqlen", 16,
+        "--epochs", 2, "--intra-order", order, "--cache", "disk", "--min-expert-tokens", 8,
+    ]  # fmt: skip
+    run(*words, "--out", tmp_path / "whole")
+    out = tmp_path / "killed"
+    draw = random.Random(trial)
+    moments = [f"run/checkpoints/step-{k}" for k in sorted(draw.sample(range(1, 9), 3))]
+    moments += [".export/piece-00000.safetensors", ".export/piece-00002.safetensors"]
+    moments += ["model.safetensors", "config.json"]
+    for moment in moments:
+        child = start(*words, "--out", out, "--resume", "auto")
+        wait_for(child, out / moment)
+        time.sleep(draw.uniform(0, 0.01))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    run(*words, "--out", out, "--resume", "auto")
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names == {path.name for path in out.iterdir()}
+    for name in ("model.safetensors", "config.json", "run/metrics.jsonl"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
 def test_terminated_run_exits_143_with_its_windows_saved(
     model_directory, text_file, tmp_path
 ) -> None:

@@ -25,7 +25,7 @@ from sliderquant.learnables import BlockLearnables
 
 RETRIES = 2
 # Above this many weights in a window, its blocks are computed again in the backward pass.
-RECOMPUTE_ABOVE = 2**25
+RECOMPUTE_ABOVE = 2**24
 
 
 class Decoder(Protocol):

@@ -7,17 +7,18 @@ at inference. A: [r, in], B: [out, r], u and l: one logit per row and group. Exp
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sliderquant.layout import Site, scale_channels
 from sliderquant.quantizer import LOGIT_INIT, WeightFormat, fake_quantize, stored
 
 UNQUANTIZED_BITS = 16
+PIECE = 2**17
 OPEN_LOGIT = 50.0  # its sigmoid is exactly one in float32
 
 
@@ -59,6 +60,84 @@ class LinearLearnables(nn.Module):
         if self.fmt.bits == UNQUANTIZED_BITS:
             return weight
         return fake_quantize(self.corrected(weight), self.fmt, self.upper, self.lower, ratio)
+
+    def lean(self, weight: Float[Tensor, "*experts out in"], ratio: float) -> Tensor:
+        """Return what ``forward`` does, keeping nothing of the weight's size for the backward pass."""
+        if self.fmt.bits == UNQUANTIZED_BITS:
+            return weight
+        trained = (self.lora_a, self.lora_b, self.upper, self.lower)
+        return _RowByRow.apply(self.fmt, ratio, weight, *trained)
+
+
+def _pieces(shape: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+    """Yield indices of row blocks of about a hundred thousand weights, never of two experts."""
+    *experts, rows, columns = shape
+    step = max(1, PIECE // columns)
+    for expert in range(experts[0]) if experts else [None]:
+        for first in range(0, rows, step):
+            block = slice(first, first + step)
+            yield (block,) if expert is None else (expert, block)
+
+
+def _cut(tensors: Sequence[Tensor | None], index: tuple[Any, ...]) -> list[Tensor | None]:
+    """Return the views of (weight, A, B, u, l) that belong to a piece; all its rows share A."""
+    expert = index[:-1]
+    return [
+        None if t is None else t[expert] if position == 1 else t[index]
+        for position, t in enumerate(tensors)
+    ]
+
+
+def _simulated_piece(
+    fmt: WeightFormat,
+    ratio: float,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+) -> Tensor:
+    return fake_quantize(weight + b @ a / a.shape[0], fmt, upper, lower, ratio)
+
+
+class _RowByRow(torch.autograd.Function):
+    """Simulates a weight a few rows at a time, and computes them again for the gradient.
+
+    Rows do not depend on each other, so a piece is exact. The temporaries of autograd, about six times
+    the weight, shrink to those of one piece, which also stay in the processor's cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, fmt: WeightFormat, ratio: float, *tensors: Tensor) -> Tensor:
+        ctx.fmt, ctx.ratio = fmt, ratio
+        ctx.save_for_backward(*tensors)
+        weight = tensors[0]
+        result = torch.empty_like(weight)
+        for index in _pieces(weight.shape):
+            result[index] = _simulated_piece(fmt, ratio, *_cut(tensors, index))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        gradients = [
+            torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)
+        ]
+        for index in _pieces(tensors[0].shape):
+            parts = [
+                part.detach().requires_grad_(w)
+                for part, w in zip(_cut(tensors, index), wanted, strict=True)
+            ]
+            with torch.enable_grad():
+                piece = _simulated_piece(ctx.fmt, ctx.ratio, *parts)
+            found = iter(
+                torch.autograd.grad(piece, [p for p in parts if p.requires_grad], outputs[0][index])
+            )
+            for target in _cut(gradients, index):
+                if target is not None:
+                    target += next(found)
+        return (None, None, *gradients)
 
 
 class BlockLearnables(nn.Module):
@@ -113,9 +192,7 @@ class BlockLearnables(nn.Module):
         for name, linear in zip(self.names, self.linears, strict=True):
             weight = scaled.get(name, tensors[name])
             if self.recompute and torch.is_grad_enabled():
-                simulated[name] = checkpoint(
-                    linear, weight, ratio, use_reentrant=False, preserve_rng_state=False
-                )
+                simulated[name] = linear.lean(weight, ratio)
             else:
                 simulated[name] = linear(weight, ratio)
         return simulated

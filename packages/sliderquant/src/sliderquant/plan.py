@@ -49,6 +49,7 @@ class Plan:
         updates: Optimizer updates in all.
         bits_per_weight: Stored bits per quantized weight, scales included; needs a model.
         memory_gib: Peak memory by part, GiB; needs a model.
+        lean: Whether blocks are computed again in the backward pass to save memory.
     """
 
     windows: list[list[int]]
@@ -57,6 +58,7 @@ class Plan:
     updates: int
     bits_per_weight: float | None = None
     memory_gib: dict[str, float] | None = None
+    lean: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data."""
@@ -138,10 +140,13 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
     batches = -(-config.nsamples // config.batch_size)
     updates = config.stages * len(windows) * (config.epochs // config.stages) * batches
     bits = memory = None
+    lean = False
     if shape is not None:
         check_group_size(shape.linears, config.group_size)
         bits = _bits_per_weight(config, shape)
-        memory = _memory(config, shape, max(map(len, windows)))
+        largest = max(map(len, windows))
+        lean = largest * sum(map(math.prod, shape.linears.values())) > RECOMPUTE_ABOVE
+        memory = _memory(config, shape, largest, lean)
     return Plan(
         windows=windows,
         block_visits=block_visits(windows),
@@ -149,6 +154,7 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
         updates=updates,
         bits_per_weight=bits,
         memory_gib=memory,
+        lean=lean,
     )
 
 
@@ -164,15 +170,17 @@ def _bits_per_weight(config: SliderConfig, shape: ModelShape) -> float:
     return stored / sum(map(math.prod, shape.linears.values()))
 
 
-def _memory(config: SliderConfig, shape: ModelShape, largest_window: int) -> dict[str, float]:
+def _memory(
+    config: SliderConfig, shape: ModelShape, largest_window: int, lean: bool
+) -> dict[str, float]:
     """Embedding, caches, and the working copies of the largest window, all in float32."""
     float32 = 4 / 2**30
     seqlen = min(config.seqlen, shape.context)
     weights = list(map(math.prod, shape.linears.values()))
     window = largest_window * sum(weights)
-    # Autograd keeps about six temporaries of a weight's size through its fake quantizer; above the
-    # limit it keeps one block's simulated weights and the temporaries of one weight at a time.
-    simulated = sum(weights) + 6 * max(weights) if window > RECOMPUTE_ABOVE else 6 * window
+    # Autograd keeps about six temporaries of a weight's size through its fake quantizer; where blocks
+    # are computed again, it keeps one block's simulated weights and a gradient or two.
+    simulated = sum(weights) + 2 * max(weights) if lean else 6 * window
     return {
         "embedding, read once": float32 * shape.embedding,
         "weights of the window": float32 * window,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,10 +24,13 @@ from sliderquant.adapters.caches import ActivationCache
 from sliderquant.adapters.export import ModelWriter
 from sliderquant.adapters.files import weight_files
 from sliderquant.adapters.formats import check_expressible
+from sliderquant.adapters.heap import return_large_blocks
 from sliderquant.adapters.processes import process_group, wait_for_all
+from sliderquant.adapters.shards import STAGING
 from sliderquant.adapters.streaming import StreamedModel, open_model
 from sliderquant.adapters.text import calibration_samples, encode, read_documents
 from sliderquant.calibration import WindowResult, activation_format, calibrate, run_blocks
+from sliderquant.card import file_hashes, made_section, model_card
 from sliderquant.config import FULL_BITS, QuantizeConfig, SliderConfig
 from sliderquant.evaluation import chunks, default_seqlen
 from sliderquant.learnables import BlockLearnables
@@ -88,14 +92,26 @@ def quantize(config: QuantizeConfig) -> Report:
         with ActivationCache(folder) as cache:
             job = _prepare(config, opened, cache, out)
             opened.source.check_finite()
+            if job.plan.lean:
+                return_large_blocks()
             _announce(job)
             rows = _reference_rows(job)
             _calibrate_saved(job)
             rows.append(_result_row(job))
             report = _report(job, rows, started)
     write_report(report, out / "run")
-    say(f"wrote {out}; load it with AutoModelForCausalLM.from_pretrained")
+    if rank() == 0:
+        _write_card(config, report, out)
+    loader = "sliderquant.load" if config.format == "native" else "from_pretrained of transformers"
+    say(f"wrote {out}; load it with {loader}")
     return report
+
+
+def _write_card(config: QuantizeConfig, report: Report, out: Path) -> None:
+    """Write the model card; the figures are known only after the weights are written."""
+    settings = {field.name: getattr(config, field.name) for field in fields(SliderConfig)}
+    made = made_section(report, settings, file_hashes(config.calib), _setting(config))
+    atomic_write(out / "README.md", model_card(out, Path(config.model).name, made))
 
 
 def _check_out(out: Path, resume: str) -> None:
@@ -319,7 +335,12 @@ def _calibrate_saved(job: _Job) -> None:
 def _block_writer(job: _Job, fingerprint: str) -> Callable[[int], None]:
     """Return what to do with each block when it is final; the last one publishes the model."""
     config, opened = job.config, job.opened
-    if rank() > 0 or (job.out / "config.json").exists():  # published before the run was stopped
+    if rank() > 0:
+        return lambda block: None
+    for stale in job.out.glob(".*.tmp"):  # a kill in the middle of a small file
+        stale.unlink()
+    if (job.out / "config.json").exists():  # it was published before the run was stopped
+        shutil.rmtree(job.out / STAGING, ignore_errors=True)
         return lambda block: None
     untied = config.rotate in ("r1", "both")
     writer = ModelWriter(

@@ -1,5 +1,6 @@
 """Hidden states of the calibration samples, in memory or in memory-mapped files."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -42,3 +43,5 @@ class ActivationCache:
     ) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process has files in it, or it is gone
+                self._folder.parent.rmdir()
