@@ -230,7 +230,7 @@ class PlanConfig(ClipShape):
     """Calibrate which blocks to leave dense for a target speed-up, and write the plan."""
 
     model: str = field(metadata={"help": "directory of a diffusers video pipeline"})
-    prompts: str = field(metadata={"help": "text file, one calibration prompt a line"})
+    prompts: tuple[str, ...] = field(metadata={"help": "text files, one calibration prompt a line"})
     target_speedup: float = _setting(2.0, "speed-up of the blocks by the FLOPs model, 1 or more")
     method: Literal["local", "endpoint"] = _setting(
         "local", "score of a block: its own error, or (a pass per block) that of the velocity"

@@ -225,16 +225,11 @@ def write_plan(config: PlanConfig) -> Plan:
     Raises:
         InputError: If the model, the prompts or the target cannot be used.
     """
-    try:
-        lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{config.prompts} cannot be read ({error}); give a text file") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line for path in config.prompts for line in _lines(path)]
     if not prompts:
-        raise InputError(f"{config.prompts} holds no prompt; write one a line")
-    pipe = load_pipeline(
-        config.model, torch.float32 if config.device == "cpu" else torch.bfloat16, config.device
-    )
+        raise InputError(f"{', '.join(config.prompts)} holds no prompt; write one a line")
+    dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
+    pipe = load_pipeline(config.model, dtype, config.device)
     say(f"calibrating on {len(prompts)} prompts, {config.num_inference_steps} steps each")
     found = _plan(
         pipe,
@@ -250,3 +245,11 @@ def write_plan(config: PlanConfig) -> Plan:
     atomic_write(Path(config.out), found.config.to_json())
     say(f"plan: {config.out}")
     return found
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); give a text file") from None
+    return [line.strip() for line in lines if line.strip()]

@@ -75,7 +75,12 @@ def run_pipeline(
         given["image"] = Image.open(image).convert("RGB").resize((width, height))
     elif "image" in accepted and accepted["image"].default is inspect.Parameter.empty:
         raise InputError(f"{type(pipe).__name__} starts from an image; give --image FILE")
-    output = pipe(**{name: value for name, value in given.items() if name in accepted})
+    try:
+        output = pipe(**{name: value for name, value in given.items() if name in accepted})
+    except NameError as error:  # diffusers imports ftfy only if it is there, and uses it anyway
+        if error.name != "ftfy":
+            raise
+        raise InputError(f"{type(pipe).__name__} needs ftfy; pip install ftfy") from None
     return output.frames[0]
 
 
