@@ -71,7 +71,7 @@ def made_section(
         MADE,
         "",
         f"[SliderQuant](https://arxiv.org/abs/2603.25284) post-training quantization, "
-        f"{report.package} {report.version}: {setting}. {'; '.join(report.notes)}.",
+        f"{report.package} {report.version}: {setting}.",
         "",
         *_figures(document["rows"]),
         "Calibration data:",

@@ -56,6 +56,16 @@ COMMANDS = (
         ),
     ),
     Command(
+        "bench",
+        "tokens per second of a native model, packed and dense, on your device",
+        config="sliderquant.config:BenchConfig",
+        run="sliderquant.bench:bench",
+        examples=(
+            "sliderquant bench models/llama-w2-native",
+            "sliderquant bench models/llama-w2-native --device cuda --prompt 512 --tokens 64",
+        ),
+    ),
+    Command(
         "inspect",
         "windows, cost and memory plan, without reading a weight",
         config="sliderquant.config:InspectConfig",

@@ -287,6 +287,23 @@ class SensitivityConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Tokens per second of a native model and of its dense twin, on your device."""
+
+    model: str = field(metadata={"help": "directory that quantize wrote with --format native"})
+    prompt: int = _setting(128, "tokens of the prompt")
+    tokens: int = _setting(32, "tokens generated behind it")
+    repeats: int = _setting(3, "timed repetitions, after one to warm up")
+    out: str | None = _setting(None, "folder of the report; default runs/bench-<time>")
+    device: str = _setting("cpu", "torch device that computes")
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "tokens", "repeats"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
     """Write a native quantized model in another format, without loss."""
 
