@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from effml_common.errors import InputError
 from sliderquant.adapters.files import load_config, load_model
+from sliderquant.adapters.streaming import open_model
 from sliderquant.adapters.text import calibration_samples, encode, read_documents
 
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -60,6 +62,11 @@ def pickle_weights(directory) -> None:
     torch.save(tensors, directory / "pytorch_model.bin")
 
 
+def stream(directory) -> None:
+    """What ``quantize`` does before it begins."""
+    open_model(directory).source.check_finite()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -81,12 +88,65 @@ def pickle_weights(directory) -> None:
         (lambda d: (d / "tokenizer.json").write_text("{"), "no usable tokenizer"),
     ],
 )
-def test_damaged_directories_are_named_in_one_line(model_copy, damage, message) -> None:
+@pytest.mark.parametrize("read", [load_model, stream], ids=["whole", "streamed"])
+def test_damaged_directories_are_named_in_one_line(model_copy, damage, message, read) -> None:
     damage(model_copy)
     with pytest.raises(InputError, match=message) as caught:
-        load_model(model_copy)
+        read(model_copy)
     assert "\n" not in str(caught.value)
     assert "; " in str(caught.value)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_beside_a_model_runs_only_when_asked(model_copy, trusted) -> None:
+    marker = model_copy / "ran"
+    code = (
+        "from transformers import LlamaConfig\n"
+        "open({!r}, 'w').close()\n"
+        "class Odd(LlamaConfig):\n"
+        "    model_type = 'odd'\n"
+    )
+    (model_copy / "odd.py").write_text(code.format(str(marker)))
+    edit_config(model_copy, model_type="odd", auto_map={"AutoConfig": "odd.Odd"})
+    with pytest.raises(InputError) as caught:
+        open_model(model_copy, trust_remote_code=trusted)
+    assert marker.exists() == trusted
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_residual_rotation_is_refused_where_a_norm_follows_the_block(save, name) -> None:
+    with pytest.raises(InputError, match=r"rotate r1 does not fit gemma.*use --rotate r2"):
+        open_model(save(name), rotate="both")
+
+
+def test_streamed_blocks_are_those_of_the_loaded_model(family, save) -> None:
+    directory = save(family)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    opened = open_model(directory)
+    for number, block in enumerate(model.model.layers):
+        streamed = opened.source.block(number)
+        own = dict(block.named_parameters())
+        assert streamed.keys() == own.keys()
+        assert all(torch.equal(streamed[name], own[name]) for name in own)
+    outside = opened.source.outside()
+    assert torch.equal(outside["lm_head.weight"], model.lm_head.weight)
+    assert torch.equal(outside["model.embed_tokens.weight"], model.model.embed_tokens.weight)
+    # Buffers are real, parameters are not.
+    assert all(parameter.is_meta for parameter in opened.decoder.model.parameters())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(opened.decoder.model.get_buffer(name), buffer)
+
+
+def test_only_blocks_that_are_held_stay_in_memory(save) -> None:
+    decoder = open_model(save("llama")).decoder
+    decoder.hold([0, 1])
+    held = [decoder.tensors(block) for block in range(3)]
+    assert decoder.tensors(0) is held[0]
+    assert decoder.tensors(2) is not held[2]
+    decoder.hold([1])
+    assert decoder.tensors(1) is held[1]
+    assert decoder.tensors(0) is not held[0]
 
 
 def test_missing_directory_is_refused(tmp_path) -> None:

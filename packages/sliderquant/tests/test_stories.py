@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effml_common.cli import main
@@ -167,31 +168,6 @@ def test_bfloat16_checkpoint_stays_bfloat16(model_directory, tmp_path, text_file
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    "trial", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 20))]
-)
-def test_killed_run_resumes_to_the_same_bits(
-    trial, quantized, model_directory, text_file, held_out_file, tmp_path
-) -> None:
-    reference, _ = quantized
-    out = tmp_path / "w2"
-    words = [
-        "quantize", model_directory, "--wbits", 2, "--group-size", 32, "--no-sym", "--calib",
-        text_file, "--eval-text", held_out_file, "--out", out, *FAST,
-    ]  # fmt: skip
-    steps = random.Random(trial).sample(range(1, 12), 1)
-    child = start(*words)
-    wait_for(child, out / "run" / "checkpoints" / f"step-{steps[0]}")
-    os.kill(child, signal.SIGKILL)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert not (out / "config.json").exists()
-    run(*words, "--resume", "auto")
-    for name, value in load_file(reference / "model.safetensors").items():
-        assert torch.equal(load_file(out / "model.safetensors")[name], value), name
-    reference_metrics = (reference / "run" / "metrics.jsonl").read_text()
-    assert (out / "run" / "metrics.jsonl").read_text() == reference_metrics
-
-
 @pytest.mark.parametrize("order", ["network", "window"])
 @pytest.mark.parametrize(
     "trial", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 20))]
@@ -262,6 +238,16 @@ def test_filled_folder_is_not_overwritten(quantized, model_directory, text_file)
         ({"--group-size": "48"}, "group_size 48 does not divide"),
         ({"--wbits": "0"}, "wbits must be between 2 and 8, or 16, got 0"),
         ({"--wbits": "9"}, "wbits must be between 2 and 8, or 16, got 9"),
+        ({"--wbits": "1"}, "wbits must be between 2 and 8, or 16, got 1"),
+        ({"--abits": "5"}, "abits must be 4, 6, 8 or 16, got 5"),
+        ({"--quantize-attention": "--quiet"}, "quantize_attention needs abits below 16"),
+        ({"--rotate": "r3"}, "rotate"),
+        ({"--intra-order": "inside"}, "intra"),
+        ({"--min-expert-tokens": "-1"}, "min_expert_tokens must be 0 or more"),
+        ({"--lr-scale": "-1"}, "lr_scale must be 0 or more"),
+        ({"--batch-size": "0"}, "batch_size must be 1 or more"),
+        ({"--calib": "empty.txt"}, "no text"),
+        ({"--calib": "ids.txt", "model": "small-vocabulary"}, "the model knows 300"),
         ({"--gamma": "0.3"}, "gamma must be 1, 1/2, 1/3"),
         ({"--epochs": "1"}, "epochs (1) are fewer than the 2 intra-layer stages"),
         ({"--schedule": "spiral"}, "schedule 'spiral' is not known"),
@@ -278,6 +264,16 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("def f(): pass\n")
+    Path("empty.txt").write_text("  \n")
+    Path("ids.txt").write_text(text_file.read_text())
+    if change.get("model") == "small-vocabulary":
+        shutil.copytree(model_directory, "small-vocabulary")
+        state = load_file("small-vocabulary/model.safetensors")
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            state[name] = state[name][:300].clone()
+        save_file(state, "small-vocabulary/model.safetensors")
+        config = json.loads(Path("small-vocabulary/config.json").read_text())
+        Path("small-vocabulary/config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     words = {"model": model_directory, "--calib": text_file, "--out": "out", "--group-size": 32}
     words |= dict(zip(FAST[::2], FAST[1::2], strict=True)) | change
     model = words.pop("model")

@@ -172,6 +172,11 @@ def _prepare(
 def _announce(job: _Job) -> None:
     """Print the estimate of time, memory and disk, from one timed forward pass of block 0."""
     decoder, config = job.opened.decoder, job.config
+    if config.schedule == "slider" and decoder.depth < config.shallow + config.deep:
+        warn(
+            f"{decoder.depth} blocks are fewer than shallow + deep = {config.shallow + config.deep}: "
+            "they are halved between both ends"
+        )
     decoder.hold([0])
     hidden = decoder.block_inputs(job.samples[: config.batch_size])
     run_blocks(decoder, [0], hidden, config.batch_size)
