@@ -56,7 +56,8 @@ class StudyConfig:
 
     data: tuple[str, ...] = _setting(("shapes", "digits"), "data sets")
     seeds: tuple[int, ...] = _setting((), "seeds; default 1 2 3 for shapes and 11 12 13 for digits")
-    clips: int = _setting(48, "clips per seed")
+    arms: tuple[str, ...] = _setting((), "names of arms to run beside dense; default all")
+    clips: int = _setting(24, "clips per seed")
     out: str = _setting("benchmarks/results/fis-dit-study.json", "file to write and to continue")
 
 
@@ -175,7 +176,8 @@ def fill(
 ) -> None:
     """Measure the arms of one seed that are not there yet."""
     cells = done["cells"].setdefault(key, {})
-    missing = [arm for arm in arms if arm.name not in cells]
+    wanted = config.arms or [arm.name for arm in arms]
+    missing = [a for a in arms if a.name not in cells and a.name in ("dense", *wanted)]
     if not missing:
         return
     judge, (noise, prompt) = Judge(data), make_noise(data, config.clips, seed)
@@ -231,6 +233,8 @@ def claims(found: dict[str, tuple[str, list[Any]]]) -> list[dict[str, Any]]:
         *CLAIMS,
         ("FIS above block skipping, same FLOPs", "preset paper-like", skip, 0),
     ):
+        if one not in found or other not in found:
+            continue
         pairs = zip(found[one][1], found[other][1], strict=True)
         value, stderr, holds = resolve([a["psnr"] - b["psnr"] - margin for a, b in pairs])
         told.append({"text": text, "gap": value, "stderr": stderr, "holds": holds})
@@ -243,6 +247,8 @@ def show(done: dict[str, Any], out: Path) -> None:
     for data in done["scores"]:
         for kind in ("student", "teacher"):
             found = collected(done, data, kind)
+            if not found:
+                continue
             table = Table(title=f"{data}, {kind}")
             metrics = list(found["dense"][1][0])
             for column in ("arm", *metrics):
