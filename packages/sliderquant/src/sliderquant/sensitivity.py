@@ -238,11 +238,14 @@ def _figure(folder: Path, damages: Sequence[Damage], config: SensitivityConfig) 
     wide = max(6.0, 0.3 * len(damages))
     figure = Figure(figsize=(wide, 4), layout="constrained")
     panel = figure.subplots()
-    panel.bar(range(len(damages)), [getattr(damage, config.metric) for damage in damages])
+    values = [getattr(damage, config.metric) for damage in damages]
+    panel.bar(range(len(damages)), values)
+    if min(values) > 0:
+        panel.set_yscale("log")
     panel.set_xticks(range(len(damages)), [d.name.partition(" ")[2] for d in damages], rotation=90)
     title = f"W{config.wbits} round-to-nearest, "
     title += "all blocks up to this one" if config.mode == "prefix" else "this one alone"
-    panel.set(ylabel=config.metric, title=title)
+    panel.set(xlabel="block", ylabel=config.metric, title=title)
     path = folder / "sensitivity.png"
     figure.savefig(path, dpi=120)
     return [path]
