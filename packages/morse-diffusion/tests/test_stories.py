@@ -193,6 +193,36 @@ def test_folders_that_do_not_suit_are_refused(pixels, trained, photos, tmp_path,
     assert "a side of 16 cannot be halved 3 times" in error
 
 
+def test_a_device_that_is_not_there_is_refused(pixels, trained, capsys) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    error = run(capsys, "sample", pixels, trained, "--device", "cuda", code=2)
+    assert "cannot be loaded on cuda" in error
+
+
+def test_without_cuda_training_says_that_it_runs_on_the_cpu(
+    pixels, photos, tmp_path, capsys
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    one_step = [*TRAIN, "--steps", 1, "--out", tmp_path / "dot"]
+    words = ["train-dot", pixels, photos, *one_step]
+    assert main("morse-diffusion", "morse-diffusion", COMMANDS, [str(w) for w in words]) == 0
+    assert "no CUDA device: training on the CPU" in capsys.readouterr().err
+
+
+def test_nothing_here_needs_peft(pixels, trained) -> None:
+    code = (
+        "import sys; sys.modules['peft'] = None\n"
+        "from diffusers import DDPMPipeline\n"
+        "from morse_diffusion import MorseDot\n"
+        f"pipe = DDPMPipeline.from_pretrained({str(pixels)!r})\n"
+        f"MorseDot.from_pretrained({str(trained)!r}, pipe.unet).fold_()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_the_demo_writes_its_report(tmp_path) -> None:
     out = tmp_path / "demo"

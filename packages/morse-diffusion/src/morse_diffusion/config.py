@@ -218,13 +218,13 @@ class DemoConfig(DemoDotConfig):
 
     seeds: int = _setting(1, "seeds of the noise; claims need 3")
     budgets: tuple[int, ...] = _setting((5, 10, 20), "budgets in steps of the full network")
-    samples: int = _setting(128, "images per cell")
+    samples: int = _setting(96, "images per cell")
     out: str | None = _setting(None, "folder of the report; default runs/demo-<time>")
 
     def __post_init__(self) -> None:
         DemoDotConfig.__post_init__(self)
         _require(self.seeds >= 1, f"seeds must be 1 or more, got {self.seeds}", "use 3 for claims")
-        _require(self.samples >= 32, f"samples must be 32 or more, got {self.samples}", "use 128")
+        _require(self.samples >= 32, f"samples must be 32 or more, got {self.samples}", "use 96")
         _require(
             bool(self.budgets) and min(self.budgets) >= 2,
             f"budgets must be 2 LSD or more, got {list(self.budgets)}",

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effml_common.errors import InputError
+
 SIDE = 32
 SHAPES, TEXTURES = 5, 2
 CLASSES = SHAPES * TEXTURES
@@ -23,8 +25,13 @@ def images_of(name: str) -> tuple[Tensor, Tensor]:
 
 def digits() -> tuple[Tensor, Tensor]:
     """All digits of scikit-learn; see ``images_of``."""
-    from sklearn.datasets import load_digits
-
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise InputError(
+            "the digits come with scikit-learn; pip install 'morse-diffusion[demo]', "
+            "or use --data shapes"
+        ) from error
     data: Any = load_digits()
     small = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
     large = torch.nn.functional.interpolate(small, (SIDE, SIDE), mode="bilinear")
