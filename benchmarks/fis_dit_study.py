@@ -181,10 +181,14 @@ def fill(
     if not missing:
         return
     judge, (noise, prompt) = Judge(data), make_noise(data, config.clips, seed)
-    dense = run_arm(model, arms[0], noise, prompt)
+    dense = run_arm(model, arms[0], noise, prompt, batch=config.clips)
     with progress(key, len(missing)) as bar:
         for arm in missing:
-            run = dense if arm.group == "dense" else run_arm(model, arm, noise, prompt)
+            run = (
+                dense
+                if arm.group == "dense"
+                else run_arm(model, arm, noise, prompt, batch=config.clips)
+            )
             cells[arm.name] = {"group": arm.group, **judge(run, dense)}
             atomic_write(out, json.dumps(done, indent=1) + "\n")
             bar.advance()
@@ -198,7 +202,8 @@ def collected(done: dict[str, Any], data: str, kind: str) -> dict[str, tuple[str
             for name, cell in cells.items():
                 values = {k: v for k, v in cell.items() if k != "group"}
                 found.setdefault(name, (cell["group"], []))[1].append(values)
-    return found
+    seeds = max((len(runs) for _, runs in found.values()), default=0)
+    return {name: arm for name, arm in found.items() if len(arm[1]) == seeds}
 
 
 CLAIMS = (
