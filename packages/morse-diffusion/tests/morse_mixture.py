@@ -78,10 +78,10 @@ def trained_dot(
         )
         loss, repeated = pair_losses(dot, pair)
         optimizer.zero_grad()
-        loss.backward()
+        loss.mean().backward()
         optimizer.step()
         schedule.step()
-        left.append(float(loss.detach() / repeated))
+        left.append(float(loss.detach().mean() / repeated.mean()))
     return dot.eval(), sum(left[-100:]) / 100
 
 

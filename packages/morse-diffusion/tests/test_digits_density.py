@@ -66,7 +66,7 @@ def test_morse_on_the_digits_density_is_nearer_than_ddim_at_equal_cost() -> None
         pair = make_pair(density.noise, PROCESS, clean, generator, gap_max=0.4)
         loss, _ = pair_losses(dot, pair)
         optimizer.zero_grad()
-        loss.backward()
+        loss.mean().backward()
         optimizer.step()
         schedule.step()
     reference = Reference.of(density.sample(4000, torch.Generator().manual_seed(123)))

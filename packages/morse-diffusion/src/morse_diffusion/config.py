@@ -94,6 +94,9 @@ class TrainDotConfig:
     rollout: float = _setting(
         0.0, "share of the last updates whose jump has a Dot step in the middle, as in sampling"
     )
+    relative: bool = _setting(
+        False, "weigh each error by its own residual, so that short jumps count; not in the paper"
+    )
     cosine: bool = _setting(False, "let the learning rate fall to 0 along a cosine; for short runs")
     precision: Literal["no", "bf16"] = _setting("no", "bf16 runs the networks in bfloat16")
     checkpointing: bool = _setting(False, "recompute shared blocks in the backward pass")

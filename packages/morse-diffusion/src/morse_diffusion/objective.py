@@ -9,6 +9,7 @@ from torch import Tensor
 
 from morse_diffusion.jumps import Process
 
+SMALLEST = 1e-5  # mean squared residual below which a jump is as good as none
 # (x, t, cond, w) -> z, the guided estimate in the residual space.
 Estimate = Callable[[Tensor, Tensor, Any, Tensor | None], Tensor]
 
@@ -86,7 +87,7 @@ def make_pair(
 
 
 def pair_losses(dot: Callable[..., Tensor], pair: Pair) -> tuple[Tensor, Tensor]:
-    """Mean squared error of the Dot, and of repeating ``z_s``.
+    """Squared error of the Dot, and of repeating ``z_s``, each a mean per sample.
 
     Their ratio is the part of the residual that is left: 1 at the zero initialisation.
 
@@ -95,11 +96,25 @@ def pair_losses(dot: Callable[..., Tensor], pair: Pair) -> tuple[Tensor, Tensor]
         pair: From ``make_pair``.
 
     Returns:
-        Scalars; the gradient flows through the first only.
+        Tensors [b]; the gradient flows through the first only.
     """
     residual = dot(pair.x_s, pair.x_o, pair.z_s, pair.t_s, pair.t_o, pair.cond)
     target = pair.z_o - pair.z_s
-    return (target - residual).square().mean(), target.square().mean()
+    return (target - residual).square().flatten(1).mean(1), target.square().flatten(1).mean(1)
+
+
+def training_loss(error: Tensor, size: Tensor, relative: bool) -> Tensor:
+    """The paper's plain mean of squared errors, or ours of each error relative to its own residual.
+
+    The residual grows with the jump, so the plain loss hardly sees the short jumps that a run of ten
+    or more Dash steps consists of. Relative errors weigh all jumps alike.
+
+    Args:
+        error: From ``pair_losses``, [b].
+        size: From ``pair_losses``, [b].
+        relative: Which of the two.
+    """
+    return (error / (size + SMALLEST)).mean() if relative else error.mean()
 
 
 def nested(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

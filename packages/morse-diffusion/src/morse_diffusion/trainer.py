@@ -16,7 +16,7 @@ from effml_common.interrupt import StopSignal
 from effml_common.logging import RunLog, say, warn
 from effml_common.state import restore_training_state, training_state
 from morse_diffusion.jumps import Process
-from morse_diffusion.objective import Estimate, make_pair, nested, pair_losses
+from morse_diffusion.objective import Estimate, make_pair, nested, pair_losses, training_loss
 
 FAILING = 0.9  # of the residual left after the first half of a run
 
@@ -50,6 +50,7 @@ class LoopConfig:
     gap_max: float = 1.0
     rollout: float = 0.0
     cosine: bool = False
+    relative: bool = False
     guidance: tuple[float, float] | None = None
     seed: int = 0
     save_every: int = 1000
@@ -172,13 +173,14 @@ class DotTrainer:
             )
             mine = slice(accelerator.process_index, None, accelerator.num_processes)
             part = nested(vars(pair), lambda t: t[mine])
-            loss, repeated = pair_losses(self.wrapped, type(pair)(**part))
+            error, size = pair_losses(self.wrapped, type(pair)(**part))
+            loss = training_loss(error, size, config.relative)
         self.optimizer.zero_grad()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(self.dot.parameters(), config.clip)
         check_finite(loss.detach(), norm, step=step, term="squared residual", last_good=root)
         self.optimizer.step()
-        both = accelerator.reduce(torch.stack([loss.detach(), repeated]), "mean")
+        both = accelerator.reduce(torch.stack([error.detach().mean(), size.mean()]), "mean")
         self.left += (float(both[0] / both[1].clamp(min=1e-12)) - self.left) / min(50, step)
         with torch.no_grad():
             decay = min(config.ema, (1 + step) / (10 + step))
