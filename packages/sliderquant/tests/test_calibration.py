@@ -21,6 +21,7 @@ from sliderquant.calibration import (
 from sliderquant.config import SliderConfig
 from sliderquant.evaluation import chunks, model_logits, perplexity
 from sliderquant.learnables import BlockLearnables
+from sliderquant.sampling import batches
 from sliderquant.simulation import (
     fresh_learnables,
     merge_,
@@ -396,7 +397,7 @@ def test_rare_experts_stay_as_they_were_made(tiny, tokens) -> None:
 
 def test_batch_orders_are_permutations_that_change_with_the_epoch() -> None:
     drawn: dict[int, list[int]] = {}
-    for epoch, index in calibration.batches(10, 3, 3, (2, 0, 1)):
+    for epoch, index in batches(10, 3, 3, (2, 0, 1)):
         drawn.setdefault(epoch, []).extend(index.tolist())
     assert all(sorted(order) == list(range(10)) for order in drawn.values())
     assert all(a != b for a, b in pairwise(drawn.values()))

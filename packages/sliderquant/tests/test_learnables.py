@@ -7,11 +7,11 @@ import torch
 
 from sliderquant import learnables
 from sliderquant.adapters.decoder import TransformersDecoder
-from sliderquant.calibration import batches
 from sliderquant.config import SliderConfig
 from sliderquant.layout import COLUMNS, ROWS, Site, Touch, clamp_factor, scale_channels
 from sliderquant.learnables import BlockLearnables
 from sliderquant.quantizer import WeightFormat, fake_quantize
+from sliderquant.sampling import batches
 from sliderquant.simulation import fresh_learnables
 
 

@@ -3,25 +3,25 @@
 Paper: "SliderQuant" (ICLR 2026, arXiv 2603.25284). For a window W of blocks, with F the full-precision
 and F^ the simulated blocks, the learnables of W minimise mean((F^(x_q) - F(x_fp))^2): x_fp enters the
 window in the full-precision model, x_q in the model whose earlier blocks are quantized already. The
-pair (x_q, x_fp) and the order of the two loops (stages outside, windows inside, each stage one pass
-over the whole network) are those of the authors' code; the paper's text nests them the other way round.
+pair (x_q, x_fp) is that of the authors' code.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from effml_common.errors import NonFiniteError
 from sliderquant.activations import ActivationFormat
 from sliderquant.config import FULL_BITS, SliderConfig
 from sliderquant.learnables import BlockLearnables
+from sliderquant.sampling import all_reduce_, batches, own_share
 
 RETRIES = 2
 # Above this many weights in a window, its blocks are computed again in the backward pass.
@@ -140,25 +140,6 @@ def run_blocks(
     return out
 
 
-def batches(
-    samples: int, batch_size: int, epochs: int, seed: tuple[int, ...]
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (epoch, sample numbers), shuffled anew each epoch by a generator of its own."""
-    generator = seeded(seed)
-    for epoch in range(epochs):
-        for index in torch.randperm(samples, generator=generator).split(batch_size):
-            yield epoch, index
-
-
-def seeded(numbers: tuple[int, ...]) -> torch.Generator:
-    """Return a generator made from ``numbers`` (seed, stage, window): resuming needs no state."""
-    state = 0
-    for number in numbers:
-        # Odd multiplier of splitmix64: neighbouring tuples get unrelated states.
-        state = (state * 0x9E3779B97F4A7C15 + number + 1) % 2**63
-    return torch.Generator().manual_seed(state)
-
-
 def train_window(
     decoder: Decoder,
     window: Sequence[int],
@@ -195,9 +176,8 @@ def train_window(
         CalibrationDivergedError: If the loss or its gradient is not finite; the update is not made.
     """
     epochs = config.epochs // config.stages
-    scale = config.batch_size if config.lr_scale_by_batch else 1
-    rates = (rate * scale * lr for lr in (config.lr_lora, config.lr_lwc, config.lr_scale))
-    rates = tuple(rates)
+    rate *= config.batch_size if config.lr_scale_by_batch else 1
+    rates = [rate * lr for lr in (config.lr_lora, config.lr_lwc, config.lr_scale)]
     groups = [group for block in window for group in learnables[block].parameter_groups(*rates)]
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
@@ -247,38 +227,12 @@ def _simulation(
         return decoder.run_block(block, hidden, simulated, activations)
 
     def simulate(hidden: Tensor) -> Tensor:
+        lean = {"use_reentrant": False, "preserve_rng_state": False}
         for block in window:
-            if recompute:
-                hidden = checkpoint(
-                    run, block, hidden, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                hidden = run(block, hidden)
+            hidden = checkpoint(run, block, hidden, **lean) if recompute else run(block, hidden)
         return hidden
 
     return simulate
-
-
-def own_share(index: Int[Tensor, " b"]) -> Int[Tensor, " part"]:
-    """Return this process's part of a batch: every n-th sample under n processes, else all."""
-    if not distributed.is_initialized():
-        return index
-    return index[distributed.get_rank() :: distributed.get_world_size()]
-
-
-def all_reduce_(loss: Float[Tensor, ""], parameters: Sequence[Tensor]) -> float:
-    """Sum loss and gradients over all processes, in place; returns the summed loss."""
-    if not distributed.is_initialized():
-        return loss.item()
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([loss.view(1), *(p.grad.flatten() for p in parameters)])
-    distributed.all_reduce(flat)
-    value, *gradients = flat.split([1, *(p.numel() for p in parameters)])
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad.copy_(gradient.view_as(parameter))
-    return value.item()
 
 
 def train_window_guarded(
@@ -370,7 +324,8 @@ def calibrate(
         return
     step = 0
     order = passes(len(windows), config)
-    for last, turns in ((i == len(order) - 1, turns) for i, turns in enumerate(order)):
+    for turns in order:
+        last = turns is order[-1]
         if done >= step + len(turns) and not last:
             step += len(turns)
             continue

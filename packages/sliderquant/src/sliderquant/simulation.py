@@ -9,12 +9,12 @@ from torch import Tensor
 from sliderquant.activations import ActivationFormat
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.baselines import rtn_weights
-from sliderquant.calibration import seeded
 from sliderquant.config import FULL_BITS, SliderConfig
 from sliderquant.evaluation import perplexity
 from sliderquant.learnables import BlockLearnables
 from sliderquant.plan import check_group_size
 from sliderquant.quantizer import QuantizedWeight, WeightFormat, quantize_weight
+from sliderquant.sampling import seeded
 
 BlockWeights = Sequence[dict[str, Tensor]]
 # Parameters of a block to use instead of the model's own; ``None`` for the model's own.

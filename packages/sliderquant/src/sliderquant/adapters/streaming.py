@@ -39,8 +39,8 @@ from sliderquant.adapters.files import (
     quiet_transformers,
     weight_files,
 )
-from sliderquant.calibration import seeded
 from sliderquant.rotation import random_rotation, rotate_block, rotate_outside
+from sliderquant.sampling import seeded
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 

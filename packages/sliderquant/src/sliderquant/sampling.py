@@ -1,0 +1,48 @@
+"""Which samples a batch holds, and how several processes share it."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, distributed
+
+
+def batches(
+    samples: int, batch_size: int, epochs: int, seed: tuple[int, ...]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (epoch, sample numbers), shuffled anew each epoch by a generator of its own."""
+    generator = seeded(seed)
+    for epoch in range(epochs):
+        for index in torch.randperm(samples, generator=generator).split(batch_size):
+            yield epoch, index
+
+
+def seeded(numbers: tuple[int, ...]) -> torch.Generator:
+    """Return a generator made from ``numbers`` (seed, stage, window): resuming needs no state."""
+    state = 0
+    for number in numbers:
+        # Odd multiplier of splitmix64: neighbouring tuples get unrelated states.
+        state = (state * 0x9E3779B97F4A7C15 + number + 1) % 2**63
+    return torch.Generator().manual_seed(state)
+
+
+def own_share(index: Int[Tensor, " b"]) -> Int[Tensor, " part"]:
+    """Return this process's part of a batch: every n-th sample under n processes, else all."""
+    if not distributed.is_initialized():
+        return index
+    return index[distributed.get_rank() :: distributed.get_world_size()]
+
+
+def all_reduce_(loss: Float[Tensor, ""], parameters: Sequence[Tensor]) -> float:
+    """Sum loss and gradients over all processes, in place; returns the summed loss."""
+    if not distributed.is_initialized():
+        return loss.item()
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([loss.view(1), *(p.grad.flatten() for p in parameters)])
+    distributed.all_reduce(flat)
+    value, *gradients = flat.split([1, *(p.numel() for p in parameters)])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad.copy_(gradient.view_as(parameter))
+    return value.item()
