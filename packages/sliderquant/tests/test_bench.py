@@ -33,6 +33,15 @@ def test_the_dense_twin_computes_the_same_in_more_memory(native, tokens) -> None
     assert held_bytes(dense) > 1.5 * held_bytes(packed)
 
 
+def test_the_kernel_is_used_only_when_asked_for(native) -> None:
+    for kernel in ("torch", "triton"):
+        layers = [
+            m for m in sliderquant.load(native, kernel=kernel).modules() if hasattr(m, "kernel")
+        ]
+        assert len(layers) == 21
+        assert all(layer.kernel == (kernel == "triton") for layer in layers)
+
+
 def test_both_models_are_timed_in_turns(native, tmp_path) -> None:
     report = bench(
         BenchConfig(model=str(native), prompt=8, tokens=3, repeats=2, out=str(tmp_path / "bench"))

@@ -76,23 +76,28 @@ class PackedLinear(PackedWeight):
     Args:
         linear: The layer it stands in for; its bias is taken over.
         fmt: Storage format.
+        kernel: Use the Triton kernel where it applies: few rows, codes of 2, 4 or 8 bits.
     """
 
-    def __init__(self, linear: nn.Linear, fmt: WeightFormat) -> None:
+    def __init__(self, linear: nn.Linear, fmt: WeightFormat, kernel: bool = False) -> None:
         super().__init__(linear.weight.shape, fmt)
+        self.kernel = kernel
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Dequantize and multiply."""
-        return packed_linear(
-            x,
-            self.get_buffer("weight_packed"),
-            self.get_buffer("weight_scale"),
-            self._buffers["weight_zero_point"],
-            self.bias,
-            self.fmt,
-        )
+        packed, scale = self.get_buffer("weight_packed"), self.get_buffer("weight_scale")
+        zero = self._buffers["weight_zero_point"]
+        if self.kernel:
+            from sliderquant.kernels.packed_gemv import BITS, ROWS, packed_gemv
+
+            rows = x.reshape(-1, self.in_features)
+            if self.fmt.bits in BITS and len(rows) <= ROWS:
+                y = packed_gemv(rows, packed, scale, zero, self.fmt.bits)
+                y = y if self.bias is None else y + self.bias
+                return y.view(*x.shape[:-1], self.out_features)
+        return packed_linear(x, packed, scale, zero, self.bias, self.fmt)
 
 
 def pack_parameter_(module: nn.Module, name: str, fmt: WeightFormat) -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,12 +23,16 @@ from sliderquant.quantizer import WeightFormat
 INDEX = "sliderquant.safetensors.index.json"
 
 
-def load(directory: str | Path, device: str = "cpu") -> PreTrainedModel:
+def load(
+    directory: str | Path, device: str = "cpu", *, kernel: Literal["torch", "triton"] = "torch"
+) -> PreTrainedModel:
     """Load a native model directory; linear layers stay packed.
 
     Args:
         directory: Written by ``sliderquant quantize --format native`` or ``sliderquant export``.
         device: Torch device.
+        kernel: "triton" multiplies few rows at a time (decoding) without unpacking the weight first;
+            needs a GPU, and has been run under Triton's interpreter only.
 
     Returns:
         A transformers model in eval mode, for ``generate`` and forward passes. If activations belong
@@ -51,7 +55,7 @@ def load(directory: str | Path, device: str = "cpu") -> PreTrainedModel:
     model = empty_model(config)
     try:
         for name, fmt in formats.items():
-            _swap_(model, name, fmt)
+            _swap_(model, name, fmt, kernel == "triton")
     except (AttributeError, ValueError, TypeError) as error:
         raise InputError(
             f"{directory}/config.json names a weight that the model lacks ({error}); restore it"
@@ -129,7 +133,7 @@ def _checked(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"bits": bits, "group_size": group_size, "sym": bool(sym)}
 
 
-def _swap_(model: PreTrainedModel, name: str, fmt: WeightFormat) -> None:
+def _swap_(model: PreTrainedModel, name: str, fmt: WeightFormat, kernel: bool) -> None:
     """Put a packed stand-in where the parameter was."""
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
@@ -137,7 +141,7 @@ def _swap_(model: PreTrainedModel, name: str, fmt: WeightFormat) -> None:
     if columns % fmt.columns_per_group(columns):
         raise ValueError(f"{name}: {columns} columns, groups of {fmt.group_size}")
     if isinstance(module, nn.Linear):
-        model.set_submodule(path, PackedLinear(module, fmt))
+        model.set_submodule(path, PackedLinear(module, fmt, kernel))
     else:
         pack_parameter_(module, last, fmt)
 

@@ -1,0 +1,1 @@
+"""Triton kernels; their plain PyTorch references are beside what they replace."""

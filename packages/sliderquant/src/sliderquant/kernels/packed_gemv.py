@@ -1,0 +1,100 @@
+"""Multiplying a few rows by a packed weight without writing the weight out.
+
+The reference is ``packed.packed_linear``. One program makes BLOCK_N outputs of one row: it reads the
+words of its rows once, takes the codes out by shifts, and sums in float32. Every dequantized entry is
+rounded to the stored type first, so that only the order of the sum differs from the reference.
+
+Words must hold whole codes: 2, 4 and 8 bits. Decoding is bound by the bytes of the weight, which is why
+this pays for few rows only.
+"""
+
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BITS = (2, 4, 8)
+ROWS = 8  # above, dequantizing once and a large product are faster
+
+
+@triton.jit
+def _kernel(  # noqa: ANN202
+    x_ptr, packed_ptr, scale_ptr, zero_ptr, out_ptr,  # noqa: ANN001
+    outputs, columns, row_words, groups, group_size,  # noqa: ANN001
+    BITS: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    per_word: tl.constexpr = 32 // BITS
+    mask: tl.constexpr = (1 << BITS) - 1
+    row = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_ok = n < outputs
+    total = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
+    for start in range(0, row_words, BLOCK_W):
+        w = start + tl.arange(0, BLOCK_W)
+        inside = n_ok[:, None] & (w < row_words)[None, :]
+        address = n[:, None].to(tl.int64) * row_words + w[None, :]
+        packed = tl.load(packed_ptr + address, mask=inside, other=0)
+        for i in tl.static_range(per_word):
+            k = w * per_word + i
+            ok = k < columns
+            x = tl.load(x_ptr + row * columns + k, mask=ok, other=0.0).to(tl.float32)
+            group = tl.minimum(k // group_size, groups - 1)
+            scale = tl.load(
+                scale_ptr + n[:, None] * groups + group[None, :],
+                mask=n_ok[:, None] & ok[None, :],
+                other=0.0,
+            )
+            code = (packed >> (BITS * i)) & mask
+            if HAS_ZERO:
+                zeros = tl.load(
+                    zero_ptr + (n // per_word)[:, None] * groups + group[None, :],
+                    mask=n_ok[:, None] & ok[None, :],
+                    other=0,
+                )
+                zero = (zeros >> (BITS * (n % per_word))[:, None]) & mask
+            else:
+                zero = 1 << (BITS - 1)
+            weight = (code - zero).to(tl.float32) * scale.to(tl.float32)
+            total += weight.to(scale_ptr.dtype.element_ty).to(tl.float32) * x[None, :]
+    result = tl.sum(total, axis=1)
+    tl.store(out_ptr + row * outputs + n, result.to(out_ptr.dtype.element_ty), mask=n_ok)
+
+
+def packed_gemv(
+    x: Float[Tensor, "m in"],
+    packed: Int[Tensor, "out w"],
+    scale: Float[Tensor, "out groups"],
+    zero: Int[Tensor, "z groups"] | None,
+    bits: int,
+    *,
+    block_n: int = 16,
+    block_w: int = 64,
+) -> Float[Tensor, "m out"]:
+    """Return x ((q - z) D)^T in the dtype of ``x``.
+
+    Args:
+        x: Few rows.
+        packed: As ``packing.packed_tensors`` stores it.
+        scale: Step of every group.
+        zero: Packed zero points, or ``None``.
+        bits: 2, 4 or 8.
+        block_n: Outputs of a program, a power of two.
+        block_w: Words of a row at a time, a power of two.
+
+    Raises:
+        ValueError: If codes of ``bits`` bits straddle words.
+    """
+    if bits not in BITS:
+        raise ValueError(f"codes of {bits} bits straddle words; use packed_linear")
+    rows, columns = x.shape
+    outputs, groups = scale.shape
+    out = x.new_empty(rows, outputs)
+    if out.numel() == 0:
+        return out
+    grid = (triton.cdiv(outputs, block_n), rows)
+    _kernel[grid](
+        x.contiguous(), packed, scale, scale if zero is None else zero, out,
+        outputs, columns, packed.shape[1], groups, columns // groups,
+        BITS=bits, HAS_ZERO=zero is not None, BLOCK_N=block_n, BLOCK_W=block_w,
+    )  # fmt: skip
+    return out
