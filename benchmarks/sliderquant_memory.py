@@ -4,8 +4,8 @@ Run from the workspace root; it needs 8 GB of disk in the folder for temporary f
 
     uv run python benchmarks/sliderquant_memory.py
 
-A random Llama is written to disk twice, with few and with many blocks, and quantized with the default
-windows and one update each, every time in a process of its own. Reported is the peak of the resident
+A random Llama is written to disk twice, with few and with many blocks, and quantized in windows
+of four blocks, the largest of the default schedule, with one update each, every time in a process of its own. Reported is the peak of the resident
 set above what the process held after its imports.
 """
 
@@ -41,6 +41,7 @@ class MemoryConfig:
     vocab_size: int = _setting(32_000, "rows of the embedding")
     nsamples: int = _setting(2, "calibration samples")
     seqlen: int = _setting(64, "tokens per sample")
+    window: int = _setting(4, "blocks per window; 4 is the largest of the default schedule")
     cache: str = _setting("memory", "memory or disk")
     child: str = _setting("", "used by the benchmark itself: folder of the model to quantize")
     out: str = _setting("benchmarks/results/sliderquant-memory.json", "file to write")
@@ -108,6 +109,9 @@ def quantize_here(config: MemoryConfig) -> dict[str, float]:
             batch_size=config.nsamples,
             epochs=1,
             gamma=1.0,
+            schedule="fixed",
+            window=config.window,
+            stride=config.window,
             cache="disk" if config.cache == "disk" else "memory",
         )
     )
@@ -128,7 +132,7 @@ def measure(config: MemoryConfig) -> dict[str, Any]:
             weights = write_model(source, layers, config)
             flags = {
                 "child": source, "nsamples": config.nsamples, "seqlen": config.seqlen,
-                "cache": config.cache,
+                "cache": config.cache, "window": config.window,
             }  # fmt: skip
             words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
             done = subprocess.run(

@@ -138,7 +138,7 @@ def model_directory(corpus, tmp_path_factory) -> Path:
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     config = DemoModelConfig(
-        layers=5, hidden_size=64, context=64, vocab_size=384, train_steps=120, train_batch=8
+        layers=5, hidden_size=64, context=64, vocab_size=384, train_steps=200, train_batch=8
     )
     directory = demo_model(config, corpus)
     patch.undo()

@@ -9,7 +9,7 @@ from sliderquant.adapters.decoder import TransformersDecoder, UnsupportedArchite
 from sliderquant.adapters.rounding import ActivationRounding
 from sliderquant.calibration import run_blocks
 from sliderquant.layout import scale_channels
-from sliderquant.rotation import random_rotation, rotate_block, rotate_outside
+from sliderquant.rotation import random_rotation, rotate_block, rotate_rows
 
 
 class Float64(TorchFunctionMode):
@@ -88,10 +88,15 @@ def test_rotations_leave_float64_logits_unchanged(family, tiny, tokens) -> None:
     r2 = random_rotation(layout.head_dim, generator)
     blocks = [rotate_block(decoder.tensors(b), layout, r1, r2) for b in range(decoder.depth)]
     if r1 is not None:
-        embedding, head = outside["model.embed_tokens.weight"], outside["lm_head.weight"]
-        turned = rotate_outside(embedding, outside["model.norm.weight"], head, r1)
-        names = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-        outside = outside | dict(zip(names, turned, strict=True))
+        embedding, norm, head = (
+            outside[name]
+            for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+        )
+        outside = outside | {
+            "model.embed_tokens.weight": rotate_rows(embedding, r1),
+            "model.norm.weight": torch.ones_like(norm),
+            "lm_head.weight": rotate_rows(head, r1, norm),
+        }
     after = logits64(decoder, tokens, blocks, outside)
     assert (after - before).abs().max() < 1e-9 * before.abs().max()
     assert not torch.allclose(blocks[0][layout.outputs[0]], decoder.tensors(0)[layout.outputs[0]])

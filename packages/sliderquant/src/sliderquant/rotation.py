@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sliderquant.layout import BlockLayout
 
+ROWS_AT_ONCE = 4096
+
 
 def _paley_core(q: int) -> Float[Tensor, "q q"]:
     """Jacobsthal matrix of a prime q: entry (i, j) is 1 where i - j is a square mod q, else -1, 0."""
@@ -123,14 +125,18 @@ def rotate_block(
     return {name: value.to(tensors[name].dtype) for name, value in turned.items()}
 
 
-def rotate_outside(
-    embedding: Float[Tensor, "v h"],
-    gain: Float[Tensor, " h"],
-    head: Float[Tensor, "v h"],
-    r1: Float[Tensor, "h h"],
-    gain_offset: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return embedding E R1, a final norm gain of one, and head W diag(gain) R1, in their dtypes."""
-    turned = (embedding.double() @ r1).to(embedding.dtype)
-    folded = ((head.double() * (gain.double() + gain_offset)) @ r1).to(head.dtype)
-    return turned, torch.full_like(gain, 1 - gain_offset), folded
+def rotate_rows(
+    rows: Float[Tensor, "v h"], r1: Float[Tensor, "h h"], gain: Float[Tensor, " h"] | None = None
+) -> Float[Tensor, "v h"]:
+    """Return embedding E R1, or head W diag(gain) R1, in their dtype; some thousand rows at a time.
+
+    Args:
+        rows: Embedding or head.
+        r1: Orthogonal, float64.
+        gain: Of the norm in front of the head, which is folded into it.
+    """
+    turned = torch.empty_like(rows)
+    for part, out in zip(rows.split(ROWS_AT_ONCE), turned.split(ROWS_AT_ONCE), strict=True):
+        wide = part.double() if gain is None else part.double() * gain.double()
+        out.copy_(wide @ r1)
+    return turned

@@ -22,7 +22,7 @@ from sliderquant.adapters.export import ModelWriter
 from sliderquant.adapters.files import weight_files
 from sliderquant.adapters.processes import wait_for_all
 from sliderquant.adapters.shards import STAGING
-from sliderquant.adapters.streaming import StreamedModel
+from sliderquant.adapters.streaming import EMBEDDING, HEAD, NORM, StreamedModel
 from sliderquant.calibration import WindowResult, activation_format, calibrate
 from sliderquant.config import QuantizeConfig, SliderConfig
 from sliderquant.learnables import BlockLearnables
@@ -138,7 +138,9 @@ def _block_writer(job: Job, fingerprint: str) -> Callable[[int], None]:
         )
         writer.write({f"model.layers.{block}.{name}": value for name, value in finished.items()})
         if block == opened.decoder.depth - 1:
-            writer.write(opened.source.outside())
+            opened.decoder.hold([])
+            for name in (EMBEDDING, NORM, HEAD):
+                writer.write({name: opened.source.outside_tensor(name).to(opened.dtype)})
             writer.publish()
 
     return write

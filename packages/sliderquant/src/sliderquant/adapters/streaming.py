@@ -39,7 +39,7 @@ from sliderquant.adapters.files import (
     quiet_transformers,
     weight_files,
 )
-from sliderquant.rotation import random_rotation, rotate_block, rotate_outside
+from sliderquant.rotation import random_rotation, rotate_block, rotate_rows
 from sliderquant.sampling import seeded
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -191,22 +191,23 @@ class CheckpointParameters:
 
     def outside(self, head: bool = True) -> dict[str, Tensor]:
         """Return embedding, final norm and (if asked) head, by their names in the model."""
-        names = [EMBEDDING, NORM, *([HEAD] if head and not self.tied else [])]
-        if self.r1 is not None:
-            names = [EMBEDDING, NORM, *([] if self.tied else [HEAD])]
-        tensors = self._read(names)
-        if head and self.tied:
+        tensors = {name: self.outside_tensor(name) for name in (EMBEDDING, NORM)}
+        if head and self.tied and self.r1 is None:
             tensors[HEAD] = tensors[EMBEDDING]
-        if self.r1 is not None:
-            whole = rotate_outside(
-                tensors[EMBEDDING],
-                tensors[NORM],
-                tensors.get(HEAD, tensors[EMBEDDING]),
-                self.r1,
-                self.family.gain_offset,
-            )
-            tensors = dict(zip((EMBEDDING, NORM, HEAD), map(self._stored, whole), strict=True))
+        elif head:
+            tensors[HEAD] = self.outside_tensor(HEAD)
         return tensors
+
+    def outside_tensor(self, name: str) -> Tensor:
+        """Return embedding, final norm or head alone: they are the largest tensors of a model."""
+        stored = EMBEDDING if name == HEAD and self.tied else name
+        value = self._read([stored])[stored]
+        if self.r1 is None:
+            return value
+        if name == NORM:  # folded into the head
+            return torch.full_like(value, 1 - self.family.gain_offset)
+        gain = self._read([NORM])[NORM] + self.family.gain_offset if name == HEAD else None
+        return self._stored(rotate_rows(value, self.r1, gain))
 
     def check_finite(self) -> None:
         """Read every weight once.
