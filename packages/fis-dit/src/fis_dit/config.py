@@ -18,7 +18,7 @@ Pattern = Literal["interleaved", "static", "random"]
 Preset = Literal["paper-like", "quality", "safe"]
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-like": {"stride": 2},
-    "quality": {"stride": 3, "sites": "attn", "step_shift": 1},
+    "quality": {"stride": 2, "step_shift": 1},
     "safe": {"stride": 2, "sites": "attn", "step_shift": 1, "dense_steps": (-1,)},
 }
 
