@@ -4,9 +4,9 @@ Run from the workspace root; it needs 8 GB of disk in the folder for temporary f
 
     uv run python benchmarks/sliderquant_memory.py
 
-A random Llama is written to disk twice, with few and with many blocks, and quantized in windows
-of four blocks, the largest of the default schedule, with one update each, every time in a process of its own. Reported is the peak of the resident
-set above what the process held after its imports.
+A random Llama is written to disk twice, with few and with many blocks, and quantized in windows of four
+blocks, the largest of the default schedule, with one update each, every time in a process of its own.
+Reported is the peak of the resident set above what the process held after its imports.
 """
 
 import json

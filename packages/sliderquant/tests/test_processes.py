@@ -1,17 +1,22 @@
 """Calibration by two gloo processes against one."""
 
 import contextlib
+import io
+import json
 import os
 import socket
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed
 
+from effml_common.cli import main
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.processes import process_group
 from sliderquant.calibration import calibrate
+from sliderquant.cli import COMMANDS
 from sliderquant.config import SliderConfig
 from sliderquant.simulation import fresh_learnables
 
@@ -112,3 +117,38 @@ def test_one_process_joins_nothing(monkeypatch) -> None:
     with process_group("cpu") as device:
         assert device == "cpu"
         assert not distributed.is_initialized()
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_quantize_under_torchrun_writes_once_and_gives_the_same_model(
+    cache, save, tmp_path
+) -> None:
+    model, text = save("llama"), tmp_path / "text.txt"
+    words = [
+        "quantize", model, "--calib", text, "--eval-text", text, "--group-size", 8, "--nsamples", 4,
+        "--seqlen", 16, "--epochs", 2, "--batch-size", 2, "--cache", cache, "--quiet",
+    ]  # fmt: skip
+
+    def quantize(out: Path) -> int:
+        command = [str(word) for word in (*words, "--out", out)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            return main("sliderquant", "sliderquant", COMMANDS, command)
+
+    def work(rank: int) -> None:
+        assert quantize(tmp_path / "two") == 0
+
+    run_two(work)
+    assert quantize(tmp_path / "one") == 0
+    one, two = (
+        json.loads((tmp_path / name / "run" / "report.json").read_text()) for name in ("one", "two")
+    )
+    for first, second in zip(one["rows"], two["rows"], strict=True):
+        for metric, value in first["metrics"].items():
+            assert second["metrics"][metric]["mean"] == pytest.approx(value["mean"], rel=1e-3)
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert names[0] == names[1]
+    lines = [
+        (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        for name in ("one", "two")
+    ]
+    assert len(lines[0]) == len(lines[1]) == 8
