@@ -214,6 +214,9 @@ def _claims(results: Results, peer: str) -> list[Claim]:
         ("peer-frechet", f"FIS paper-like is nearer to real clips than {peer}", paper, peer),
     ]
     claims = [Claim(i, t, _gaps(results, a, b, "frechet", -1)) for i, t, a, b in texts]
+    rule = "interleaved anchors give a smaller velocity error than static, same count"
+    gaps = _gaps(results, same, static, "velocity error", -1)
+    claims.append(Claim("static-velocity", rule, gaps))
     told = "FIS paper-like has the higher PSNR to the dense clips than 3 of 4 steps"
     return [*claims, Claim("steps-psnr", told, _gaps(results, paper, "3 steps", "psnr", 1))]
 
