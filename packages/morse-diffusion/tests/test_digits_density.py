@@ -10,11 +10,12 @@ from morse_mixture import LEVELS, PROCESS, phi
 from torch import Tensor, nn
 
 from morse_diffusion.evaluation import Reference
-from morse_diffusion.objective import make_pair, pair_losses
+from morse_diffusion.objective import make_pair, min_snr_weight, pair_losses
 from morse_diffusion.plan import MorsePlan
 from morse_diffusion.sampler import MorseSampler, ZeroDot
 
 BANDWIDTH, SPEED_RATIO = 0.15, 6
+OCTAVES = torch.pi / 2 * 2.0 ** torch.arange(8)
 
 
 class Density:
@@ -42,14 +43,18 @@ class DigitsDot(nn.Module):
     def __init__(self, width: int = 320) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(194, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(192 + 32, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
             nn.Linear(width, 64),
         )  # fmt: skip
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, x_s, x_i, z_s, t_s, t_i, cond=None) -> Tensor:
-        times = [torch.as_tensor(t).float().expand(len(x_i))[:, None] / 1000 for t in (t_s, t_i)]
+        angles = [
+            torch.as_tensor(t).float().expand(len(x_i))[:, None] / 1000 * OCTAVES
+            for t in (t_s, t_i)
+        ]
+        times = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
         return self.net(torch.cat([x_s, x_i, z_s, *times], 1))
 
 
@@ -57,16 +62,17 @@ class DigitsDot(nn.Module):
 def test_morse_on_the_digits_density_is_nearer_than_ddim_at_equal_cost() -> None:
     density = Density()
     torch.manual_seed(0)
-    dot, steps = DigitsDot(), 2500
+    dot, steps = DigitsDot(), 2000
     optimizer = torch.optim.Adam(dot.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         clean = density.sample(256, generator)
         pair = make_pair(density.noise, PROCESS, clean, generator, gap_max=0.4)
-        loss, _ = pair_losses(dot, pair)
+        error, _ = pair_losses(dot, pair)
         optimizer.zero_grad()
-        loss.mean().backward()
+        # With the plain loss of the paper the Dot gains at 5 LSD only (see the README).
+        (min_snr_weight(PROCESS, pair.t_o) * error).mean().backward()
         optimizer.step()
         schedule.step()
     reference = Reference.of(density.sample(4000, torch.Generator().manual_seed(123)))
@@ -84,8 +90,7 @@ def test_morse_on_the_digits_density_is_nearer_than_ddim_at_equal_cost() -> None
 
     plain = {budget: distance(ZeroDot(), budget, 0) for budget in (5, 10, 20)}
     morse = {(b, k): distance(dot, b, k) for b, k in ((5, 2), (10, 2), (20, 4), (10, 7))}
-    print(plain, morse)
-    assert morse[5, 2] < plain[5]
-    assert morse[10, 2] < plain[10]
-    assert morse[20, 4] < plain[20]
+    assert morse[5, 2] < 0.7 * plain[5]
+    assert morse[10, 2] < 0.95 * plain[10]
+    assert morse[20, 4] < 0.95 * plain[20]
     assert morse[10, 7] > plain[10]  # most of the budget on the Dot: too stale

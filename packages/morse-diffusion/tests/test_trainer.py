@@ -14,7 +14,7 @@ from effml_common.errors import ConfigError, Interrupted, NonFiniteError
 from morse_diffusion.adapters.dot import MorseDot
 from morse_diffusion.adapters.estimate import GuidedDash
 from morse_diffusion.adapters.schedulers import process_of
-from morse_diffusion.objective import make_pair, pair_losses, training_loss
+from morse_diffusion.objective import make_pair, min_snr_weight, pair_losses
 from morse_diffusion.trainer import DotTrainer, LoopConfig, TrainingData
 
 HERE = Path(__file__).parent
@@ -144,10 +144,16 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
         made.run()
 
 
-def test_the_relative_loss_weighs_short_and_long_jumps_alike() -> None:
-    error, size = torch.tensor([0.5, 0.0005]), torch.tensor([1.0, 0.001])
-    assert float(training_loss(error, size, relative=False)) == pytest.approx(0.25025)
-    assert float(training_loss(error, size, relative=True)) == pytest.approx(0.5, rel=0.01)
+def test_min_snr_weighs_errors_down_where_the_signal_is_strong() -> None:
+    process, t = process_of(ddim()), torch.tensor([5.0, 900.0])
+    level = process.levels[t.long()]
+    snr = level / (1 - level)
+    ours = min_snr_weight(process, t).double()
+    torch.testing.assert_close(
+        ours, torch.minimum(snr, torch.tensor(5.0)) / snr, atol=1e-6, rtol=1e-4
+    )
+    assert float(ours[0]) < 0.1
+    assert float(ours[1]) == 1
 
 
 def test_too_little_data_or_an_uneven_batch_is_refused() -> None:

@@ -51,6 +51,7 @@ class DemoDotConfig(DashConfig):
     dot_steps: int = _setting(450, "updates of the Dot's training")
     dot_batch: int = _setting(32, "images per update of the Dot")
     dot_lr: float = _setting(3e-3, "peak learning rate of the Dot")
+    min_snr: bool = _setting(False, "weigh errors near t = 0 down while the Dot is trained")
     gap_max: float = _setting(0.4, "largest jump of a training pair, as a share of T")
 
     def __post_init__(self) -> None:
@@ -94,8 +95,8 @@ class TrainDotConfig:
     rollout: float = _setting(
         0.0, "share of the last updates whose jump has a Dot step in the middle, as in sampling"
     )
-    relative: bool = _setting(
-        False, "weigh each error by its own residual, so that short jumps count; not in the paper"
+    min_snr: bool = _setting(
+        False, "weigh errors near t = 0 down, where noise cannot be predicted; not in the paper"
     )
     cosine: bool = _setting(False, "let the learning rate fall to 0 along a cosine; for short runs")
     precision: Literal["no", "bf16"] = _setting("no", "bf16 runs the networks in bfloat16")

@@ -114,12 +114,16 @@ def train_demo_dot(config: DemoDotConfig, dash: UNet2DModel) -> MorseDot:
         lr=config.dot_lr,
         ema=0.99,
         cosine=True,
+        min_snr=config.min_snr,
         gap_max=config.gap_max,
     )
     data = TrainingData(clean=images_of(config.data)[0])
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     estimate = GuidedDash(dash, process, "epsilon")
-    left = DotTrainer(estimate, dot, process, data, loop, accelerator).run()
+    # Kept until the Dot is done: a training that is stopped goes on where it was.
+    unfinished = cache_root() / f"training-{key_of(vars_of(config))}"
+    left = DotTrainer(estimate, dot, process, data, loop, accelerator).run(unfinished, resume=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
     dot.trained = {**TRAINED, "residual_left": left}
     return dot
 
@@ -139,8 +143,7 @@ def demo_pair(config: DemoDotConfig) -> tuple[UNet2DModel, MorseDot]:
         say(f"training a small denoiser on {config.data} once; it is kept in the user cache folder")
         keep(train_dash(DashConfig(**own)), dash_folder)
     dash = load_dash(dash_folder)
-    whole = {field.name: getattr(config, field.name) for field in fields(DemoDotConfig)}
-    dot_folder = cache_root() / f"dot-{key_of(whole)}"
+    dot_folder = cache_root() / f"dot-{key_of(vars_of(config))}"
     if not dot_folder.is_dir():
         keep(train_demo_dot(config, dash), dot_folder)
     return dash, MorseDot.from_pretrained(str(dot_folder), dash)
@@ -167,6 +170,11 @@ def keep(model: Any, folder: Path) -> None:
         staging.rename(folder)
     except OSError:  # another process trained the same one meanwhile: theirs is as good
         shutil.rmtree(staging)
+
+
+def vars_of(config: DemoDotConfig) -> dict[str, Any]:
+    """Settings of the pair, without those of a subclass."""
+    return {field.name: getattr(config, field.name) for field in fields(DemoDotConfig)}
 
 
 def key_of(settings: dict[str, Any]) -> str:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from morse_diffusion.jumps import Process
 
-SMALLEST = 1e-5  # mean squared residual below which a jump is as good as none
 # (x, t, cond, w) -> z, the guided estimate in the residual space.
 Estimate = Callable[[Tensor, Tensor, Any, Tensor | None], Tensor]
 
@@ -103,18 +103,15 @@ def pair_losses(dot: Callable[..., Tensor], pair: Pair) -> tuple[Tensor, Tensor]
     return (target - residual).square().flatten(1).mean(1), target.square().flatten(1).mean(1)
 
 
-def training_loss(error: Tensor, size: Tensor, relative: bool) -> Tensor:
-    """The paper's plain mean of squared errors, or ours of each error relative to its own residual.
+def min_snr_weight(process: Process, t: Tensor, gamma: float = 5.0) -> Float[Tensor, " b"]:
+    """min(SNR, gamma) / SNR: what an error in the noise is worth at ``t``, at most 1.
 
-    The residual grows with the jump, so the plain loss hardly sees the short jumps that a run of ten
-    or more Dash steps consists of. Relative errors weigh all jumps alike.
-
-    Args:
-        error: From ``pair_losses``, [b].
-        size: From ``pair_losses``, [b].
-        relative: Which of the two.
+    Not in the paper. Near t = 0 the residual of the noise is large and cannot be predicted, yet it hardly
+    moves the sample; the plain loss is spent there.
     """
-    return (error / (size + SMALLEST)).mean() if relative else error.mean()
+    alpha, sigma = process.scales(t, 1)
+    snr = (alpha / sigma) ** 2
+    return snr.clamp(max=gamma) / snr
 
 
 def nested(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -16,7 +16,7 @@ from effml_common.interrupt import StopSignal
 from effml_common.logging import RunLog, say, warn
 from effml_common.state import restore_training_state, training_state
 from morse_diffusion.jumps import Process
-from morse_diffusion.objective import Estimate, make_pair, nested, pair_losses, training_loss
+from morse_diffusion.objective import Estimate, make_pair, min_snr_weight, nested, pair_losses
 
 FAILING = 0.9  # of the residual left after the first half of a run
 
@@ -50,7 +50,7 @@ class LoopConfig:
     gap_max: float = 1.0
     rollout: float = 0.0
     cosine: bool = False
-    relative: bool = False
+    min_snr: bool = False
     guidance: tuple[float, float] | None = None
     seed: int = 0
     save_every: int = 1000
@@ -174,7 +174,8 @@ class DotTrainer:
             mine = slice(accelerator.process_index, None, accelerator.num_processes)
             part = nested(vars(pair), lambda t: t[mine])
             error, size = pair_losses(self.wrapped, type(pair)(**part))
-            loss = training_loss(error, size, config.relative)
+            weight = min_snr_weight(self.process, part["t_o"]) if config.min_snr else 1.0
+            loss = (weight * error).mean()
         self.optimizer.zero_grad()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(self.dot.parameters(), config.clip)
