@@ -140,9 +140,10 @@ def test_an_unfinished_export_of_something_else_is_not_continued(tmp_path) -> No
     assert ShardWriter(tmp_path, "model", {"run": 1}).notes == {"0": {"bits": 2}}
     with pytest.raises(InputError, match="unfinished export of another model"):
         ShardWriter(tmp_path, "model", {"run": 2})
-    (tmp_path / STAGING / "journal.json").write_text("{")
-    with pytest.raises(InputError, match="damaged"):
-        ShardWriter(tmp_path, "model", {"run": 1})
+    for content in ("{", "7", "[]", '{"pieces": []}'):
+        (tmp_path / STAGING / "journal.json").write_text(content)
+        with pytest.raises(InputError, match="damaged"):
+            ShardWriter(tmp_path, "model", {"run": 1})
 
 
 def test_a_folder_with_a_model_is_refused(tmp_path) -> None:

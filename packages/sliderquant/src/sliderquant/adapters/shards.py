@@ -217,10 +217,13 @@ def _width(dtype: str) -> int:
 
 def _read_journal(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        journal = json.loads(path.read_text(encoding="utf-8"))
+        if {"identity", "pieces", "notes"} != set(journal):
+            raise ValueError
+        return journal
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, TypeError):
         raise InputError(f"{path} is damaged; remove {path.parent} and run again") from None
 
 
