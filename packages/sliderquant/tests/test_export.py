@@ -361,6 +361,9 @@ DAMAGES = {
     "base": (lambda c: c.pop("base_model_type"), "no base_model_type"),
     "family": (lambda c: c.update(base_model_type="bert"), "not supported"),
     "layers": (lambda c: c.update(num_hidden_layers=9), "lacks|names a weight"),
+    "type": (lambda c: c.update(hidden_size=1.5), "describes no model"),
+    "negative": (lambda c: c.update(num_key_value_heads=-1), "describes no model"),
+    "no heads": (lambda c: c.update(num_attention_heads=0), "describes no model"),
     "width": (lambda c: c.update(vocab_size=11), "its config asks for"),
 }
 

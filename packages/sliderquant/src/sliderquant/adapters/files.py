@@ -98,7 +98,7 @@ def load_config(
             )
     except InputError:
         raise
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # a config class may raise anything about a wrong value
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{directory}/config.json cannot be read ({reason}); restore it") from None
     family_of(config.model_type)

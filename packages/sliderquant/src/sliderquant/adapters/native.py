@@ -49,10 +49,16 @@ def load(
             "AutoModelForCausalLM.from_pretrained"
         )
     formats, activations = native_formats(directory, raw)
-    with quiet_transformers():
-        config = AutoConfig.for_model(**base_config(directory, raw))
-    family_of(config.model_type)
-    model = empty_model(config)
+    base = base_config(directory, raw)
+    family_of(base["model_type"])
+    try:
+        with quiet_transformers():
+            model = empty_model(AutoConfig.for_model(**base))
+    except Exception as error:  # a model's own classes may raise anything about a wrong value
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{directory}/config.json describes no model ({reason}); restore it"
+        ) from None
     try:
         for name, fmt in formats.items():
             _swap_(model, name, fmt, kernel == "triton")
