@@ -106,8 +106,8 @@ def pair_losses(dot: Callable[..., Tensor], pair: Pair) -> tuple[Tensor, Tensor]
 def min_snr_weight(process: Process, t: Tensor, gamma: float = 5.0) -> Float[Tensor, " b"]:
     """min(SNR, gamma) / SNR: what an error in the noise is worth at ``t``, at most 1.
 
-    Not in the paper. Near t = 0 the residual of the noise is large and cannot be predicted, yet it hardly
-    moves the sample; the plain loss is spent there.
+    Not in the paper. Near t = 0 the residual of the noise is large and cannot be predicted, yet it
+    hardly moves the sample; the plain loss is spent there.
     """
     alpha, sigma = process.scales(t, 1)
     snr = (alpha / sigma) ** 2
