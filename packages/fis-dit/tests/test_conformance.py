@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from fis_dit.adapters.apply import apply_fis, remove_fis
@@ -205,19 +204,19 @@ class TestEveryAdapter:
             torch.testing.assert_close(family(), plain)
 
     def test_model_offloading_keeps_the_hooks(self, family) -> None:
-        from accelerate import cpu_offload_with_hook
-
+        accelerate = pytest.importorskip("accelerate")
         with apply_fis(family.model, CONFIG):
             plain = family()
             for _ in range(2):  # a pipeline takes the hook off and puts it on after every call
-                _, hook = cpu_offload_with_hook(family.model, "cpu")
+                _, hook = accelerate.cpu_offload_with_hook(family.model, "cpu")
                 torch.testing.assert_close(family(), plain)
                 hook.remove()
             torch.testing.assert_close(family(), plain)
 
     def test_a_lora_counts_whether_it_comes_before_or_after(self, family) -> None:
         name = "to_q"
-        lora = LoraConfig(r=2, target_modules=[name], init_lora_weights=False)
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=2, target_modules=[name], init_lora_weights=False)
         with apply_fis(family.model, CONFIG):
             without = family()
             torch.manual_seed(0)
