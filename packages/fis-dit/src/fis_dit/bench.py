@@ -229,8 +229,6 @@ def _measure(
         for repeat in range(config.warmup + config.repeats):
             for name, setting in arms.items():
                 with apply_fis(model, setting):
-                    if config.compile:
-                        model.compile_repeated_blocks(dynamic=False)
                     value = timer(lambda: model(**inputs))
                 if repeat >= config.warmup:
                     seconds[name].append(value)

@@ -294,7 +294,6 @@ class BenchConfig:
     )
     repeats: int = _setting(5, "timed forwards of every setting, interleaved; the median counts")
     warmup: int = _setting(2, "forwards before")
-    compile: bool = _setting(False, "also time compile_repeated_blocks")
     out: str | None = _setting(None, "folder of the report; default runs/bench-<time>")
 
     def __post_init__(self) -> None:
