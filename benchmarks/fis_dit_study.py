@@ -13,7 +13,7 @@ matter.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.logging import progress, warn
 from effml_common.report import resolve
+from effml_common.settings import setting
 from fis_dit.config import PRESETS, FISConfig
 from fis_dit.demo import Judge, make_noise, plot_quality
 from fis_dit.demo_model import euler, load, noise_levels
@@ -46,19 +47,15 @@ TEACHER_STEPS = 16
 DEVELOPMENT, CONFIRMATION = ("shapes", (1, 2, 3)), ("digits", (11, 12, 13))
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """Measure every arm on every seed; cells that are in the output file are not run again."""
 
-    data: tuple[str, ...] = _setting(("shapes", "digits"), "data sets")
-    seeds: tuple[int, ...] = _setting((), "seeds; default 1 2 3 for shapes and 11 12 13 for digits")
-    arms: tuple[str, ...] = _setting((), "names of arms to run beside dense; default all")
-    clips: int = _setting(16, "clips per seed")
-    out: str = _setting("benchmarks/results/fis-dit-study.json", "file to write and to continue")
+    data: tuple[str, ...] = setting(("shapes", "digits"), "data sets")
+    seeds: tuple[int, ...] = setting((), "seeds; default 1 2 3 for shapes and 11 12 13 for digits")
+    arms: tuple[str, ...] = setting((), "names of arms to run beside dense; default all")
+    clips: int = setting(16, "clips per seed")
+    out: str = setting("benchmarks/results/fis-dit-study.json", "file to write and to continue")
 
 
 def scored(model: Any, data: str) -> dict[str, list[float]]:

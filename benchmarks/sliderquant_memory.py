@@ -4,18 +4,18 @@ Run from the workspace root; it needs 8 GB of disk in the folder for temporary f
 
     uv run python benchmarks/sliderquant_memory.py
 
-A random Llama is written to disk twice, with few and with many blocks, and quantized in windows of four
-blocks, the largest of the default schedule, with one update each, every time in a process of its own.
-Reported is the peak of the resident set above what the process held after its imports.
+A random Llama is written to disk twice, with few and with many blocks, and quantized with the default
+schedule, one update a window, every time in a process of its own. Reported is the peak of the resident
+set above what the process held after its imports.
 """
 
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +23,25 @@ from effml_common.cli import parse
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.logging import say, warn
+from effml_common.settings import setting
 
 LARGEST_GROWTH = 0.10  # from few to many blocks
 LARGEST_SHARE = 0.60  # of the float32 size of the model with few blocks
-
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """Peak memory at two depths."""
 
-    layers: tuple[int, ...] = _setting((16, 32), "decoder blocks of the models")
-    hidden_size: int = _setting(2048, "width")
-    vocab_size: int = _setting(32_000, "rows of the embedding")
-    nsamples: int = _setting(2, "calibration samples")
-    seqlen: int = _setting(64, "tokens per sample")
-    window: int = _setting(4, "blocks per window; 4 is the largest of the default schedule")
-    cache: str = _setting("memory", "memory or disk")
-    child: str = _setting("", "used by the benchmark itself: folder of the model to quantize")
-    out: str = _setting("benchmarks/results/sliderquant-memory.json", "file to write")
+    layers: tuple[int, ...] = setting((16, 32), "decoder blocks of the models")
+    hidden_size: int = setting(2048, "width")
+    vocab_size: int = setting(32_000, "rows of the embedding")
+    nsamples: int = setting(2, "calibration samples")
+    seqlen: int = setting(64, "tokens per sample")
+    schedule: str = setting("slider", "windows, as of sliderquant quantize")
+    cache: str = setting("memory", "memory or disk")
+    child: str = setting("", "used by the benchmark itself: folder of the model to quantize")
+    out: str = setting("benchmarks/results/sliderquant-memory.json", "file to write")
 
 
 def write_model(folder: Path, layers: int, config: MemoryConfig) -> int:
@@ -60,9 +57,9 @@ def write_model(folder: Path, layers: int, config: MemoryConfig) -> int:
     llama = LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        intermediate_size=config.hidden_size * 7 // 4,
+        intermediate_size=config.hidden_size * 11 // 4,
         num_hidden_layers=layers,
-        num_attention_heads=16,
+        num_attention_heads=32,
         num_key_value_heads=4,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
@@ -88,6 +85,16 @@ def write_model(folder: Path, layers: int, config: MemoryConfig) -> int:
     return sum(parameter.numel() for parameter in empty_model(llama).parameters())
 
 
+def resident(kind: str) -> float:
+    """Resident set of this process in MiB: VmRSS now, VmHWM at its peak.
+
+    Not getrusage: its ru_maxrss begins with the peak of the process that started this one.
+    """
+    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
 def quantize_here(config: MemoryConfig) -> dict[str, float]:
     """Quantize in this process and return its memory in MiB."""
     import torch
@@ -96,7 +103,7 @@ def quantize_here(config: MemoryConfig) -> dict[str, float]:
     from sliderquant.quantization import quantize
 
     torch.set_num_threads(1)
-    baseline = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    baseline = resident("VmRSS")
     started = time.monotonic()
     source = Path(config.child)
     quantize(
@@ -109,16 +116,13 @@ def quantize_here(config: MemoryConfig) -> dict[str, float]:
             batch_size=config.nsamples,
             epochs=1,
             gamma=1.0,
-            schedule="fixed",
-            window=config.window,
-            stride=config.window,
+            schedule=config.schedule,
             cache="disk" if config.cache == "disk" else "memory",
         )
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "baseline_mib": round(baseline / 2**20, 1),
-        "peak_above_baseline_mib": round((peak - baseline) / 2**20, 1),
+        "baseline_mib": round(baseline, 1),
+        "peak_above_baseline_mib": round(resident("VmHWM") - baseline, 1),
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -132,7 +136,7 @@ def measure(config: MemoryConfig) -> dict[str, Any]:
             weights = write_model(source, layers, config)
             flags = {
                 "child": source, "nsamples": config.nsamples, "seqlen": config.seqlen,
-                "cache": config.cache, "window": config.window,
+                "cache": config.cache, "schedule": config.schedule,
             }  # fmt: skip
             words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
             done = subprocess.run(

@@ -12,7 +12,7 @@ equal to SliderQuant's. Results go to ``--out`` as JSON, one object per run, and
 import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from effml_common.cli import parse
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.logging import warn
+from effml_common.settings import setting
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
 from sliderquant.adapters.text import calibration_samples, encode
@@ -45,27 +46,23 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig(DemoModelConfig):
     """Quantize the demo's model in every arm at every learning rate."""
 
-    wbits: int = _setting(2, "bits per weight")
-    group_size: int | None = _setting(64, "columns per scale; none for one per row")
-    rates: tuple[float, ...] = _setting((5e-4, 1.5e-3, 5e-3), "learning rates of the correction")
-    lwc_factor: float = _setting(20.0, "learning rate of the clipping over that of the correction")
-    nsamples: int = _setting(64, "calibration samples")
-    batch_size: int = _setting(8, "samples per update")
-    epochs: int = _setting(8, "epochs of SliderQuant; other arms get as many as cost the same")
-    seeds: tuple[int, ...] = _setting((0,), "calibration seeds")
-    arms: tuple[str, ...] = _setting(tuple(ARMS), "arms to run")
-    text: Literal["development", "held-out"] = _setting("held-out", "text to measure on")
-    eval_tokens: int = _setting(51_200, "tokens to measure on, per text")
-    threads: int = _setting(1, "CPU threads")
-    out: str = _setting("runs/sliderquant-study.json", "file to write")
+    wbits: int = setting(2, "bits per weight")
+    group_size: int | None = setting(64, "columns per scale; none for one per row")
+    rates: tuple[float, ...] = setting((5e-4, 1.5e-3, 5e-3), "learning rates of the correction")
+    lwc_factor: float = setting(20.0, "learning rate of the clipping over that of the correction")
+    nsamples: int = setting(64, "calibration samples")
+    batch_size: int = setting(8, "samples per update")
+    epochs: int = setting(8, "epochs of SliderQuant; other arms get as many as cost the same")
+    seeds: tuple[int, ...] = setting((0,), "calibration seeds")
+    arms: tuple[str, ...] = setting(tuple(ARMS), "arms to run")
+    text: Literal["development", "held-out"] = setting("held-out", "text to measure on")
+    eval_tokens: int = setting(51_200, "tokens to measure on, per text")
+    threads: int = setting(1, "CPU threads")
+    out: str = setting("runs/sliderquant-study.json", "file to write")
 
 
 def arm_config(config: StudyConfig, arm: str, rate: float, seed: int) -> SliderConfig:

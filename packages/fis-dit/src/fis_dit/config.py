@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from effml_common.errors import ConfigError
+from effml_common.settings import require, setting
 
 SCHEMA = 1
 Lift = Literal["residual", "hold", "carry", "state"]
@@ -23,20 +24,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-def _require(condition: bool, problem: str, remedy: str) -> None:
-    if not condition:
-        raise ConfigError(f"{problem}; {remedy}")
-
-
 def _count(config: Any, *names: str, least: int = 1) -> None:
     for name in names:
         value = getattr(config, name)
         whole = isinstance(value, int) and not isinstance(value, bool)
-        _require(
+        require(
             whole and value >= least,
             f"{name} must be {least} or more, got {value!r}",
             "give a count",
@@ -45,7 +37,7 @@ def _count(config: Any, *names: str, least: int = 1) -> None:
 
 def _choice(config: Any, name: str, allowed: Any) -> None:
     value, known = getattr(config, name), get_args(allowed)
-    _require(value in known, f"{name} is {value!r}", f"use one of {', '.join(known)}")
+    require(value in known, f"{name} is {value!r}", f"use one of {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +48,13 @@ class FISConfig:
         ConfigError: A ``ValueError`` that names the field that is wrong.
     """
 
-    stride: int = _setting(2, "n: about one latent frame in n is computed in a sparse block")
-    blocks: tuple[int, ...] | None = _setting(
+    stride: int = setting(2, "n: about one latent frame in n is computed in a sparse block")
+    blocks: tuple[int, ...] | None = setting(
         None, "sparse blocks; none for all but dense_head first and dense_tail last ones"
     )
-    dense_head: int | None = _setting(
-        None, "dense blocks at the front; none for 7.5 % of the depth"
-    )
-    dense_tail: int | None = _setting(None, "dense blocks at the end; none for 7.5 % of the depth")
-    dense_steps: tuple[int, ...] = _setting((), "denoising steps left dense; -1 is the last one")
+    dense_head: int | None = setting(None, "dense blocks at the front; none for 7.5 % of the depth")
+    dense_tail: int | None = setting(None, "dense blocks at the end; none for 7.5 % of the depth")
+    dense_steps: tuple[int, ...] = setting((), "denoising steps left dense; -1 is the last one")
     lift: Lift = field(
         default="residual",
         metadata={"help": "how skipped frames are filled: residual, hold, carry, state"},
@@ -83,28 +73,24 @@ class FISConfig:
             "help": "interleaved over depth (the method); static and random are for comparison"
         },
     )
-    boundaries: bool = _setting(True, "always compute the first and the last frame")
-    condition_frames: tuple[int, ...] = _setting(
+    boundaries: bool = setting(True, "always compute the first and the last frame")
+    condition_frames: tuple[int, ...] = setting(
         (), "frames that feed no skipped frame, such as the given image of TI2V-5B: 0"
     )
-    step_shift: int = _setting(0, "additional rotation of the anchors at every denoising step")
-    equalize: bool = _setting(
-        False, "the same number of anchors in every phase: one compiled shape"
-    )
-    drop_text_padding: bool = _setting(
+    step_shift: int = setting(0, "additional rotation of the anchors at every denoising step")
+    equalize: bool = setting(False, "the same number of anchors in every phase: one compiled shape")
+    drop_text_padding: bool = setting(
         False, "HunyuanVideo 1.5, batch 1: trim padded text instead of masking it (exact)"
     )
-    num_inference_steps: int | None = _setting(
+    num_inference_steps: int | None = setting(
         None, "steps of a run, where the pipeline does not tell and dense_steps counts from the end"
     )
-    allow_grad: bool = _setting(False, "also run where gradients are recorded in training mode")
-    debug: bool = _setting(False, "check every sparse block's output for NaN and infinity")
-    strict: bool = _setting(
-        True, "refuse a plan made for another model; otherwise rescale and warn"
-    )
-    model_class: str | None = _setting(None, "what a plan was calibrated for: transformer class")
-    layers: int | None = _setting(None, "same: number of blocks")
-    frames: int | None = _setting(None, "same: latent frames after patching")
+    allow_grad: bool = setting(False, "also run where gradients are recorded in training mode")
+    debug: bool = setting(False, "check every sparse block's output for NaN and infinity")
+    strict: bool = setting(True, "refuse a plan made for another model; otherwise rescale and warn")
+    model_class: str | None = setting(None, "what a plan was calibrated for: transformer class")
+    layers: int | None = setting(None, "same: number of blocks")
+    frames: int | None = setting(None, "same: latent frames after patching")
 
     def __post_init__(self) -> None:
         _count(self, "stride")
@@ -117,13 +103,13 @@ class FISConfig:
         for name in ("blocks", "dense_steps", "condition_frames"):
             value = getattr(self, name)
             if value is not None:
-                _require(
+                require(
                     not isinstance(value, str) and all(type(i) is int for i in value),
                     f"{name} must hold whole numbers, got {value!r}",
                     f"give a list such as {name}=(0, 1)",
                 )
                 object.__setattr__(self, name, tuple(value))
-        _require(
+        require(
             not (self.lift == "state" and self.sites == "attn"),
             "lift 'state' interpolates block outputs, which sites='attn' does not see",
             "use lift='residual' or sites='block'",
@@ -132,9 +118,7 @@ class FISConfig:
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "FISConfig":
         """A named setting: "paper-like", "quality" or "safe"; keyword arguments change fields."""
-        _require(
-            name in PRESETS, f"there is no preset {name!r}", f"use one of {', '.join(PRESETS)}"
-        )
+        require(name in PRESETS, f"there is no preset {name!r}", f"use one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
     def sparse_blocks(self, depth: int) -> tuple[int, ...]:
@@ -152,7 +136,7 @@ class FISConfig:
             return tuple(range(head, max(head, depth - tail)))
         chosen = tuple(sorted(set(self.blocks)))
         bad = [block for block in chosen if not 0 <= block < depth]
-        _require(not bad, f"block {bad[:1]} is not among 0 to {depth - 1}", "change blocks")
+        require(not bad, f"block {bad[:1]} is not among 0 to {depth - 1}", "change blocks")
         return chosen
 
     def rescaled(self, depth: int) -> "FISConfig":
@@ -180,14 +164,14 @@ class FISConfig:
             raise ConfigError(
                 f"the plan is not JSON ({error}); write it with fis-dit plan"
             ) from None
-        _require(
+        require(
             isinstance(values, dict) and values.get("schema") == SCHEMA,
             f"the plan is not of schema {SCHEMA}",
             "write it again with fis-dit plan",
         )
         known = {item.name for item in fields(cls)}
         unknown = sorted(set(values) - known - {"schema"})
-        _require(not unknown, f"the plan has an unknown field {unknown[:1]}", "remove it")
+        require(not unknown, f"the plan has an unknown field {unknown[:1]}", "remove it")
         lists = ("blocks", "dense_steps", "condition_frames")
         for name in lists:
             if isinstance(values.get(name), list):
@@ -199,9 +183,9 @@ class FISConfig:
 class ClipShape:
     """Size of the clip to be made, in pixels and pixel frames."""
 
-    height: int = _setting(720, "pixels")
-    width: int = _setting(1280, "pixels")
-    num_frames: int = _setting(81, "frames of the clip, before the VAE")
+    height: int = setting(720, "pixels")
+    width: int = setting(1280, "pixels")
+    num_frames: int = setting(81, "frames of the clip, before the VAE")
 
     def __post_init__(self) -> None:
         _count(self, "height", "width", "num_frames")
@@ -215,8 +199,8 @@ class InspectConfig(ClipShape):
         metadata={"help": "diffusers directory, transformer directory or config.json"}
     )
     preset: Preset = field(default="paper-like", metadata={"help": "setting to start from"})
-    stride: int | None = _setting(None, "n; none keeps the preset's")
-    plan: str | None = _setting(None, "JSON file of fis-dit plan, instead of a preset")
+    stride: int | None = setting(None, "n; none keeps the preset's")
+    plan: str | None = setting(None, "JSON file of fis-dit plan, instead of a preset")
 
     def __post_init__(self) -> None:
         ClipShape.__post_init__(self)
@@ -231,23 +215,23 @@ class PlanConfig(ClipShape):
 
     model: str = field(metadata={"help": "directory of a diffusers video pipeline"})
     prompts: tuple[str, ...] = field(metadata={"help": "text files, one calibration prompt a line"})
-    target_speedup: float = _setting(2.0, "speed-up of the blocks by the FLOPs model, 1 or more")
-    method: Literal["local", "endpoint"] = _setting(
+    target_speedup: float = setting(2.0, "speed-up of the blocks by the FLOPs model, 1 or more")
+    method: Literal["local", "endpoint"] = setting(
         "local", "score of a block: its own error, or (a pass per block) that of the velocity"
     )
     preset: Preset = field(
         default="paper-like", metadata={"help": "setting whose blocks are chosen"}
     )
-    num_inference_steps: int = _setting(4, "denoising steps")
-    guidance_scale: float = _setting(1.0, "1 turns guidance off, as distilled models want it")
-    seed: int = _setting(0, "seed of the noise")
-    out: str = _setting("plan.json", "file to write")
-    device: str = _setting("cpu", "torch device that computes")
+    num_inference_steps: int = setting(4, "denoising steps")
+    guidance_scale: float = setting(1.0, "1 turns guidance off, as distilled models want it")
+    seed: int = setting(0, "seed of the noise")
+    out: str = setting("plan.json", "file to write")
+    device: str = setting("cpu", "torch device that computes")
 
     def __post_init__(self) -> None:
         ClipShape.__post_init__(self)
         _count(self, "num_inference_steps")
-        _require(
+        require(
             1 <= self.target_speedup < 100,
             f"target_speedup must be 1 or more, got {self.target_speedup}",
             "try 2",
@@ -259,22 +243,22 @@ class GenerateConfig(ClipShape):
     """Make a clip with a local diffusers pipeline, sparse and, to compare, dense."""
 
     model: str = field(metadata={"help": "directory of a diffusers video pipeline"})
-    prompt: str = _setting("a cat walks over grass", "what the clip shows")
-    image: str | None = _setting(None, "first frame, for image-to-video pipelines")
+    prompt: str = setting("a cat walks over grass", "what the clip shows")
+    image: str | None = setting(None, "first frame, for image-to-video pipelines")
     preset: Preset = field(
         default="paper-like", metadata={"help": "setting, unless a plan is given"}
     )
-    plan: str | None = _setting(None, "JSON file of fis-dit plan")
-    lora: str | None = _setting(None, "safetensors file of LoRA weights, such as 4-step ones")
-    compare_dense: bool = _setting(False, "also make the dense clip and report the distance")
-    num_inference_steps: int = _setting(4, "denoising steps")
-    guidance_scale: float = _setting(1.0, "1 turns guidance off, as distilled models want it")
-    seed: int = _setting(0, "seed of the noise")
-    format: Literal["gif", "mp4"] = _setting("gif", "of the clips; mp4 needs fis-dit[video]")
-    fps: int = _setting(16, "frames per second of the file")
-    out: str | None = _setting(None, "folder to write; default runs/generate-<time>")
-    device: str = _setting("cpu", "torch device that computes")
-    dtype: Literal["float32", "bfloat16", "float16"] = _setting("bfloat16", "of the weights")
+    plan: str | None = setting(None, "JSON file of fis-dit plan")
+    lora: str | None = setting(None, "safetensors file of LoRA weights, such as 4-step ones")
+    compare_dense: bool = setting(False, "also make the dense clip and report the distance")
+    num_inference_steps: int = setting(4, "denoising steps")
+    guidance_scale: float = setting(1.0, "1 turns guidance off, as distilled models want it")
+    seed: int = setting(0, "seed of the noise")
+    format: Literal["gif", "mp4"] = setting("gif", "of the clips; mp4 needs fis-dit[video]")
+    fps: int = setting(16, "frames per second of the file")
+    out: str | None = setting(None, "folder to write; default runs/generate-<time>")
+    device: str = setting("cpu", "torch device that computes")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("bfloat16", "of the weights")
 
     def __post_init__(self) -> None:
         ClipShape.__post_init__(self)
@@ -285,25 +269,25 @@ class GenerateConfig(ClipShape):
 class BenchConfig:
     """Time dense against sparse forwards of a random-weight transformer at full shapes."""
 
-    arch: Literal["tiny", "wan-a14b", "wan-5b", "hy15"] = _setting("tiny", "shapes of the model")
-    random_weights: bool = _setting(True, "there is no other way: speed does not depend on weights")
-    device: str = _setting("cpu", "cpu runs tiny only")
-    settings: tuple[str, ...] = _setting(
+    arch: Literal["tiny", "wan-a14b", "wan-5b", "hy15"] = setting("tiny", "shapes of the model")
+    random_weights: bool = setting(True, "there is no other way: speed does not depend on weights")
+    device: str = setting("cpu", "cpu runs tiny only")
+    settings: tuple[str, ...] = setting(
         ("block-n2", "block-n3", "attn-n2", "attn-n3"),
         "sites-stride to time; add -full for all keys",
     )
-    repeats: int = _setting(5, "timed forwards of every setting, interleaved; the median counts")
-    warmup: int = _setting(2, "forwards before")
-    out: str | None = _setting(None, "folder of the report; default runs/bench-<time>")
+    repeats: int = setting(5, "timed forwards of every setting, interleaved; the median counts")
+    warmup: int = setting(2, "forwards before")
+    out: str | None = setting(None, "folder of the report; default runs/bench-<time>")
 
     def __post_init__(self) -> None:
         _count(self, "repeats")
         _count(self, "warmup", least=0)
-        _require(self.random_weights, "bench has no weights to load", "leave --random-weights on")
+        require(self.random_weights, "bench has no weights to load", "leave --random-weights on")
         for name in self.settings:
             sites, _, rest = name.partition("-n")
             stride, _, full = rest.partition("-")
-            _require(
+            require(
                 sites in get_args(Sites)
                 and stride.isdigit()
                 and int(stride) > 0
@@ -317,12 +301,10 @@ class BenchConfig:
 class DemoConfig:
     """Distilled four-step models of moving clips: dense, FIS and its rivals at equal FLOPs."""
 
-    data: Literal["shapes", "digits"] = _setting(
-        "shapes", "clips: bouncing shapes, drifting digits"
-    )
-    seeds: int = _setting(1, "seeds of noise and labels; claims need 3")
-    clips: int = _setting(48, "clips per seed")
-    out: str | None = _setting(None, "folder of the report; default runs/demo-<time>")
+    data: Literal["shapes", "digits"] = setting("shapes", "clips: bouncing shapes, drifting digits")
+    seeds: int = setting(1, "seeds of noise and labels; claims need 3")
+    clips: int = setting(48, "clips per seed")
+    out: str | None = setting(None, "folder of the report; default runs/demo-<time>")
 
     def __post_init__(self) -> None:
         _count(self, "seeds")

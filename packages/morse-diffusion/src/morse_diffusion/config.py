@@ -1,70 +1,61 @@
 """Every setting of morse-diffusion: its default, its unit and its check, once."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from effml_common.errors import ConfigError
+from effml_common.settings import require, setting
 
 BASELINES = ("ddim", "dpmpp", "unipc", "extrapolate", "deepcache")
-
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-def _require(condition: bool, problem: str, remedy: str) -> None:
-    if not condition:
-        raise ConfigError(f"{problem}; {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DashConfig:
     """The small denoiser that the demo trains once."""
 
-    data: Literal["digits", "shapes"] = _setting(
+    data: Literal["digits", "shapes"] = setting(
         "digits", "digits up-sampled to 32x32, or drawn RGB shapes"
     )
-    widths: tuple[int, ...] = _setting((32, 64, 64), "channels of the demo denoiser's levels")
-    dash_steps: int = _setting(1500, "updates of the demo denoiser's training")
-    dash_batch: int = _setting(32, "images per update of the demo denoiser")
-    dash_lr: float = _setting(1.5e-3, "peak learning rate of the demo denoiser")
-    dash_seed: int = _setting(0, "seed of the demo denoiser")
+    widths: tuple[int, ...] = setting((32, 64, 64), "channels of the demo denoiser's levels")
+    dash_steps: int = setting(1500, "updates of the demo denoiser's training")
+    dash_batch: int = setting(32, "images per update of the demo denoiser")
+    dash_lr: float = setting(1.5e-3, "peak learning rate of the demo denoiser")
+    dash_seed: int = setting(0, "seed of the demo denoiser")
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             len(self.widths) >= 2 and all(w > 0 and w % 8 == 0 for w in self.widths),
             f"widths must be two or more positive multiples of 8, got {list(self.widths)}",
             "use 32 64 64",
         )
         for name in ("dash_steps", "dash_batch"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoDotConfig(DashConfig):
     """The demo's Dash and the Dot that is trained for it."""
 
-    m: int = _setting(2, "extra halvings of the Dot")
-    channels: tuple[int, ...] = _setting((8, 16), "channels of the Dot's extra levels")
-    rank: int = _setting(16, "rank of the Dot's residuals on the shared weights")
-    dot_steps: int = _setting(450, "updates of the Dot's training")
-    dot_batch: int = _setting(32, "images per update of the Dot")
-    dot_lr: float = _setting(3e-3, "peak learning rate of the Dot")
-    min_snr: bool = _setting(False, "weigh errors near t = 0 down while the Dot is trained")
-    gap_max: float = _setting(0.4, "largest jump of a training pair, as a share of T")
+    m: int = setting(2, "extra halvings of the Dot")
+    channels: tuple[int, ...] = setting((8, 16), "channels of the Dot's extra levels")
+    rank: int = setting(16, "rank of the Dot's residuals on the shared weights")
+    dot_steps: int = setting(450, "updates of the Dot's training")
+    dot_batch: int = setting(32, "images per update of the Dot")
+    dot_lr: float = setting(3e-3, "peak learning rate of the Dot")
+    min_snr: bool = setting(False, "weigh errors near t = 0 down while the Dot is trained")
+    gap_max: float = setting(0.4, "largest jump of a training pair, as a share of T")
 
     def __post_init__(self) -> None:
         DashConfig.__post_init__(self)
         for name in ("m", "rank", "dot_steps", "dot_batch"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
-        _require(
+            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        require(
             len(self.channels) == self.m,
             f"{len(self.channels)} channel counts for m={self.m} levels",
             "give one per level",
         )
-        _require(0 < self.gap_max <= 1, f"gap_max must be in (0, 1], got {self.gap_max}", "use 1")
+        require(0 < self.gap_max <= 1, f"gap_max must be in (0, 1], got {self.gap_max}", "use 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,46 +69,46 @@ class TrainDotConfig:
             "beside each image; classes are the names of sub-folders"
         }
     )
-    out: str | None = _setting(None, "folder of the Dot; default runs/train-dot-<time>")
-    m: int = _setting(2, "extra halvings: 2 makes the Dot 5 to 10 times faster, 1 about 3 times")
-    channels: tuple[int, ...] = _setting((96, 160), "width of each extra level, outermost first")
-    layers: int = _setting(1, "residual blocks per extra down block")
-    rank: int = _setting(64, "rank of the residuals on the shared weights")
-    guidance: tuple[float, ...] = _setting(
+    out: str | None = setting(None, "folder of the Dot; default runs/train-dot-<time>")
+    m: int = setting(2, "extra halvings: 2 makes the Dot 5 to 10 times faster, 1 about 3 times")
+    channels: tuple[int, ...] = setting((96, 160), "width of each extra level, outermost first")
+    layers: int = setting(1, "residual blocks per extra down block")
+    rank: int = setting(64, "rank of the residuals on the shared weights")
+    guidance: tuple[float, ...] = setting(
         (2.0, 10.0), "range of guidance scales for text pipelines; one number for LCM models"
     )
-    steps: int = _setting(100_000, "updates")
-    batch: int = _setting(8, "images per update, over all processes")
-    lr: float = _setting(1e-4, "learning rate of AdamW")
-    ema: float = _setting(0.999, "decay of the average of the weights that is saved")
-    clip: float = _setting(1.0, "largest gradient norm")
-    gap_max: float = _setting(1.0, "largest jump of a training pair, as a share of T")
-    rollout: float = _setting(
+    steps: int = setting(100_000, "updates")
+    batch: int = setting(8, "images per update, over all processes")
+    lr: float = setting(1e-4, "learning rate of AdamW")
+    ema: float = setting(0.999, "decay of the average of the weights that is saved")
+    clip: float = setting(1.0, "largest gradient norm")
+    gap_max: float = setting(1.0, "largest jump of a training pair, as a share of T")
+    rollout: float = setting(
         0.0, "share of the last updates whose jump has a Dot step in the middle, as in sampling"
     )
-    min_snr: bool = _setting(
+    min_snr: bool = setting(
         False, "weigh errors near t = 0 down, where noise cannot be predicted; not in the paper"
     )
-    cosine: bool = _setting(False, "let the learning rate fall to 0 along a cosine; for short runs")
-    precision: Literal["no", "bf16"] = _setting("no", "bf16 runs the networks in bfloat16")
-    checkpointing: bool = _setting(False, "recompute shared blocks in the backward pass")
-    seed: int = _setting(0, "seed of the start and of every draw")
-    save_every: int = _setting(1000, "updates between checkpoints")
-    log_every: int = _setting(50, "updates between lines of metrics.jsonl")
-    resume: Literal["never", "auto"] = _setting(
+    cosine: bool = setting(False, "let the learning rate fall to 0 along a cosine; for short runs")
+    precision: Literal["no", "bf16"] = setting("no", "bf16 runs the networks in bfloat16")
+    checkpointing: bool = setting(False, "recompute shared blocks in the backward pass")
+    seed: int = setting(0, "seed of the start and of every draw")
+    save_every: int = setting(1000, "updates between checkpoints")
+    log_every: int = setting(50, "updates between lines of metrics.jsonl")
+    resume: Literal["never", "auto"] = setting(
         "never", "auto continues an interrupted run in the same --out"
     )
 
     def __post_init__(self) -> None:
         for name in ("m", "layers", "rank", "steps", "batch", "save_every", "log_every"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
-        _require(
+            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        require(
             len(self.channels) == self.m and all(c >= 1 for c in self.channels),
             f"channels {list(self.channels)} do not fit m={self.m}",
             "give one positive width per extra level",
         )
-        _require(
+        require(
             len(self.guidance) in (1, 2) and all(w >= 0 for w in self.guidance)
             and self.guidance[0] <= self.guidance[-1],
             f"guidance must be one scale or a range, got {list(self.guidance)}",
@@ -125,10 +116,10 @@ class TrainDotConfig:
         )  # fmt: skip
         for name in ("lr", "clip"):
             value = getattr(self, name)
-            _require(0 < value < float("inf"), f"{name} must be above 0, got {value}", "try 1e-4")
-        _require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}", "use 0.999")
-        _require(0 < self.gap_max <= 1, f"gap_max must be in (0, 1], got {self.gap_max}", "use 1")
-        _require(0 <= self.rollout <= 1, f"rollout must be in [0, 1], got {self.rollout}", "use 0")
+            require(0 < value < float("inf"), f"{name} must be above 0, got {value}", "try 1e-4")
+        require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}", "use 0.999")
+        require(0 < self.gap_max <= 1, f"gap_max must be in (0, 1], got {self.gap_max}", "use 1")
+        require(0 <= self.rollout <= 1, f"rollout must be in [0, 1], got {self.rollout}", "use 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,18 +128,18 @@ class SampleConfig:
 
     pipe: str = field(metadata={"help": "folder of a diffusers pipeline"})
     dot: str = field(metadata={"help": "folder of its Dot, as train-dot writes it"})
-    budget_lsd: float = _setting(10.0, "time for the denoising loop, in steps of the full network")
-    speed_ratio: float | None = _setting(None, "N; default measured by a short run")
-    prompt: str = _setting("", "text, for text-to-image pipelines")
-    guidance_scale: float | None = _setting(None, "guidance; default the pipeline's own")
-    n: int = _setting(4, "images")
-    seed: int = _setting(0, "seed of the noise")
-    out: str | None = _setting(None, "folder of the images; default runs/sample-<time>")
-    device: str = _setting("cpu", "torch device")
+    budget_lsd: float = setting(10.0, "time for the denoising loop, in steps of the full network")
+    speed_ratio: float | None = setting(None, "N; default measured by a short run")
+    prompt: str = setting("", "text, for text-to-image pipelines")
+    guidance_scale: float | None = setting(None, "guidance; default the pipeline's own")
+    n: int = setting(4, "images")
+    seed: int = setting(0, "seed of the noise")
+    out: str | None = setting(None, "folder of the images; default runs/sample-<time>")
+    device: str = setting("cpu", "torch device")
 
     def __post_init__(self) -> None:
-        _require(self.n >= 1, f"n must be 1 or more, got {self.n}", "give a positive count")
-        _require(self.budget_lsd >= 1, f"budget_lsd is {self.budget_lsd}", "give 1 or more")
+        require(self.n >= 1, f"n must be 1 or more, got {self.n}", "give a positive count")
+        require(self.budget_lsd >= 1, f"budget_lsd is {self.budget_lsd}", "give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,24 +149,24 @@ class BenchConfig:
     pipe: str = field(metadata={"help": "folder of a diffusers pipeline"})
     dot: str = field(metadata={"help": "folder of its Dot"})
     data: str = field(metadata={"help": "folder of real images to compare with"})
-    budgets: tuple[int, ...] = _setting((5, 10, 15, 20), "budgets in LSD")
-    baselines: tuple[str, ...] = _setting(
+    budgets: tuple[int, ...] = setting((5, 10, 15, 20), "budgets in LSD")
+    baselines: tuple[str, ...] = setting(
         ("ddim", "dpmpp", "unipc", "extrapolate"), f"some of {', '.join(BASELINES)}"
     )
-    prompt: str = _setting("", "text, for text-to-image pipelines")
-    samples: int = _setting(256, "images per cell")
-    batch: int = _setting(64, "images per call")
-    seeds: int = _setting(1, "seeds of the noise; claims need 3")
-    out: str | None = _setting(None, "folder of the report; default runs/bench-<time>")
-    device: str = _setting("cpu", "torch device")
+    prompt: str = setting("", "text, for text-to-image pipelines")
+    samples: int = setting(256, "images per cell")
+    batch: int = setting(64, "images per call")
+    seeds: int = setting(1, "seeds of the noise; claims need 3")
+    out: str | None = setting(None, "folder of the report; default runs/bench-<time>")
+    device: str = setting("cpu", "torch device")
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.baselines if name not in BASELINES]
-        _require(not unknown, f"baseline {unknown} is not known", f"use {', '.join(BASELINES)}")
+        require(not unknown, f"baseline {unknown} is not known", f"use {', '.join(BASELINES)}")
         for name in ("samples", "batch", "seeds"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
-        _require(
+            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        require(
             bool(self.budgets) and min(self.budgets) >= 2,
             f"budgets must be 2 LSD or more, got {list(self.budgets)}",
             "use 5 10 20",
@@ -186,30 +177,30 @@ class BenchConfig:
 class PlanConfig:
     """Print the order of Dash and Dot steps for a budget."""
 
-    budget_lsd: float | None = _setting(None, "budget in steps of the full network")
-    budget_ms: float | None = _setting(None, "budget in milliseconds, with --profile")
-    n: float | None = _setting(None, "N: how many Dot steps take the time of a Dash step")
-    r: float | None = _setting(None, "steps per LSD, 2 to 3; default 2.5, less for a small N")
-    profile: str | None = _setting(None, "JSON file with t_dash, t_dot and t_sched in ms")
+    budget_lsd: float | None = setting(None, "budget in steps of the full network")
+    budget_ms: float | None = setting(None, "budget in milliseconds, with --profile")
+    n: float | None = setting(None, "N: how many Dot steps take the time of a Dash step")
+    r: float | None = setting(None, "steps per LSD, 2 to 3; default 2.5, less for a small N")
+    profile: str | None = setting(None, "JSON file with t_dash, t_dot and t_sched in ms")
 
     def __post_init__(self) -> None:
         lsd, ms = self.budget_lsd is not None, self.budget_ms is not None
-        _require(lsd != ms, "give one budget", "use --budget-lsd 10 --n 6, or --budget-ms 400")
-        _require(not lsd or self.n is not None, "N is not given", "add --n, as bench measures it")
-        _require(not ms or self.profile is not None, "no profile given", "add --profile FILE")
+        require(lsd != ms, "give one budget", "use --budget-lsd 10 --n 6, or --budget-ms 400")
+        require(not lsd or self.n is not None, "N is not given", "add --n, as bench measures it")
+        require(not ms or self.profile is not None, "no profile given", "add --profile FILE")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectConfig:
     """Show what a Dot is made of, or count the one of the paper."""
 
-    dot: str | None = _setting(None, "folder of a Dot")
-    published: bool = _setting(
+    dot: str | None = setting(None, "folder of a Dot")
+    published: bool = setting(
         False, "count a Dot of Stable Diffusion 1.4 beside the paper's 97.84M, without weights"
     )
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.dot is not None) != self.published,
             "inspect needs either a Dot or the published shape",
             "give --dot DIR or --published",
@@ -220,16 +211,16 @@ class InspectConfig:
 class DemoConfig(DemoDotConfig):
     """Compare samplers at equal time on a small denoiser, with sample grids and a report."""
 
-    seeds: int = _setting(1, "seeds of the noise; claims need 3")
-    budgets: tuple[int, ...] = _setting((5, 10, 20), "budgets in steps of the full network")
-    samples: int = _setting(96, "images per cell")
-    out: str | None = _setting(None, "folder of the report; default runs/demo-<time>")
+    seeds: int = setting(1, "seeds of the noise; claims need 3")
+    budgets: tuple[int, ...] = setting((5, 10, 20), "budgets in steps of the full network")
+    samples: int = setting(96, "images per cell")
+    out: str | None = setting(None, "folder of the report; default runs/demo-<time>")
 
     def __post_init__(self) -> None:
         DemoDotConfig.__post_init__(self)
-        _require(self.seeds >= 1, f"seeds must be 1 or more, got {self.seeds}", "use 3 for claims")
-        _require(self.samples >= 32, f"samples must be 32 or more, got {self.samples}", "use 96")
-        _require(
+        require(self.seeds >= 1, f"seeds must be 1 or more, got {self.seeds}", "use 3 for claims")
+        require(self.samples >= 32, f"samples must be 32 or more, got {self.samples}", "use 96")
+        require(
             bool(self.budgets) and min(self.budgets) >= 2,
             f"budgets must be 2 LSD or more, got {list(self.budgets)}",
             "use 5 10 20",

@@ -5,53 +5,44 @@ L_d, ``window`` and ``stride`` are s and i of the middle windows, ``gamma`` is t
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from effml_common.errors import ConfigError
+from effml_common.settings import require, setting
 
 SCHEDULES = ("slider", "fixed", "block")
 FULL_BITS = 16
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 def _require_container(bits: int | None) -> None:
-    _require(bits in (None, 4, 8), f"container_bits must be 4 or 8, got {bits}", "or leave it out")
-
-
-def _require(condition: bool, problem: str, remedy: str) -> None:
-    if not condition:
-        raise ConfigError(f"{problem}; {remedy}")
+    require(bits in (None, 4, 8), f"container_bits must be 4 or 8, got {bits}", "or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowConfig:
     """Which decoder blocks are calibrated together, and in which order (spec of the schedule)."""
 
-    schedule: str = _setting(
+    schedule: str = setting(
         "slider",
         "slider (the method), fixed (one window size), block (one block at a time), "
         "or your own windows such as 0-3,2-5,4-7",
     )
-    shallow: int = _setting(4, "blocks in the expanding windows at the front (paper: L_s)")
-    deep: int = _setting(4, "blocks in the contracting windows at the back (paper: L_d)")
-    window: int = _setting(2, "blocks in a middle window (paper: s)")
-    stride: int = _setting(1, "blocks between middle windows (paper: i)")
+    shallow: int = setting(4, "blocks in the expanding windows at the front (paper: L_s)")
+    deep: int = setting(4, "blocks in the contracting windows at the back (paper: L_d)")
+    window: int = setting(2, "blocks in a middle window (paper: s)")
+    stride: int = setting(1, "blocks between middle windows (paper: i)")
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            _require(
+            require(
                 set(self.schedule) <= set("0123456789-, ") and any(map(str.isdigit, self.schedule)),
                 f"schedule {self.schedule!r} is not known",
                 f"use one of {', '.join(SCHEDULES)} or windows such as 0-3,2-5",
             )
         for name in ("shallow", "deep"):
             value = getattr(self, name)
-            _require(value >= 0, f"{name} must be 0 or more, got {value}", "give a block count")
-        _require(self.window >= 1, f"window must be 1 or more, got {self.window}", "use 2")
-        _require(
+            require(value >= 0, f"{name} must be 0 or more, got {value}", "give a block count")
+        require(self.window >= 1, f"window must be 1 or more, got {self.window}", "use 2")
+        require(
             1 <= self.stride <= self.window,
             f"stride must be between 1 and window ({self.window}), got {self.stride}",
             "a larger stride would leave blocks out",
@@ -62,104 +53,102 @@ class WindowConfig:
 class SliderConfig(WindowConfig):
     """The method: weight format, windows, intra-layer stages and training of the parameters."""
 
-    wbits: int = _setting(4, "bits per weight, 2 to 8; 16 leaves weights as they are")
-    abits: int = _setting(
+    wbits: int = setting(4, "bits per weight, 2 to 8; 16 leaves weights as they are")
+    abits: int = setting(
         16, "bits per activation, 4, 6 or 8, rounded per token at run time; 16 leaves them"
     )
-    act_sym: bool = _setting(
+    act_sym: bool = setting(
         True, "symmetric activation grid, which servers run; no-act-sym is the paper's"
     )
-    quantize_attention: bool = _setting(
+    quantize_attention: bool = setting(
         False, "also round queries, keys and values to abits, as the paper does; no server does"
     )
-    group_size: int | None = _setting(
+    group_size: int | None = setting(
         128, "input columns that share a scale; none for one scale per output row"
     )
-    sym: bool = _setting(
+    sym: bool = setting(
         True, "signed codes without zero point, which servers can load; no-sym fits 2 bits better"
     )
-    gamma: float = _setting(
+    gamma: float = setting(
         0.5, "intra-layer ratio: 0.5 quantizes half of every row first, then all; 1 turns it off"
     )
-    intra_order: Literal["network", "window"] = _setting(
+    intra_order: Literal["network", "window"] = setting(
         "network",
         "network: one pass over all windows per intra stage (released code); window: all stages "
         "inside each window (the paper's text)",
     )
-    rotate: Literal["none", "r1", "r2", "both"] = _setting(
+    rotate: Literal["none", "r1", "r2", "both"] = setting(
         "none", "rotate offline: r1 the residual stream, r2 the value heads"
     )
-    lwc: bool = _setting(True, "train the clipping range; no-lwc keeps it open")
-    channel_scale: Literal["auto", "on", "off"] = _setting(
+    lwc: bool = setting(True, "train the clipping range; no-lwc keeps it open")
+    channel_scale: Literal["auto", "on", "off"] = setting(
         "auto", "train channel scaling; auto: where activations are rounded, as in the paper"
     )
-    target_input: Literal["fp", "quant"] = _setting(
+    target_input: Literal["fp", "quant"] = setting(
         "fp", "what the full-precision target sees: its own input, or the quantized model's"
     )
-    min_expert_tokens: int = _setting(
+    min_expert_tokens: int = setting(
         64, "experts that see fewer calibration tokens in a block are rounded without training"
     )
-    epochs: int = _setting(20, "passes over the samples per window, split over the intra stages")
-    batch_size: int = _setting(1, "samples per update")
-    lr_lora: float = _setting(1e-4, "learning rate of the low-rank weight correction")
-    lr_lwc: float = _setting(1e-2, "learning rate of the clipping range")
-    lr_scale: float = _setting(1e-3, "learning rate of the channel scaling")
-    lr_scale_by_batch: bool = _setting(
+    epochs: int = setting(20, "passes over the samples per window, split over the intra stages")
+    batch_size: int = setting(1, "samples per update")
+    lr_lora: float = setting(1e-4, "learning rate of the low-rank weight correction")
+    lr_lwc: float = setting(1e-2, "learning rate of the clipping range")
+    lr_scale: float = setting(1e-3, "learning rate of the channel scaling")
+    lr_scale_by_batch: bool = setting(
         False, "multiply all learning rates by the batch size, as the released code does"
     )
-    lora_rank: int = _setting(4, "rank of the correction; it is merged before rounding")
-    nsamples: int = _setting(128, "calibration samples")
-    seqlen: int = _setting(2048, "tokens per calibration sample; capped at the model's limit")
-    seed: int = _setting(2, "seed of the sample choice, the batch order and the initial values")
+    lora_rank: int = setting(4, "rank of the correction; it is merged before rounding")
+    nsamples: int = setting(128, "calibration samples")
+    seqlen: int = setting(2048, "tokens per calibration sample; capped at the model's limit")
+    seed: int = setting(2, "seed of the sample choice, the batch order and the initial values")
 
     def __post_init__(self) -> None:
         # Named class: zero-argument super() does not work in dataclasses with slots.
         WindowConfig.__post_init__(self)
-        _require(
+        require(
             2 <= self.wbits <= 8 or self.wbits == FULL_BITS,
             f"wbits must be between 2 and 8, or 16, got {self.wbits}",
             "1 bit and ternary weights are not covered",
         )
-        _require(
+        require(
             self.abits in (4, 6, 8, FULL_BITS),
             f"abits must be 4, 6, 8 or 16, got {self.abits}",
             "16 leaves activations as they are",
         )
-        _require(
+        require(
             not self.quantize_attention or self.abits < FULL_BITS,
             "quantize_attention needs abits below 16",
             "set abits to 4, 6 or 8",
         )
-        _require(
+        require(
             self.min_expert_tokens >= 0,
             f"min_expert_tokens must be 0 or more, got {self.min_expert_tokens}",
             "use 64",
         )
         if self.group_size is not None:
-            _require(
+            require(
                 self.group_size >= 1,
                 f"group_size must be 1 or more, got {self.group_size}",
                 "use 64 or 128, or none for one scale per row",
             )
-        _require(
+        require(
             0 < self.gamma <= 1 and abs(1 / self.gamma - round(1 / self.gamma)) < 1e-6,
             f"gamma must be 1, 1/2, 1/3 ..., got {self.gamma}",
             "1/gamma is the number of intra-layer stages",
         )
         for name in ("batch_size", "lora_rank", "nsamples", "seqlen"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
-        _require(
+            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        require(
             self.epochs >= self.stages,
             f"epochs ({self.epochs}) are fewer than the {self.stages} intra-layer stages",
             "raise epochs or gamma",
         )
         for name in ("lr_lora", "lr_lwc", "lr_scale"):
             value = getattr(self, name)
-            _require(
-                0 <= value < float("inf"), f"{name} must be 0 or more, got {value}", "try 1e-3"
-            )
-        _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}", "use 2")
+            require(0 <= value < float("inf"), f"{name} must be 0 or more, got {value}", "try 1e-3")
+        require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}", "use 2")
 
     @property
     def scales_channels(self) -> bool:
@@ -185,30 +174,30 @@ class QuantizeConfig(SliderConfig):
             "use text like what the model will read"
         }
     )
-    out: str | None = _setting(None, "folder to write; default runs/quantize-<time>")
-    eval_text: tuple[str, ...] = _setting(
+    out: str | None = setting(None, "folder to write; default runs/quantize-<time>")
+    eval_text: tuple[str, ...] = setting(
         (), "files to report perplexity on: full precision, round-to-nearest and this result"
     )
-    resume: Literal["never", "auto"] = _setting(
+    resume: Literal["never", "auto"] = setting(
         "never", "auto continues an interrupted run in the same --out"
     )
-    device: str = _setting("cpu", "torch device that computes: cpu, cuda, cuda:1, ...")
-    format: Literal["compressed-tensors", "native", "dense", "pre-quant"] = _setting(
+    device: str = setting("cpu", "torch device that computes: cpu, cuda, cuda:1, ...")
+    format: Literal["compressed-tensors", "native", "dense", "pre-quant"] = setting(
         "compressed-tensors",
         "compressed-tensors (packed; transformers, vLLM), native (packed; this package), dense "
         "(dequantized), pre-quant (calibrated but not rounded, for another quantizer)",
     )
-    container_bits: int | None = _setting(
+    container_bits: int | None = setting(
         None, "store the codes in this many bits, 4 or 8, for servers that read no fewer"
     )
-    cache: Literal["memory", "disk"] = _setting(
+    cache: Literal["memory", "disk"] = setting(
         "memory", "where hidden states of the calibration samples live; disk is memory-mapped"
     )
-    trust_remote_code: bool = _setting(False, "run Python code that comes with the model")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model")
 
     def __post_init__(self) -> None:
         SliderConfig.__post_init__(self)
-        _require(len(self.calib) > 0, "calib names no file", "give one or more text files")
+        require(len(self.calib) > 0, "calib names no file", "give one or more text files")
         _require_container(self.container_bits)
 
 
@@ -217,28 +206,28 @@ class EvalConfig:
     """Perplexity on text files, and lm-eval tasks, of a model directory in any format."""
 
     model: str = field(metadata={"help": "directory of a causal language model, quantized or not"})
-    text: tuple[str, ...] = _setting((), "files: text, or JSON lines with 'text'")
-    tasks: tuple[str, ...] = _setting(
+    text: tuple[str, ...] = setting((), "files: text, or JSON lines with 'text'")
+    tasks: tuple[str, ...] = setting(
         (), "lm-eval task files (YAML, with local data files), or folders of them"
     )
-    seqlen: int | None = _setting(
+    seqlen: int | None = setting(
         None, "tokens per chunk of text; default the smaller of 2048 and the model's limit"
     )
-    batch_size: int = _setting(1, "chunks or requests per forward pass")
-    limit: int | None = _setting(None, "documents per task; default all")
-    dtype: Literal["float32", "stored"] = _setting(
+    batch_size: int = setting(1, "chunks or requests per forward pass")
+    limit: int | None = setting(None, "documents per task; default all")
+    dtype: Literal["float32", "stored"] = setting(
         "float32", "type to compute in: float32 with the stored values, or the stored type"
     )
-    out: str | None = _setting(None, "folder of the report; default runs/eval-<time>")
-    device: str = _setting("cpu", "torch device that computes")
+    out: str | None = setting(None, "folder of the report; default runs/eval-<time>")
+    device: str = setting("cpu", "torch device that computes")
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             bool(self.text or self.tasks), "nothing to evaluate on", "give --text or --tasks files"
         )
-        _require(self.batch_size >= 1, f"batch_size must be 1 or more, got {self.batch_size}", "1")
-        _require(self.limit is None or self.limit >= 1, f"limit is {self.limit}", "give 1 or more")
-        _require(
+        require(self.batch_size >= 1, f"batch_size must be 1 or more, got {self.batch_size}", "1")
+        require(self.limit is None or self.limit >= 1, f"limit is {self.limit}", "give 1 or more")
+        require(
             self.seqlen is None or self.seqlen >= 2,
             f"seqlen must be 2 or more, got {self.seqlen}",
             "the first token of a chunk is never predicted",
@@ -251,39 +240,39 @@ class SensitivityConfig:
 
     model: str = field(metadata={"help": "directory of a full-precision causal language model"})
     text: tuple[str, ...] = field(metadata={"help": "files: text, or JSON lines with 'text'"})
-    wbits: int = _setting(2, "bits per weight, 2 to 8")
-    group_size: int | None = _setting(
+    wbits: int = setting(2, "bits per weight, 2 to 8")
+    group_size: int | None = setting(
         128, "input columns that share a scale; none for one scale per output row"
     )
-    sym: bool = _setting(True, "signed codes without zero point")
-    mode: Literal["single", "prefix"] = _setting(
+    sym: bool = setting(True, "signed codes without zero point")
+    mode: Literal["single", "prefix"] = setting(
         "single", "single: one block rounded, the others not; prefix: all blocks up to it"
     )
-    by: Literal["block", "linear"] = _setting(
+    by: Literal["block", "linear"] = setting(
         "block", "what is rounded at a time: a decoder block, or one linear layer of it"
     )
-    metric: Literal["kl", "ppl", "mse"] = _setting(
+    metric: Literal["kl", "ppl", "mse"] = setting(
         "kl", "what the plot and the ranking show; the table has all three"
     )
-    nsamples: int = _setting(8, "chunks of text, spread over all of it")
-    seqlen: int = _setting(512, "tokens per chunk; capped at the model's limit")
-    out: str | None = _setting(None, "folder of the report; default runs/sensitivity-<time>")
-    device: str = _setting("cpu", "torch device that computes")
+    nsamples: int = setting(8, "chunks of text, spread over all of it")
+    seqlen: int = setting(512, "tokens per chunk; capped at the model's limit")
+    out: str | None = setting(None, "folder of the report; default runs/sensitivity-<time>")
+    device: str = setting("cpu", "torch device that computes")
 
     def __post_init__(self) -> None:
-        _require(len(self.text) > 0, "text names no file", "give one or more text files")
-        _require(
+        require(len(self.text) > 0, "text names no file", "give one or more text files")
+        require(
             2 <= self.wbits <= 8, f"wbits must be between 2 and 8, got {self.wbits}", "use 2 to 4"
         )
-        _require(
+        require(
             not (self.by == "linear" and self.mode == "prefix"),
             "prefix mode goes block by block",
             "use --by block, or --mode single",
         )
         for name in ("nsamples", "seqlen", "group_size"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} is {value}", "give 1 or more")
-        _require(self.seqlen >= 2, f"seqlen is {self.seqlen}", "give 2 or more")
+            require(value is None or value >= 1, f"{name} is {value}", "give 1 or more")
+        require(self.seqlen >= 2, f"seqlen is {self.seqlen}", "give 2 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,16 +280,16 @@ class BenchConfig:
     """Tokens per second of a native model and of its dense twin, on your device."""
 
     model: str = field(metadata={"help": "directory that quantize wrote with --format native"})
-    prompt: int = _setting(128, "tokens of the prompt")
-    tokens: int = _setting(32, "tokens generated behind it")
-    repeats: int = _setting(3, "timed repetitions, after one to warm up")
-    out: str | None = _setting(None, "folder of the report; default runs/bench-<time>")
-    device: str = _setting("cpu", "torch device that computes")
+    prompt: int = setting(128, "tokens of the prompt")
+    tokens: int = setting(32, "tokens generated behind it")
+    repeats: int = setting(3, "timed repetitions, after one to warm up")
+    out: str | None = setting(None, "folder of the report; default runs/bench-<time>")
+    device: str = setting("cpu", "torch device that computes")
 
     def __post_init__(self) -> None:
         for name in ("prompt", "tokens", "repeats"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -308,12 +297,12 @@ class ExportConfig:
     """Write a native quantized model in another format, without loss."""
 
     model: str = field(metadata={"help": "directory that quantize wrote with --format native"})
-    format: Literal["compressed-tensors", "dense", "native"] = _setting(
+    format: Literal["compressed-tensors", "dense", "native"] = setting(
         "compressed-tensors",
         "compressed-tensors (packed; transformers, vLLM), dense (dequantized), native (a copy)",
     )
-    out: str | None = _setting(None, "folder to write; default runs/export-<time>")
-    container_bits: int | None = _setting(
+    out: str | None = setting(None, "folder to write; default runs/export-<time>")
+    container_bits: int | None = setting(
         None, "store the codes in this many bits, 4 or 8, for servers that read no fewer"
     )
 
@@ -325,17 +314,17 @@ class ExportConfig:
 class InspectConfig(SliderConfig):
     """Windows, cost and memory plan, without reading a weight."""
 
-    model: str | None = _setting(None, "directory whose config.json gives the shapes")
-    layers: int | None = _setting(None, "number of decoder blocks, instead of a model")
+    model: str | None = setting(None, "directory whose config.json gives the shapes")
+    layers: int | None = setting(None, "number of decoder blocks, instead of a model")
 
     def __post_init__(self) -> None:
         SliderConfig.__post_init__(self)
-        _require(
+        require(
             (self.model is None) != (self.layers is None),
             "inspect needs either a model directory or a number of layers",
             "give --model DIR or --layers N",
         )
-        _require(
+        require(
             self.layers is None or self.layers >= 1,
             f"layers must be 1 or more, got {self.layers}",
             "give the number of decoder blocks",
@@ -346,46 +335,46 @@ class InspectConfig(SliderConfig):
 class DemoModelConfig:
     """The small Llama that the demo trains once."""
 
-    layers: int = _setting(8, "decoder blocks of the demo model")
-    hidden_size: int = _setting(128, "width of the demo model, a multiple of 64")
-    context: int = _setting(128, "tokens per sequence")
-    vocab_size: int = _setting(2048, "tokens of the BPE vocabulary")
-    train_steps: int = _setting(800, "updates of the demo model's own training")
-    train_batch: int = _setting(16, "sequences per training update")
-    train_lr: float = _setting(4e-3, "peak learning rate of the demo model's training")
-    model_seed: int = _setting(0, "seed of the demo model")
+    layers: int = setting(8, "decoder blocks of the demo model")
+    hidden_size: int = setting(128, "width of the demo model, a multiple of 64")
+    context: int = setting(128, "tokens per sequence")
+    vocab_size: int = setting(2048, "tokens of the BPE vocabulary")
+    train_steps: int = setting(800, "updates of the demo model's own training")
+    train_batch: int = setting(16, "sequences per training update")
+    train_lr: float = setting(4e-3, "peak learning rate of the demo model's training")
+    model_seed: int = setting(0, "seed of the demo model")
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.hidden_size % 64 == 0 and self.hidden_size > 0,
             f"hidden_size must be a positive multiple of 64, got {self.hidden_size}",
             "the demo quantizes in groups of 64",
         )
-        _require(
+        require(
             self.vocab_size >= 257, f"vocab_size must be 257 or more, got {self.vocab_size}", "2048"
         )
         for name in ("layers", "context", "train_steps", "train_batch"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig(DemoModelConfig):
     """Train a small Llama once, quantize it three ways, compare the perplexities."""
 
-    seeds: int = _setting(1, "calibration seeds; claims need 3")
-    bits: tuple[int, ...] = _setting((4, 3, 2), "weight bits to compare")
-    out: str | None = _setting(None, "folder of the report; default runs/demo-<time>")
-    nsamples: int = _setting(32, "calibration samples")
-    epochs: int = _setting(4, "passes of SliderQuant over the samples per window")
+    seeds: int = setting(1, "calibration seeds; claims need 3")
+    bits: tuple[int, ...] = setting((4, 3, 2), "weight bits to compare")
+    out: str | None = setting(None, "folder of the report; default runs/demo-<time>")
+    nsamples: int = setting(32, "calibration samples")
+    epochs: int = setting(4, "passes of SliderQuant over the samples per window")
 
     def __post_init__(self) -> None:
         DemoModelConfig.__post_init__(self)
         for name in ("seeds", "nsamples"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
-        _require(self.epochs >= 2, f"epochs must be 2 or more, got {self.epochs}", "one per stage")
-        _require(
+            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        require(self.epochs >= 2, f"epochs must be 2 or more, got {self.epochs}", "one per stage")
+        require(
             bool(self.bits) and all(2 <= bits <= 8 for bits in self.bits),
             f"bits must be between 2 and 8, got {list(self.bits)}",
             "use 4 3 2",
