@@ -10,9 +10,10 @@ Shapes with seeds 1 to 3 are the development data, on which variants are chosen;
 matter.
 """
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from effml_common.files import atomic_write
 from effml_common.logging import progress, warn
 from effml_common.report import resolve
 from effml_common.settings import setting
+from fis_dit.adapters.apply import apply_fis
 from fis_dit.config import PRESETS, FISConfig
 from fis_dit.demo import Judge, make_noise, plot_quality
-from fis_dit.demo_model import euler, load, noise_levels
+from fis_dit.demo_model import STUDENT_STEPS, euler, load, noise_levels
+from fis_dit.frames import frame_tensors, neighbours
 from fis_dit.metrics import relative_l2
 from fis_dit.planning import block_scores
 from fis_dit.rivals import (
@@ -78,6 +81,60 @@ def lowest(scores: Sequence[float], count: int) -> tuple[int, ...]:
     return tuple(sorted(sorted(range(len(scores)), key=lambda block: scores[block])[:count]))
 
 
+def farthest_frames(
+    frames: torch.Tensor, count: int, age: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Both ends, then again and again the frame that its neighbours predict worst.
+
+    Args:
+        frames: Hidden states "b f n"; one choice for the batch.
+        count: Frames to choose.
+        age: Sparse blocks since each frame was computed; its error counts 1 + age times.
+    """
+    total = frames.shape[1]
+    chosen = [0, total - 1]
+    while len(chosen) < count:
+        plan = neighbours(total, tuple(sorted(chosen)))
+        kept = frames[:, list(plan.anchors)]
+        weight = torch.tensor(plan.weight)[:, None]
+        guess = torch.lerp(kept[:, list(plan.left)], kept[:, list(plan.right)], weight)
+        error = (frames[:, list(plan.skipped)] - guess).square().mean(dim=(0, 2))
+        if age is not None:
+            error = error * torch.tensor([1.0 + age[f] for f in plan.skipped])
+        chosen.append(plan.skipped[int(error.argmax())])
+    return tuple(sorted(chosen))
+
+
+def content_arm(name: str, *, aged: bool, **settings: Any) -> Arm:
+    """FIS whose anchors follow the clip: chosen anew at every sparse block, from its input."""
+    config = FISConfig(num_inference_steps=STUDENT_STEPS, equalize=True, **settings)
+
+    @contextlib.contextmanager
+    def change(model: Any) -> Iterator[None]:
+        with apply_fis(model, config) as handle, contextlib.ExitStack() as hooks:
+            geometry: Any = handle._attached[0].geometry
+            age: list[int] = []
+
+            def choose(sparse: Any, hidden: torch.Tensor) -> None:
+                frames = sparse.plan.frames.shape[0]
+                if not age:
+                    age.extend([0] * frames)
+                count = sparse.plan.anchors.shape[0]
+                split = hidden.unflatten(1, (frames, -1)).flatten(2)
+                chosen = farthest_frames(split, count, age if aged else None)
+                age[:] = [0 if f in chosen else age[f] + 1 for f in range(frames)]
+                sparse.plan = frame_tensors(neighbours(frames, chosen), hidden.device)
+
+            for sparse in geometry._sparse:
+                hook = model.blocks[sparse.number].register_forward_pre_hook(
+                    lambda _, args, sparse=sparse: choose(sparse, args[0])
+                )
+                hooks.callback(hook.remove)
+            yield
+
+    return Arm(name, "content-aware anchors", change)
+
+
 def fis_arms(scores: dict[str, list[float]]) -> list[Arm]:
     """The method: presets, lifts, sites, keys, strides, dense parts and ways to choose blocks."""
     planned, local = lowest(scores["endpoint"], 6), lowest(scores["local"], 6)
@@ -115,6 +172,8 @@ def fis_arms(scores: dict[str, list[float]]) -> list[Arm]:
         fis("same count: interleaved", "FIS", equalize=True),
         fis("same count: static", "static subset", equalize=True, pattern="static"),
         fis("same count: random", "random anchors", equalize=True, pattern="random"),
+        content_arm("same count: by content", aged=False),
+        content_arm("same count: by content and age", aged=True),
     ]
     return arms + patterns
 
@@ -212,6 +271,18 @@ CLAIMS = (
         1,
     ),
     ("interleaved above random, same count", "same count: interleaved", "same count: random", 0),
+    (
+        "by content above interleaved, same count",
+        "same count: by content",
+        "same count: interleaved",
+        0,
+    ),
+    (
+        "by content and age above interleaved, same count",
+        "same count: by content and age",
+        "same count: interleaved",
+        0,
+    ),
     ("residual above hold", "preset paper-like", "n=2, hold", 0),
     ("hold above carry", "n=2, hold", "n=2, carry", 0),
     ("carry above state", "n=2, carry", "n=2, state", 0),
