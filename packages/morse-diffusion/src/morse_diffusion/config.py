@@ -39,10 +39,10 @@ class DemoDotConfig(DashConfig):
     m: int = setting(2, "extra halvings of the Dot")
     channels: tuple[int, ...] = setting((8, 16), "channels of the Dot's extra levels")
     rank: int = setting(16, "rank of the Dot's residuals on the shared weights")
-    dot_steps: int = setting(450, "updates of the Dot's training")
+    dot_steps: int = setting(1500, "updates of the Dot's training")
     dot_batch: int = setting(32, "images per update of the Dot")
     dot_lr: float = setting(3e-3, "peak learning rate of the Dot")
-    min_snr: bool = setting(False, "weigh errors near t = 0 down while the Dot is trained")
+    min_snr: bool = setting(True, "weigh errors near t = 0 down while the Dot is trained")
     gap_max: float = setting(0.4, "largest jump of a training pair, as a share of T")
 
     def __post_init__(self) -> None:
@@ -214,10 +214,16 @@ class DemoConfig(DemoDotConfig):
     seeds: int = setting(1, "seeds of the noise; claims need 3")
     budgets: tuple[int, ...] = setting((5, 10, 20), "budgets in steps of the full network")
     samples: int = setting(96, "images per cell")
+    expansion: float = setting(
+        1.5, "r, steps per LSD; the paper has 2 to 3, this Dot does less well there"
+    )
     out: str | None = setting(None, "folder of the report; default runs/demo-<time>")
 
     def __post_init__(self) -> None:
         DemoDotConfig.__post_init__(self)
+        require(
+            self.expansion >= 1, f"expansion must be 1 or more, got {self.expansion}", "use 1.5"
+        )
         require(self.seeds >= 1, f"seeds must be 1 or more, got {self.seeds}", "use 3 for claims")
         require(self.samples >= 32, f"samples must be 32 or more, got {self.samples}", "use 96")
         require(

@@ -54,7 +54,7 @@ def demo(config: DemoConfig) -> Report:
                 generator = torch.Generator().manual_seed(1000 + seed)
                 noise = torch.randn((config.samples, *images.shape[1:]), generator=generator)
                 for arm in arms:
-                    plan = plan_for(arm, budget, times)
+                    plan = plan_for(arm, budget, times, config.expansion)
                     calls = [{"latents": part} for part in noise.split(BATCH)]
                     ran = run_arm(arm, pipe, dot, plan, calls, times)
                     cell = cell_of(ran, reference)
