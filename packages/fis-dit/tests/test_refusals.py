@@ -152,8 +152,9 @@ PLAN = FISConfig(blocks=(1, 2), model_class="WanTransformer3DModel", layers=4, f
 
 
 def test_a_plan_of_the_right_model_applies(tiny_wan) -> None:
-    with apply_fis(tiny_wan.model, PLAN):
+    with apply_fis(tiny_wan.model, PLAN) as handle:
         tiny_wan()
+        assert handle.summary()["transformer"]["sparse_blocks"] == [1, 2]
 
 
 def test_a_plan_for_another_class_is_a_value_error(tiny) -> None:
