@@ -36,6 +36,9 @@ def demo(config: DemoConfig) -> Report:
     say(
         "about 2 minutes a seed on two quiet CPU cores; other settings than the default train first"
     )
+    # Layers as small as the Dot's gain nothing from a second thread, and beside any other busy process
+    # threads wait for one another: N was 2 instead of 4.
+    torch.set_num_threads(1)
     own = {name: getattr(config, name) for name in DemoDotConfig.__dataclass_fields__}
     dash, dot = demo_pair(DemoDotConfig(**own))
     pipe = PixelPipeline(dash, solver("ddim", SCHEDULE))
