@@ -79,12 +79,13 @@ def test_result_loads_in_transformers_without_us(quantized) -> None:
     code = (
         "import sys, transformers as t\n"
         f"m, i = t.AutoModelForCausalLM.from_pretrained({str(out)!r}, output_loading_info=True)\n"
-        "assert not i['missing_keys'] and not i['unexpected_keys'], i\n"
+        "print(len(i['missing_keys']), len(i['unexpected_keys']))\n"
         f"k = t.AutoTokenizer.from_pretrained({str(out)!r})\n"
         "ids = m.generate(**k('def ', return_tensors='pt'), max_new_tokens=4, do_sample=False)\n"
-        "assert ids.shape[1] > 4 and 'sliderquant' not in sys.modules\n"
+        "print(ids.shape[1] > 4, 'sliderquant' in sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "0 0\nTrue False\n"), done.stderr
 
 
 def test_every_quantized_row_has_at_most_four_values_per_group(quantized) -> None:

@@ -1,6 +1,7 @@
 """The demo's Dash, a small ``UNet2DModel`` trained as a plain DDPM, and the Dot for it.
 
-The digits pair in ``assets`` was made by ``python -m morse_diffusion.demo_model``, in half precision.
+The digits pair in ``assets`` was made by the functions here, Dash and Dot in two runs, and is kept in
+half precision. ``python -m morse_diffusion.demo_model`` makes one anew.
 """
 
 import hashlib
