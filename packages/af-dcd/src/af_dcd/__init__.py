@@ -1,0 +1,1 @@
+"""Augmentation-free dense contrastive distillation for semantic segmentation."""
