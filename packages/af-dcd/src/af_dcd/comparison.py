@@ -1,0 +1,167 @@
+"""Arms of the comparison: one student, one teacher, equal crops, different terms beside the task loss."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from af_dcd.config import PairConfig
+from af_dcd.demo_data import Scenes
+from af_dcd.demo_model import Segmenter, score, set_rate, task_loss
+from af_dcd.distillation import AfDCDLoss, kd_term
+from af_dcd.presets import DistillConfig, changed
+from af_dcd.rivals import cwd_loss, feature_mse_loss
+from effml_common.finite import check_finite
+from effml_common.logging import progress
+
+# Chosen on development scenes (README); the paper's figures belong to 2048 channels.
+METHOD = DistillConfig(
+    lambda_fd=5.0, fd_reduction="mean", lambda_ctr=5e-3, groups=8, pool=1, tau=0.7
+)
+OFF = {"lambda_kd": 0.0, "lambda_fd": 0.0, "lambda_ctr": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A way to train the student.
+
+    Args:
+        name: For tables.
+        method: Settings that differ from ``METHOD``.
+        rival: ``cwd`` or ``mse`` on aligned features, beside logits KD.
+        weight: Of the rival.
+    """
+
+    name: str
+    method: Mapping[str, Any] = field(default_factory=dict)
+    rival: str = ""
+    weight: float = 0.0
+
+    @property
+    def config(self) -> DistillConfig:
+        """Settings of the method in this arm."""
+        return changed(METHOD, dict(self.method))
+
+
+KD_ONLY = {"lambda_fd": 0.0, "lambda_ctr": 0.0}
+FULL = "full Af-DCD"
+MIMICKING = "KD + mimicking"
+ARMS = (
+    Arm(name="alone", method=OFF),
+    Arm(name="KD", method=KD_ONLY),
+    Arm(name="KD + CWD", method=KD_ONLY, rival="cwd", weight=1.0),
+    Arm(name="KD + feature MSE", method=KD_ONLY, rival="mse", weight=5.0),
+    Arm(name=MIMICKING, method={"lambda_ctr": 0.0}),
+    Arm(name="KD + omni contrast", method={"lambda_fd": 0.0}),
+    Arm(name="KD + mimicking + spatial", method={"contrast": "spatial"}),
+    Arm(name="KD + mimicking + channel", method={"contrast": "channel"}),
+    Arm(name=FULL),
+)
+
+
+class Rival(nn.Module):
+    """Align the student's features and compare them as another method does."""
+
+    def __init__(self, c_s: int, c_t: int, arm: Arm) -> None:
+        super().__init__()
+        self.align = nn.Conv2d(c_s, c_t, 1)
+        self._compare: Callable[[Tensor, Tensor], Tensor]
+        self._compare = cwd_loss if arm.rival == "cwd" else feature_mse_loss
+        self._weight = arm.weight
+
+    def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """The weighted term."""
+        return {"loss_rival": self._weight * self._compare(self.align(student), teacher)}
+
+
+def branch_of(arm: Arm, config: PairConfig) -> nn.Module | None:
+    """What an arm trains beside the student."""
+    channels = 4 * config.student_width, 4 * config.teacher_width
+    if arm.rival:
+        return Rival(*channels, arm)
+    return AfDCDLoss(*channels, arm.config) if arm.config.has_branch else None
+
+
+class Training:
+    """One arm's run; equal seeds share the student's start, the crops and their order."""
+
+    def __init__(
+        self, arm: Arm, config: PairConfig, teacher: Segmenter, scenes: Scenes, seed: int,
+        rate: float, steps: int,
+    ) -> None:  # fmt: skip
+        self.arm, self.config, self.teacher, self.scenes = arm, config, teacher, scenes
+        self.rate, self.steps, self.done = rate, steps, 0
+        torch.manual_seed(seed)
+        self.student = Segmenter(config.student_width)
+        self.branch = branch_of(arm, config)
+        parts = [self.student, *([self.branch] if self.branch else [])]
+        self.optimizer = torch.optim.AdamW(
+            [p for part in parts for p in part.parameters()], lr=rate, weight_decay=1e-4
+        )
+        self._crops = torch.Generator().manual_seed(1000 + seed)
+        self._needs_teacher = self.branch is not None or arm.config.lambda_kd > 0
+
+    def step(self) -> dict[str, float]:
+        """One update; returns its loss terms.
+
+        Raises:
+            NonFiniteError: If the loss is NaN or infinite.
+        """
+        set_rate(self.optimizer, self.rate, self.done, self.steps)
+        images, labels = self.scenes.crops(self.config.batch, self.config.crop, self._crops)
+        self.student.train()
+        fs, zs = self.student.features(images)
+        terms = {"loss_task": task_loss(zs, labels)}
+        if self._needs_teacher:
+            with torch.no_grad():
+                ft, zt = self.teacher.features(images)
+            terms |= kd_term(zs, zt, self.arm.config)
+            if self.branch is not None:
+                terms |= self.branch(fs, ft)
+        loss = torch.stack(list(terms.values())).sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        check_finite(loss, step=self.done, term=" + ".join(terms))
+        self.optimizer.step()
+        self.done += 1
+        return {name: float(value) for name, value in terms.items()}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A student after its run.
+
+    Attributes:
+        metrics: ``mIoU``, ``boundary F``, one IoU per class, and ``seconds`` of training.
+        student: For pictures.
+    """
+
+    metrics: dict[str, float]
+    student: Segmenter
+
+
+def run_arm(training: Training, tests: Scenes) -> Trained:
+    """Train to the end and measure."""
+    began = time.perf_counter()
+    with progress(training.arm.name, training.steps) as bar:
+        for _ in range(training.steps):
+            bar.advance(**training.step())
+    seconds = time.perf_counter() - began
+    scores = score(training.student, tests)
+    metrics = {"mIoU": scores.mean_iou(), "boundary F": scores.boundary_f()}
+    metrics |= {f"IoU {k}": 100 * float(v) for k, v in enumerate(scores.iou())}
+    return Trained({**metrics, "seconds": seconds, "steps": training.steps}, training.student)
+
+
+def step_seconds(trainings: list[Training], rounds: int = 8) -> list[float]:
+    """Median seconds of a step of each, taken in turns so that a busy machine slows all alike."""
+    times: list[list[float]] = [[] for _ in trainings]
+    for _ in range(rounds):
+        for training, seen in zip(trainings, times, strict=True):
+            began = time.perf_counter()
+            training.step()
+            seen.append(time.perf_counter() - began)
+    return [sorted(seen[1:])[len(seen[1:]) // 2] for seen in times]

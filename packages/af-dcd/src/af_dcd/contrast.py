@@ -1,0 +1,214 @@
+"""Omni-contrasting: every local feature of the student against the teacher's, without augmentation.
+
+Paper: "Augmentation-Free Dense Contrastive Knowledge Distillation for Efficient Semantic Segmentation"
+(Fan, Li, Liu, Song, Yao; NeurIPS 2023, arXiv 2312.04168). Written from the released code's behaviour and
+the abstract; where the two differ the options say so.
+
+Symbols: b images, c channels, M ``groups`` of D = c/M contiguous channels, patches of n = ph*pw pixels.
+A patch gives K = n*M vectors; vector i = pixel*M + group. q counts patches over the whole batch.
+
+    d_ij = |s_i - t_j|_p / tau
+    L    = sum_i ( log sum_{j in {i} and negatives of i} exp(-d_ij)  +  d_ii ) / (number of pixels)
+
+``cross_group`` negatives (the released code): all j of the patch whose group differs. ``all`` (the paper's
+figure): every j other than i. One group and ``all`` is spatial contrast, patches of one pixel are
+channel contrast.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from effml_common.errors import InputError
+from effml_common.settings import require
+
+Negatives = Literal["cross_group", "all"]
+Impl = Literal["chunked", "naive"]
+BUDGET = 64 * 2**20  # bytes that one block of pairwise differences may take
+
+
+def omni_contrastive_loss(
+    student: Float[Tensor, "b c h w"],
+    teacher: Float[Tensor, "b c h w"],
+    *,
+    groups: int = 16,
+    patch: int | tuple[int, int] | None = 4,
+    pool: int = 4,
+    tau: float = 0.07,
+    p: int = 1,
+    negatives: Negatives = "cross_group",
+    crop_to_fit: bool = False,
+    impl: Impl = "chunked",
+) -> Float[Tensor, ""]:
+    """Dense contrastive loss of a student map against the teacher's map of the same shape.
+
+    Args:
+        student: Features in the teacher's channels; the gradient flows here only. Half precision is
+            raised to float32.
+        teacher: Detached inside.
+        groups: M, channel groups; divides c.
+        patch: Height and width of the patches, in pooled pixels; None takes the whole map as one.
+        pool: Max-pooling before the patches are cut; 1 for none.
+        tau: Temperature, above 0.
+        p: Distance, 1 (released code) or 2 (the paper's ablation).
+        negatives: ``cross_group`` or ``all``, see the module.
+        crop_to_fit: Drop what patches leave over at the right and the bottom, instead of refusing.
+        impl: ``chunked`` holds one block of pairwise differences at a time and recomputes in the
+            backward pass; ``naive`` holds them all.
+
+    Returns:
+        Scalar, M times the mean over rows.
+
+    Raises:
+        InputError: If shapes and settings do not fit; the message says which would.
+    """
+    if student.shape != teacher.shape or student.dim() != 4:
+        raise InputError(
+            f"contrast of maps {tuple(student.shape)} and {tuple(teacher.shape)}; "
+            "give two [b, c, h, w] maps of one shape (AfDCDLoss aligns and resizes)"
+        )
+    require(tau > 0, f"tau is {tau}", "give a temperature above 0, such as 0.07")
+    require(p in (1, 2), f"p is {p}", "give 1 or 2")
+    wide = torch.promote_types(student.dtype, torch.float32)
+    with torch.autocast(student.device.type, enabled=False):
+        s = as_patches(student.to(wide), groups, patch, pool, crop_to_fit)
+        t = as_patches(teacher.detach().to(wide), groups, patch, pool, crop_to_fit)
+        allowed = pair_mask(s.shape[1], groups, negatives).to(s.device)
+        rows = _Chunked.apply(s, t, allowed, tau, p) if impl == "chunked" else None
+        total = row_losses(s, t, allowed, tau, p).sum() if rows is None else rows
+        return total * groups / (s.shape[0] * s.shape[1])
+
+
+def as_patches(
+    x: Float[Tensor, "b c h w"],
+    groups: int,
+    patch: int | tuple[int, int] | None,
+    pool: int,
+    crop_to_fit: bool = False,
+) -> Float[Tensor, "q k d"]:
+    """Pool, cut into patches and split the channels: one row per pixel and group of a patch.
+
+    Raises:
+        InputError: If the patches or the groups do not divide the map.
+    """
+    if pool > 1:
+        if min(x.shape[2:]) < pool:
+            raise InputError(
+                f"the {x.shape[2]}x{x.shape[3]} map is smaller than pool {pool}; use a smaller pool"
+            )
+        x = F.max_pool2d(x, pool, pool)
+    b, c, h, w = x.shape
+    if groups < 1 or c % groups:
+        fits = [m for m in range(1, min(c, 64) + 1) if c % m == 0]
+        raise InputError(f"{c} channels do not split into {groups} groups; use one of {fits}")
+    ph, pw = (h, w) if patch is None else (patch, patch) if isinstance(patch, int) else patch
+    require(ph >= 1 and pw >= 1, f"patch is {ph}x{pw}", "give 1 or more pixels each way")
+    if h < ph or w < pw:
+        raise InputError(
+            f"the pooled map is {h}x{w}, smaller than one {ph}x{pw} patch; use a smaller pool or patch"
+        )
+    if h % ph or w % pw:
+        if not crop_to_fit:
+            near = [max(n, round(size / n) * n) * pool for size, n in ((h, ph), (w, pw))]
+            raise InputError(
+                f"the pooled map is {h}x{w}, which {ph}x{pw} patches do not divide; choose a crop that "
+                f"gives a {near[0]}x{near[1]} feature map (its stride times that, in image pixels), "
+                "or set crop_to_fit"
+            )
+        h, w = h // ph * ph, w // pw * pw
+        x = x[:, :, :h, :w]
+    x = x.reshape(b, groups, c // groups, h // ph, ph, w // pw, pw)
+    return x.permute(0, 3, 5, 4, 6, 1, 2).reshape(-1, ph * pw * groups, c // groups)
+
+
+def pair_mask(k: int, groups: int, negatives: Negatives) -> Bool[Tensor, "k k"]:
+    """Which j stand in the softmax of row i: i itself and its negatives.
+
+    Raises:
+        InputError: If a row would have no negative, where the loss is constantly zero.
+    """
+    require(
+        negatives in ("cross_group", "all"),
+        f"negatives is {negatives!r}",
+        "give cross_group or all",
+    )
+    allowed = torch.ones(k, k, dtype=torch.bool)
+    if negatives == "cross_group":
+        group = torch.arange(k) % groups
+        allowed = (group[:, None] != group) | torch.eye(k, dtype=torch.bool)
+    if int(allowed.sum()) == k:
+        raise InputError(
+            f"{groups} group(s), {k} vectors a patch and {negatives} leave no negatives; "
+            "use more groups, or larger patches with negatives=all"
+        )
+    return allowed
+
+
+def row_losses(
+    s: Float[Tensor, "q r d"],
+    t: Float[Tensor, "q k d"],
+    allowed: Bool[Tensor, "r k"],
+    tau: float,
+    p: int,
+    first: int = 0,
+    pairwise: bool = True,
+) -> Float[Tensor, "q r"]:
+    """Loss of rows ``first`` to ``first + r`` of each patch; ``pairwise`` spells the differences out."""
+    d = _distances(s, t, p) if pairwise else _cdist(s, t, p)
+    d = d / tau
+    positive = torch.diagonal(d, first, 1, 2)
+    return torch.logsumexp((-d).masked_fill(~allowed, -torch.inf), 2) + positive
+
+
+def _distances(s: Tensor, t: Tensor, p: int) -> Tensor:
+    difference = s[:, :, None] - t[:, None]
+    return difference.abs().sum(-1) if p == 1 else torch.linalg.vector_norm(difference, dim=-1)
+
+
+def _cdist(s: Tensor, t: Tensor, p: int) -> Tensor:
+    # Through a matrix product small distances would be lost to cancellation.
+    return torch.cdist(s, t, float(p), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class _Chunked(torch.autograd.Function):
+    """Sum of all row losses, block by block; keeps nothing but its inputs for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, s: Tensor, t: Tensor, allowed: Tensor, tau: float, p: int) -> Tensor:  # noqa: ANN001 -- torch's
+        ctx.save_for_backward(s, t, allowed)
+        ctx.tau, ctx.p = tau, p
+        total = s.new_zeros(())
+        for patches, rows in _blocks(s):
+            part = s[patches, rows], t[patches], allowed[rows]
+            total += row_losses(*part, tau, p, rows.start, pairwise=False).sum()
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+        s, t, allowed = ctx.saved_tensors
+        result = torch.empty_like(s)
+        for patches, rows in _blocks(s):
+            with torch.enable_grad():
+                own = s[patches, rows].detach().requires_grad_()
+                part = own, t[patches], allowed[rows]
+                loss = row_losses(*part, ctx.tau, ctx.p, rows.start, pairwise=False).sum()
+            (result[patches, rows],) = torch.autograd.grad(loss, own)
+        return result * grad, None, None, None, None
+
+
+def _blocks(s: Tensor) -> list[tuple[slice, slice]]:
+    """Patches and rows whose differences, [patches, rows, k, d], fit the budget (on CUDA cdist makes them)."""
+    q, k, d = s.shape
+    row = k * d * s.element_size()
+    patches = max(1, BUDGET // (k * row))
+    rows = min(k, max(1, BUDGET // row))
+    return [
+        (slice(a, min(a + patches, q)), slice(i, min(i + rows, k)))
+        for a in range(0, q, patches)
+        for i in range(0, k, rows)
+    ]
