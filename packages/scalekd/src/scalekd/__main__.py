@@ -1,0 +1,5 @@
+"""``python -m scalekd``, which torchrun needs."""
+
+from scalekd.cli import main
+
+main()

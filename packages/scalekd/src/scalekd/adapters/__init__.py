@@ -1,0 +1,1 @@
+"""Glue to timm: teachers, students, the training task, data."""

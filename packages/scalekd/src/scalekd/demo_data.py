@@ -1,0 +1,56 @@
+"""Images of the demo: drawn ones, of which there is no end, and scikit-learn's digits.
+
+A drawn image shows a lobed figure filled with stripes of one of four directions, on a ground striped
+in one of three. The class is the pair of directions; outline, place, colours, stripe widths and noise
+say nothing about it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+SIDE = 16
+FIGURE, GROUND = 4, 3  # directions
+CLASSES = FIGURE * GROUND
+
+
+def drawn(n: int, generator: torch.Generator, noise: float = 0.25) -> tuple[Tensor, Tensor]:
+    """Draw labelled images.
+
+    Args:
+        n: Images.
+        generator: Source of every random number.
+        noise: Standard deviation of the noise of each pixel, where a stripe's amplitude is up to 1.
+
+    Returns:
+        Images [n, 3, SIDE, SIDE], roughly of mean 0 and standard deviation 1, and labels [n].
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand((n, *shape), generator=generator)
+
+    label = torch.randint(CLASSES, (n,), generator=generator)
+    axis = (torch.arange(SIDE) + 0.5) / SIDE * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    dx, dy = x - uniform(-0.3, 0.3, 1, 1), y - uniform(-0.3, 0.3, 1, 1)
+    lobes = torch.randint(2, 5, (n, 1, 1), generator=generator)
+    wave = torch.cos(lobes * torch.atan2(dy, dx) + uniform(0, math.tau, 1, 1))
+    outline = uniform(0.5, 0.75, 1, 1) * (1 + uniform(0.1, 0.4, 1, 1) * wave)
+    inside = torch.sigmoid(20 * (outline - torch.hypot(dx, dy))).unsqueeze(1)
+
+    def striped(direction: Tensor) -> Tensor:
+        angle = direction + uniform(-0.15, 0.15)
+        along = x * _wide(angle.cos()) + y * _wide(angle.sin())
+        stripes = torch.sin(along * uniform(6, 11, 1, 1) + uniform(0, math.tau, 1, 1))
+        colour, ink = uniform(-0.5, 0.5, 3, 1, 1), uniform(-1, 1, 3, 1, 1)
+        return colour + stripes.unsqueeze(1) * ink
+
+    figure = striped((label % FIGURE) * math.pi / FIGURE)
+    ground = striped((label // FIGURE) * math.pi / GROUND)
+    image = ground.lerp(figure, inside)
+    return 1.5 * (image + noise * torch.randn(image.shape, generator=generator)), label
+
+
+def _wide(per_image: Tensor) -> Tensor:
+    return per_image.view(-1, 1, 1)

@@ -1,0 +1,213 @@
+"""The ``inspect`` command: what a pair would be, from shapes alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from scalekd.adapters.models import build
+from scalekd.adapters.pairing import Plan, dry_run, plan_of
+from scalekd.adapters.tail import TeacherSplit
+from scalekd.adapters.taps import StudentTap
+from scalekd.config import InspectConfig, PairConfig
+from scalekd.mimicking import MimicShape, Projectors
+
+VIT = '{"class_token": false, "global_pool": "avg", "fc_norm": false}'
+PATCH14 = '{"patch_size": 14}'
+EVA = "eva_large_patch14_196"
+SWIN = "swin_large_patch4_window7_224"
+# (teacher, student, student arguments, pixels, million projector weights computed from the paper)
+PUBLISHED: tuple[tuple[str, str, str, int, float | None], ...] = (
+    (SWIN, "resnet50", "", 224, 176.0),
+    (SWIN, "mobilenetv1_100", "", 224, 97.0),
+    (SWIN, "convnext_tiny", "", 224, None),
+    (SWIN, "swin_tiny_patch4_window7_224", "", 224, 84.6),
+    (SWIN, "mixer_s16_224", "", 224, 79.2),
+    (SWIN, "mixer_b16_224", "", 224, None),
+    (SWIN, "vit_small_patch16_224", VIT, 224, 74.4),
+    (SWIN, "vit_base_patch16_224", VIT, 224, 94.2),
+    ("swin_base_patch4_window7_224", "resnet50", "", 224, None),
+    ("swin_small_patch4_window7_224", "resnet50", "", 224, None),
+    (EVA, "resnet50", "", 224, 154.3),
+    (EVA, "mixer_b16_224", PATCH14, 224, None),
+    (EVA, "vit_base_patch16_224", VIT[:-1] + ', "patch_size": 14}', 224, 75.0),
+    (EVA, "eva02_small_patch14_336", "", 336, None),
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Named facts about a pair, or a list of pairs, as a table or as JSON."""
+
+    rows: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts of one pair, or all under ``pairs``."""
+        return self.rows[0] if len(self.rows) == 1 else {"pairs": self.rows}
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        if len(self.rows) == 1:
+            table = Table("", "", show_header=False)
+            for name, value in self.rows[0].items():
+                table.add_row(name, _words(value))
+            return table
+        table = Table(*("teacher", "student", "heads", "tau", "projectors M", "paper M"))
+        for row in self.rows:
+            cells = (row["teacher"], row["student"], row["heads"], row["tau"])
+            size = f"{row['projector parameters'] / 1e6:.1f}"
+            table.add_row(*map(_words, cells), size, _words(row["paper M"] or ""))
+        return table
+
+
+def inspect(config: InspectConfig) -> Facts:
+    """Describe a pair, or all that the paper has, without weights or data.
+
+    Raises:
+        InputError: If timm knows no such model, or the pair does not fit.
+    """
+    if not config.published:
+        return Facts([facts_of(config)])
+    rows = []
+    for teacher, student, extra, size, paper in PUBLISHED:
+        pair = replace(config, teacher=teacher, student=student, student_args=extra, img_size=size)
+        rows.append({**facts_of(pair), "paper M": paper})
+    return Facts(rows)
+
+
+def meta_pair(config: PairConfig) -> tuple[TeacherSplit, StudentTap]:
+    """Both networks on the meta device: shapes without weights."""
+    with torch.device("meta"):
+        teacher = build(
+            config.teacher,
+            num_classes=config.num_classes,
+            img_size=config.img_size,
+            extra=config.teacher_args,
+        )
+        student = build(
+            config.student,
+            num_classes=config.num_classes,
+            img_size=config.img_size,
+            extra=config.student_args,
+        )
+    split = TeacherSplit.from_timm(
+        teacher, tail_blocks=config.tail_blocks, prefix=config.tpp_prefix
+    )
+    return split, StudentTap(student)
+
+
+def facts_of(config: PairConfig) -> dict[str, Any]:
+    """Shapes, tail, projectors, weights and cost of one pair."""
+    split, tap = meta_pair(config)
+    size = (config.img_size, config.img_size)
+    out, logits, s3, s4 = dry_run(split, tap, size, size)
+    plan = plan_of(split, tap, config, out, logits, (s3, s4))
+    shape = plan.shape
+    with torch.device("meta"):
+        projectors = Projectors(shape).eval().requires_grad_(False)
+    cost = costs(split, tap, projectors, size)
+    return {
+        "teacher": config.teacher,
+        "student": config.student,
+        "image": f"{config.img_size}x{config.img_size}",
+        "pair of the paper": plan.preset,
+        "S3": _map(shape.student[0]),
+        "S4": _map(shape.student[1]),
+        "tail": " + ".join(_where(split.model, m) for m in split.modules),
+        "tail input": _map(shape.split),
+        "tail output": _map(shape.final),
+        "prefix tokens": split.prefix_tokens,
+        "heads": list(shape.heads),
+        "tau": shape.tau,
+        "stem norm": shape.stem_norm,
+        "weights": {f"{s}_{v}": round(w, 3) for (s, v), w in shape.weights.items()},
+        "summed weights": summed(shape),
+        "logit term": f"alpha {plan.kd_alpha:g}, T {plan.kd_t:g}",
+        "teacher parameters": _count(split.model),
+        "student parameters": _count(tap),
+        "projector parameters": _count(projectors),
+        **{f"projector {n}": _count(m) for n, m in projectors.named_children()},
+        **cost,
+    }
+
+
+def summed(shape: MimicShape) -> dict[str, float]:
+    """The weights as the released code has them: for sums over tokens."""
+    tokens = shape.final[1][0] * shape.final[1][1]
+    return {f"{s}_{v}": round(w / tokens, 4) for (s, v), w in shape.weights.items()}
+
+
+def costs(
+    split: TeacherSplit, tap: StudentTap, projectors: Projectors, size: tuple[int, int]
+) -> dict[str, float]:
+    """Giga multiply-accumulates per image, forward, and a training step beside the student alone.
+
+    A step counts three forward passes for what is trained, two for the frozen tail, one for the trunk.
+    """
+    out, _, s3, s4 = dry_run(split, tap, size, size)
+    x = torch.zeros(1, 3, *size, device=s3.device, dtype=s3.dtype)
+
+    def tail(tokens: torch.Tensor) -> torch.Tensor:
+        return split.tail(tokens, out.context)
+
+    tap.eval()
+    whole = _giga(lambda: split.forward(x))
+    student = _giga(lambda: tap(x))
+    both = _giga(lambda: projectors(s3, s4, out.tokens, tail))
+    once = _giga(lambda: tail(out.split))
+    through = len(projectors.shape.views) * once if projectors.shape.tpp else 0.0
+    step = whole + 3 * (both - through) + 2 * through + 3 * student
+    return {
+        "teacher GMAC": round(whole, 2),
+        "student GMAC": round(student, 2),
+        "projectors GMAC": round(both - through, 2),
+        "tail passes GMAC": round(through, 2),
+        "training GMAC per image": round(step, 1),
+        "student alone GMAC per image": round(3 * student, 1),
+        "times the student alone": round(step / (3 * student), 1),
+    }
+
+
+def cost_line(split: TeacherSplit, tap: StudentTap, plan: Plan, size: tuple[int, int]) -> str:
+    """One sentence on the cost of training, for the start of a run."""
+    like = next(tap.parameters())
+    with torch.random.fork_rng(devices=[]):
+        projectors = Projectors(plan.shape).to(like).eval().requires_grad_(False)
+    with torch.no_grad():
+        cost = costs(split, tap, projectors, size)
+    return (
+        f"about {cost['training GMAC per image']:.3g} GMAC per image and step, "
+        f"{cost['times the student alone']:g} times the student alone "
+        f"({cost['student alone GMAC per image']:.3g}); projectors: {_count(projectors) / 1e6:.1f}M"
+    )
+
+
+@torch.no_grad()
+def _giga(call: Callable[[], Any]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 2e9
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _map(shape: tuple[int, tuple[int, int]]) -> str:
+    return f"{shape[0]} channels on {shape[1][0]}x{shape[1][1]}"
+
+
+def _where(model: nn.Module, module: nn.Module) -> str:
+    return next((name for name, each in model.named_modules() if each is module), "module")
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v:g}" for k, v in value.items())
+    if isinstance(value, int) and not isinstance(value, bool) and value > 99_999:
+        return f"{value / 1e6:.2f}M"
+    return str(value)
