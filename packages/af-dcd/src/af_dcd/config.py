@@ -1,6 +1,6 @@
 """Settings of the commands: defaults, units and checks, once. Those of the method are in ``presets``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from effml_common.settings import require, setting
@@ -41,3 +41,102 @@ class DemoConfig(PairConfig):
         for name in ("steps", "seeds", "tests"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}", "give a positive count")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Distil a teacher into a student, both given by mmsegmentation configs."""
+
+    student: str | None = setting(None, "config: a file, mmseg::<file> or af-dcd::<file>")
+    teacher: str | None = setting(None, "config of the teacher, in the same forms")
+    teacher_checkpoint: str | None = setting(None, "weights of the teacher (.pth)")
+    student_init: str | None = setting(None, "weights the student starts from (.pth)")
+    pretrained: bool = setting(True, "start from the pretrained backbone that the config names")
+    preset: str = setting("auto", "weights and settings of a data set; auto: the student's")
+    lambda_kd: float | None = setting(None, "weight of logits distillation; none: the preset's")
+    lambda_fd: float | None = setting(None, "weight of masked mimicking; none: the preset's")
+    lambda_ctr: float | None = setting(None, "weight of the contrast; none: the preset's")
+    student_tap: str | None = setting(None, "feat:<i>, pre_cls or module:<path>; none: chosen")
+    teacher_tap: str | None = setting(None, "the same, on the teacher")
+    method: tuple[str, ...] = setting((), "other settings of the method, as name=value")
+    cfg_options: tuple[str, ...] = setting((), "changes of the student's config, as name=value")
+    iters: int | None = setting(None, "iterations; the rate's schedule is scaled along")
+    amp: Literal["no", "fp16", "bf16"] = setting("no", "mixed precision, on CUDA")
+    launcher: Literal["none", "pytorch", "slurm", "mpi"] = setting(
+        "none", "pytorch under torchrun; without CUDA it uses gloo"
+    )
+    seed: int = setting(0, "seed of the data order, the init and the masks")
+    save_every: int = setting(1000, "iterations between checkpoints")
+    resume: Literal["never", "auto"] = setting("never", "auto continues in the same --out")
+    allow_untrained_teacher: bool = setting(False, "take a teacher without a checkpoint")
+    dry_run: bool = setting(False, "one batch of noise through both models, then stop")
+    out: str | None = setting(None, "folder; default runs/train-<time>")
+
+    def __post_init__(self) -> None:
+        require(self.student is not None, "no student is given", "add --student CONFIG")
+        require(self.save_every >= 1, f"save_every is {self.save_every}", "give 1 or more")
+        require(self.iters is None or self.iters >= 1, f"iters is {self.iters}", "give 1 or more")
+        for name in ("lambda_kd", "lambda_fd", "lambda_ctr"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < float("inf"), f"{name} is {value}", "give 0 or more")
+        require(
+            self.out is not None or self.resume == "never",
+            "resume without a folder",
+            "name the run's folder with --out",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    """Feature shapes, loss weights, memory and cost of a pair; no data and no weights are needed."""
+
+    student: str | None = setting(None, "config: a file, mmseg::<file> or af-dcd::<file>")
+    teacher: str | None = setting(None, "config of the teacher, in the same forms")
+    preset: str = setting("auto", "weights and settings of a data set; auto: the student's")
+    student_tap: str | None = setting(None, "feat:<i>, pre_cls or module:<path>; none: chosen")
+    teacher_tap: str | None = setting(None, "the same, on the teacher")
+    method: tuple[str, ...] = setting((), "settings of the method, as name=value")
+
+    def __post_init__(self) -> None:
+        require(self.student is not None, "no student is given", "add --student CONFIG")
+        require(self.teacher is not None, "no teacher is given", "add --teacher CONFIG")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Measure a checkpoint on the test data of its config."""
+
+    model: str = field(metadata={"help": "config: a file, mmseg::<file> or af-dcd::<file>"})
+    checkpoint: str = field(metadata={"help": "weights (.pth)"})
+    cfg_options: tuple[str, ...] = setting((), "changes of the config, as name=value")
+    out: str | None = setting(None, "folder; default runs/eval-<time>")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """Take the plain student out of a run's checkpoint, for mmseg without this package."""
+
+    run_folder: str = field(metadata={"help": "folder of a train run, also of an unfinished one"})
+    to: str = field(metadata={"help": "new .pth file; its config is written beside it"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Time and memory of the contrast, chunked against naive, and of a step's other parts."""
+
+    channels: int = setting(2048, "channels of the teacher's map")
+    student_channels: int = setting(512, "channels of the student's map")
+    height: int = setting(64, "of the map")
+    width: int = setting(128, "of the map")
+    batch: int = setting(1, "images")
+    preset: str = setting("cityscapes", "settings of the method")
+    method: tuple[str, ...] = setting((), "changes of them, as name=value")
+    hidden: int | None = setting(None, "inner channels of the generator; none: the teacher's")
+    repeats: int = setting(3, "runs of each, in turns")
+    device: str = setting("cpu", "torch device")
+    out: str | None = setting(None, "folder; default runs/bench-<time>")
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "student_channels", "height", "width", "batch", "repeats"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}", "give 1 or more")

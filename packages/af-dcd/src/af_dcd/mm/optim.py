@@ -1,0 +1,63 @@
+"""Optimizer wrappers that clip the gradient of the distillation branch alone, as the paper does."""
+
+from typing import Any
+
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from torch import nn
+
+from effml_common.finite import check_finite
+
+
+class BranchClip:
+    """Adds ``branch_clip``, arguments of ``clip_grad_norm_`` for the weights of ``afdcd``."""
+
+    def __init__(
+        self, *args: Any, branch_clip: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.branch_clip = branch_clip
+        self._branch: list[nn.Parameter] = []
+
+    def initialize_count_status(self, model: nn.Module, *args: Any) -> None:
+        """Find the branch; mmengine calls this once, before the first iteration."""
+        super().initialize_count_status(model, *args)  # type: ignore[misc]
+        branch = getattr(getattr(model, "module", model), "afdcd", None)
+        self._branch = list(branch.parameters()) if branch is not None else []
+
+    def _clip_branch(self) -> None:
+        if self.branch_clip and self._branch:
+            nn.utils.clip_grad_norm_(self._branch, **self.branch_clip)
+
+
+@OPTIM_WRAPPERS.register_module()
+class AfDCDOptimWrapper(BranchClip, OptimWrapper):
+    """``OptimWrapper`` with ``branch_clip``; refuses a gradient that is not finite."""
+
+    def step(self, **kwargs: Any) -> None:
+        """Clip and update.
+
+        Raises:
+            NonFiniteError: If a gradient is NaN or infinite; nothing is updated then.
+        """
+        gradients = [
+            p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
+        ]
+        norm = nn.utils.get_total_norm(gradients)
+        check_finite(0.0, norm, step=self._inner_count, term="total")
+        self._clip_branch()
+        super().step(**kwargs)
+
+
+@OPTIM_WRAPPERS.register_module()
+class AfDCDAmpOptimWrapper(BranchClip, AmpOptimWrapper):
+    """``AmpOptimWrapper`` with ``branch_clip``; its scaler skips updates that are not finite."""
+
+    def step(self, **kwargs: Any) -> None:
+        """Unscale, clip and update."""
+        self.loss_scaler.unscale_(self.optimizer)
+        self._clip_branch()
+        if self.clip_grad_kwargs:
+            self._clip_grad()
+        self.loss_scaler.step(self.optimizer, **kwargs)
+        self.loss_scaler.update(self._scale_update_param)

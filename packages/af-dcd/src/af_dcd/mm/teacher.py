@@ -1,0 +1,117 @@
+"""The frozen teacher of an mmseg model, kept out of its weights, its optimizer and its DDP buckets."""
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict
+from torch import Tensor, nn
+
+from af_dcd.mm.reading import load_weights, read_config
+from af_dcd.mm.shims import build_model
+from af_dcd.mm.watching import forward, last_head, watching
+from af_dcd.taps import Tap
+from effml_common.errors import CheckpointError
+from effml_common.logging import warn
+
+
+class Teacher:
+    """Holder of the model; no ``nn.Module``, and a deep copy of it (EMA makes one) is itself.
+
+    Args:
+        config: Path, name (see ``read_config``) or dict of the config.
+        checkpoint: Its weights; None only with ``allow_untrained``.
+        strict: Refuse weights that the config does not have.
+        allow_untrained: Take random weights, for dry runs and tests.
+
+    Raises:
+        InputError: If the config cannot be read or the head has no ``cls_seg``.
+        CheckpointError: If there is no checkpoint or it does not fit.
+    """
+
+    def __init__(
+        self,
+        config: str | dict[str, Any],
+        checkpoint: str | None = None,
+        strict: bool = True,
+        allow_untrained: bool = False,
+    ) -> None:
+        whole = read_config(config) if isinstance(config, str) else Config(dict(config))
+        self.model: Any = build_model(without_downloads(plain(whole.model)))
+        last_head(self.model)
+        self.classes: Any = None
+        self.sha256 = None
+        if checkpoint is not None:
+            meta = load_weights(self.model, checkpoint, strict=strict)
+            self.classes = (meta.get("dataset_meta") or {}).get("classes", meta.get("CLASSES"))
+            with open(Path(checkpoint), "rb") as file:
+                self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        elif not allow_untrained:
+            raise CheckpointError(
+                "the teacher has no checkpoint; give --teacher-checkpoint (a random teacher teaches "
+                "nothing; --allow-untrained-teacher takes one for a dry run)"
+            )
+        self.model.eval().requires_grad_(False)
+        self._told = False
+
+    def __deepcopy__(self, memo: Any) -> "Teacher":
+        return self
+
+    @torch.no_grad()
+    def observe(self, images: Tensor, tap: Tap, student: nn.Module) -> tuple[Tensor, Tensor]:
+        """Tapped map and class scores of images that the student's preprocessor has prepared."""
+        with watching(self.model, tap) as seen:
+            forward(self.model, self._prepared(images, student))
+        return seen.feature(), seen.scores()
+
+    def _prepared(self, images: Tensor, student: nn.Module) -> Tensor:
+        """The images as the teacher's own preprocessor would have made them; padding comes along."""
+        ours, theirs = (_norm(p) for p in (student.data_preprocessor, self.model.data_preprocessor))
+        if ours == theirs:
+            return images
+        if not self._told:
+            self._told = True
+            warn("teacher and student normalise images differently; converted between the two")
+        (mean, std, turned), (mean_t, std_t, turned_t) = ours, theirs
+        images = images * _column(std, images) + _column(mean, images)
+        images = images.flip(1) if turned != turned_t else images
+        return (images - _column(mean_t, images)) / _column(std_t, images)
+
+
+def _norm(preprocessor: Any) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
+    turned = bool(getattr(preprocessor, "channel_conversion", False))
+    if not getattr(preprocessor, "_enable_normalize", False):
+        return (0.0,) * 3, (1.0,) * 3, turned
+    numbers = [tuple(getattr(preprocessor, name).flatten().tolist()) for name in ("mean", "std")]
+    return numbers[0], numbers[1], turned
+
+
+def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return like.new_tensor(values).view(1, -1, 1, 1)
+
+
+def plain(model: ConfigDict) -> ConfigDict:
+    """The config of the segmenter itself, without what distilling it added."""
+    model = ConfigDict({k: v for k, v in model.items() if k not in ("teacher", "distill")})
+    model["type"] = str(model["type"]).removeprefix("AfDCD")
+    return model
+
+
+def without_downloads(model: ConfigDict) -> ConfigDict:
+    """A copy that fetches no pretrained weights, for models that get a checkpoint."""
+    def strip(node: Any) -> None:
+        if isinstance(node, dict):
+            for name in ("pretrained", "init_cfg"):
+                if node.get(name):
+                    node[name] = None
+            for value in node.values():
+                strip(value)
+        elif isinstance(node, list | tuple):
+            for value in node:
+                strip(value)
+
+    model = copy.deepcopy(model)
+    strip(model)
+    return model
