@@ -1,0 +1,26 @@
+"""MACs by torch's counter on the meta device, for models without a formula."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def counted_macs(
+    build: Callable[[], nn.Module], call: Callable[[nn.Module, Any], Any], batch: Any
+) -> int:
+    """Forward MACs of ``call(model, batch)``, without weights or work.
+
+    In train mode, because attention's fast path of eval mode is not counted.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = build().train()
+    on_meta = torch.utils._pytree.tree_map(lambda t: t.to("meta"), batch)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call(model, on_meta)
+    return counter.get_total_flops() // 2
+
+

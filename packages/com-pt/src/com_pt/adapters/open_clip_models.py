@@ -1,0 +1,137 @@
+"""Building, saving and loading open_clip models."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from com_pt.errors import GrowthError
+from effml_common.errors import ConfigError, InputError
+from effml_common.parsing import did_you_mean, one_line
+
+OWN_CONFIGS = Path(__file__).parent.parent / "model_configs"
+WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+
+
+def clip_config(spec: Any) -> dict[str, Any]:
+    """The settings of a CLIP model.
+
+    Args:
+        spec: A name of open_clip or of this package (``compt-ViT-S-16``), a JSON file, or the
+            settings themselves (``embed_dim``, ``vision_cfg``, ``text_cfg``).
+
+    Raises:
+        ConfigError: If there is no such model, or the settings are not complete.
+    """
+    if isinstance(spec, str):
+        spec = _named(spec)
+    if not isinstance(spec, Mapping) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(spec):
+        raise ConfigError(
+            "a CLIP model needs embed_dim, vision_cfg and text_cfg; give these or a model's name"
+        )
+    config = {**spec, "vision_cfg": {**spec["vision_cfg"]}, "text_cfg": {**spec["text_cfg"]}}
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if "timm_model_name" not in vision and isinstance(vision.get("layers"), int):
+        _whole_heads("image", vision["width"], vision.get("head_width", 64))
+    if "hf_model_name" not in text:
+        heads = text.get("heads", 8)
+        if text.get("width", 512) % heads:
+            raise ConfigError(f"text width {text['width']} is no multiple of {heads} heads; change one")
+    return config
+
+
+def _whole_heads(tower: str, width: int, head: int) -> None:
+    if width % head:  # open_clip would round the number of heads down
+        raise GrowthError(f"{tower} width {width} is no multiple of the head width {head}; change one")
+
+
+def _named(name: str) -> Any:
+    import open_clip
+
+    own = OWN_CONFIGS / f"{name}.json"
+    file = own if own.exists() else Path(name)
+    if file.suffix == ".json" and file.exists():
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{name} is no JSON: {one_line(str(error))}; correct it") from error
+    found = open_clip.get_model_config(name)
+    if found is None:
+        known = [*open_clip.list_models(), *(p.stem for p in OWN_CONFIGS.glob("*.json"))]
+        raise ConfigError(f"there is no CLIP model {name}; {did_you_mean(name, known, 'give a JSON')}")
+    return found
+
+
+def build_clip(config: Mapping[str, Any]) -> nn.Module:
+    """A fresh model of class ``CLIP``, or ``CustomTextCLIP`` where the settings ask for it.
+
+    Raises:
+        ConfigError: If open_clip does not accept the settings.
+    """
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    settings = {k: v for k, v in config.items() if k not in ("custom_text", "hf_tokenizer_name")}
+    custom = config.get("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    try:
+        return (CustomTextCLIP if custom else CLIP)(**settings, output_dict=True)
+    except (TypeError, AssertionError) as error:
+        raise ConfigError(f"open_clip refuses the model: {one_line(str(error))}; see its configs") from error
+
+
+def save_clip(model: Any, config: Mapping[str, Any], folder: Path) -> None:
+    """Write a folder for ``open_clip.create_model("local-dir:FOLDER")``."""
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    folder.mkdir(parents=True, exist_ok=True)
+    towers = {
+        "vision_cfg": getattr(model.visual, "ln_post", None),
+        "text_cfg": getattr(getattr(model, "text", model), "ln_final", None),
+    }
+    model_cfg = {**config}
+    for section, norm in towers.items():
+        if norm is not None and norm.eps != 1e-5:  # lossless growth may have changed it
+            norms = {**(config[section].get("norm_kwargs") or {}), "eps": norm.eps}
+            model_cfg[section] = {**config[section], "norm_kwargs": norms}
+    size = getattr(model.visual, "image_size", 224)
+    preprocess = {
+        "size": list(size) if isinstance(size, tuple | list) else size,
+        "mean": list(OPENAI_DATASET_MEAN),
+        "std": list(OPENAI_DATASET_STD),
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+    document = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
+    (folder / CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_clip(folder: Path | str) -> nn.Module:
+    """The model of such a folder.
+
+    Raises:
+        InputError: If it is none.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        document = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except Exception as error:  # safetensors has errors of its own for damaged files
+        raise InputError(
+            f"{folder} is no open_clip folder: {one_line(str(error))}; it needs {CONFIG} and {WEIGHTS}"
+        ) from error
+    model = build_clip(clip_config(document["model_cfg"]))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(
+            f"{folder}: weights and settings differ: {one_line(str(error))}; export it again"
+        ) from error
+    return model
+
+

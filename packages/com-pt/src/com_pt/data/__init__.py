@@ -1,0 +1,1 @@
+"""Reading of training data: captions, labelled images, texts, and the order of batches."""

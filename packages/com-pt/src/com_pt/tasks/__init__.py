@@ -1,0 +1,1 @@
+"""Training paradigms: CLIP, supervised classification, causal language modelling, or your own."""

@@ -1,0 +1,108 @@
+"""What the trainer asks of a paradigm."""
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from effml_common.errors import ConfigError
+from effml_common.parsing import did_you_mean, one_line
+
+BUILT_IN = {
+    "clip": "com_pt.tasks.clip:ClipTask",
+    "classify": "com_pt.tasks.classify:ClassifyTask",
+    "causal-lm": "com_pt.tasks.causal_lm:CausalLMTask",
+}
+
+
+class Task:
+    """A paradigm: how models are built, fed, judged and saved.
+
+    A task of your own derives from this and is named ``module:Class`` in the chain file. It is also
+    the data set: ``len`` and ``task[index]`` give samples, ``collate`` makes batches of them.
+
+    Args:
+        data: The ``data`` section of the chain file.
+    """
+
+    streams: ClassVar[tuple[str, ...]] = ()  # outputs that are pulled to the predecessor's
+    couples_samples: ClassVar[bool] = False  # whether the loss compares samples of a batch
+    headline: ClassVar[str] = ""  # the metric of ``evaluate`` that tables show
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data = data
+
+    def build(self, spec: Any) -> nn.Module:
+        """A freshly initialised model from a stage's ``model`` setting."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Any:
+        """A sample; its randomness comes from torch's generator, which the loader seeds."""
+        raise NotImplementedError
+
+    def collate(self, samples: Sequence[Any]) -> Any:
+        """A batch of samples, as tensors in tuples, lists or dicts."""
+        from torch.utils.data import default_collate
+
+        return default_collate(list(samples))
+
+    def features(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Outputs of one forward pass: the streams, and whatever ``loss`` needs."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Named loss terms; their sum is minimised."""
+        raise NotImplementedError
+
+    def after_step(self, model: nn.Module) -> None:
+        """Called after every update, with the unwrapped model."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Held-out metrics; empty without held-out data."""
+        return {}
+
+    def chance(self) -> float | None:
+        """Value of the headline metric for a model that knows nothing."""
+        return None
+
+    def macs(self, spec: Any) -> int:
+        """Forward MACs of one sample."""
+        raise NotImplementedError
+
+    def save(self, model: nn.Module, spec: Any, folder: Path) -> None:
+        """Write a model into a folder, as its host library loads it."""
+        raise NotImplementedError
+
+    def load(self, folder: Path, spec: Any) -> nn.Module:
+        """The model that ``save`` wrote."""
+        raise NotImplementedError
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task by its short name or ``module:Class``.
+
+    Raises:
+        ConfigError: If it cannot be found.
+    """
+    address = BUILT_IN.get(name, name)
+    module, colon, attribute = address.partition(":")
+    if not colon:
+        hint = did_you_mean(name, list(BUILT_IN), f"use {', '.join(BUILT_IN)} or module:Class")
+        raise ConfigError(f"there is no task {name}; {hint}")
+    try:
+        if name not in BUILT_IN and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"task {name} cannot be imported: {one_line(str(error))}; check module:Class"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError(f"{name} is no Task; derive it from com_pt.Task")
+    return found

@@ -1,0 +1,161 @@
+"""Contrastive image-text pre-training with open_clip models."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip, save_clip
+from com_pt.cost import clip_macs
+from com_pt.data.captions import CaptionData
+from com_pt.evaluate import evaluate_retrieval, evaluate_zero_shot
+from com_pt.losses import multi_caption_clip_loss
+from com_pt.tasks.base import Task
+from effml_common.errors import ConfigError
+
+LARGEST_SCALE = math.log(100)
+KNOWN = {
+    "train", "val", "images", "tokenizer", "captions", "crop_scale", "zero_shot", "image_size",
+    "context_length", "val_batch",
+}  # fmt: skip
+
+
+class ClipTask(Task):
+    """CLIP on image-caption pairs.
+
+    Data settings: ``train`` and ``val`` (CSV, TSV or WebDataset tars), ``images`` (folder that paths
+    are relative to), ``captions`` (K, drawn anew each time), ``tokenizer`` (``simple``, ``bytes`` or
+    a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``, ``context_length``,
+    ``zero_shot`` (``images``: CSV of path and class; ``classes``; ``templates`` with ``{}``).
+    """
+
+    streams: ClassVar[tuple[str, ...]] = ("image", "text")
+    couples_samples: ClassVar[bool] = True
+    headline: ClassVar[str] = "zero-shot top-1"
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        super().__init__(data)
+        unknown = sorted(set(data) - KNOWN)
+        if unknown:
+            raise ConfigError(f"there is no data setting {unknown[0]}; use {', '.join(sorted(KNOWN))}")
+        self.captions = int(data.get("captions", 1))
+        self._samples: CaptionData | None = None
+
+    @property
+    def samples(self) -> CaptionData:
+        """The training pairs, opened at first use."""
+        if self._samples is None:
+            self._samples = CaptionData.open(self.data, "train", captions=self.captions)
+        return self._samples
+
+    def build(self, spec: Any) -> nn.Module:
+        """An open_clip model with class ``CLIP`` or ``CustomTextCLIP``."""
+        return build_clip(clip_config(spec))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+    def features(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """Unit embeddings: image [b, d], text [b, k, d]; the scale, exponentiated."""
+        image, text = batch
+        b, k, length = text.shape
+        words = model.encode_text(text.reshape(b * k, length), normalize=True)
+        outputs = {
+            "image": model.encode_image(image, normalize=True),
+            "text": words.reshape(b, k, -1),
+            "logit_scale": model.logit_scale.exp().reshape(()),
+        }
+        bias = getattr(model, "logit_bias", None)
+        return outputs if bias is None else {**outputs, "logit_bias": bias.reshape(())}
+
+    def loss(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The contrastive loss over all captions."""
+        value = multi_caption_clip_loss(
+            outputs["image"], outputs["text"], outputs["logit_scale"], outputs.get("logit_bias")
+        )
+        return {"contrastive": value}
+
+    @torch.no_grad()
+    def after_step(self, model: Any) -> None:
+        """Keep the logit scale in [1, 100]."""
+        model.logit_scale.clamp_(0, LARGEST_SCALE)
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Zero-shot accuracy and retrieval, as far as there is data for them."""
+        metrics: dict[str, float] = {}
+        batch = int(self.data.get("val_batch", 256))
+        if "zero_shot" in self.data:
+            metrics |= self._zero_shot(model, self.data["zero_shot"], batch)
+        if "val" in self.data:
+            held_out = CaptionData.open(self.data, "val", captions=None)
+            metrics |= evaluate_retrieval(model, *held_out.for_retrieval(), batch=batch)
+        return metrics
+
+    def chance(self) -> float | None:
+        """Of zero-shot classification."""
+        if "zero_shot" not in self.data:
+            return None
+        return 1 / len(_lines(self.data["zero_shot"]["classes"]))
+
+    def _zero_shot(self, model: Any, settings: Mapping[str, Any], batch: int) -> dict[str, float]:
+        classes, templates = _lines(settings["classes"]), _lines(settings["templates"])
+        held_out = CaptionData.open({**self.data, "val": settings["images"]}, "val", captions=None)
+        images, texts = held_out.for_retrieval()
+        names = [line[0] for line in held_out.texts]
+        missing = sorted(set(names) - set(classes))
+        if missing:
+            raise ConfigError(f"class {missing[0]} is not listed; add it to zero_shot classes")
+        del texts
+        labels = torch.tensor([classes.index(name) for name in names])
+        prompts = [
+            held_out.tokenize([template.format(name) for template in templates])
+            for name in classes
+        ]
+        return evaluate_zero_shot(model, images, labels, torch.stack(prompts), batch=batch)
+
+    def macs(self, spec: Any) -> int:
+        """Image tower plus K times the text tower."""
+        config = clip_config(spec)
+        vision = config["vision_cfg"]
+        if "timm_model_name" not in vision:
+            return clip_macs(config, self.captions)
+        from com_pt.adapters.counting import counted_macs
+
+        image = torch.zeros(1, 3, *_pair(vision.get("image_size", 224)))
+        text = torch.zeros(1, self.captions, config["text_cfg"].get("context_length", 77)).long()
+        return counted_macs(lambda: self.build(spec), partial(_call, self), (image, text))
+
+    def save(self, model: nn.Module, spec: Any, folder: Path) -> None:
+        """An ``open_clip.create_model("local-dir:...")`` folder."""
+        save_clip(model, clip_config(spec), folder)
+
+    def load(self, folder: Path, spec: Any) -> nn.Module:
+        """The model of such a folder."""
+        return load_clip(folder)
+
+
+def _call(task: ClipTask, model: nn.Module, batch: Any) -> Any:
+    return task.features(model, batch)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _lines(value: str | Sequence[str]) -> list[str]:
+    """A list, or the lines of a text or JSON file."""
+    if not isinstance(value, str):
+        return [str(item) for item in value]
+    text = Path(value).read_text(encoding="utf-8")
+    return json.loads(text) if value.endswith(".json") else text.splitlines()
+
+
