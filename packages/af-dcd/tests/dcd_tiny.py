@@ -29,12 +29,13 @@ model = dict(
 load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
 train_pipeline = [*load, dict(type="RandomCrop", crop_size=crop_size),
     dict(type="RandomFlip", prob=0.5), dict(type="PackSegInputs")]
+test_pipeline = [*load, dict(type="PackSegInputs")]
 common = dict(type=dataset_type, data_root=data_root, metainfo=metainfo,
     data_prefix=dict(img_path="images", seg_map_path="labels"))
 train_dataloader = dict(batch_size=2, num_workers=0, sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(**common, pipeline=train_pipeline))
 val_dataloader = dict(batch_size=1, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(**common, pipeline=[*load, dict(type="PackSegInputs")]))
+    dataset=dict(**common, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator

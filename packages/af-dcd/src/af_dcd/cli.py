@@ -51,7 +51,7 @@ COMMANDS = (
         "inspect",
         "shapes, loss weights, memory and cost of a pair, without data",
         config="af_dcd.config:InspectConfig",
-        run="af_dcd.inspect:inspect",
+        run="af_dcd.inspection:inspect",
         examples=(
             f"af-dcd inspect --student {_R18} --teacher {_R101}",
             "af-dcd inspect --student af-dcd::camvid/deeplabv3_r18.py "
@@ -74,3 +74,7 @@ COMMANDS = (
 def main() -> None:
     """Run the command line and exit."""
     raise SystemExit(run_command("af-dcd", "af-dcd", COMMANDS))
+
+
+if __name__ == "__main__":  # torchrun -m af_dcd.cli train ...
+    main()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from af_dcd.config import PairConfig
 from af_dcd.demo_data import Scenes
-from af_dcd.demo_model import Segmenter, score, set_rate, task_loss
+from af_dcd.demo_model import CROP, Segmenter, score, set_rate, task_loss
 from af_dcd.distillation import AfDCDLoss, kd_term
 from af_dcd.presets import DistillConfig, changed
 from af_dcd.rivals import cwd_loss, feature_mse_loss
@@ -19,7 +19,7 @@ from effml_common.logging import progress
 
 # Chosen on development scenes (README); the paper's figures belong to 2048 channels.
 METHOD = DistillConfig(
-    lambda_fd=5.0, fd_reduction="mean", lambda_ctr=5e-3, groups=8, pool=1, tau=0.7
+    lambda_fd=5.0, fd_reduction="mean", lambda_ctr=5e-3, groups=8, pool=2, tau=0.7
 )
 OFF = {"lambda_kd": 0.0, "lambda_fd": 0.0, "lambda_ctr": 0.0}
 
@@ -33,12 +33,14 @@ class Arm:
         method: Settings that differ from ``METHOD``.
         rival: ``cwd`` or ``mse`` on aligned features, beside logits KD.
         weight: Of the rival.
+        rate: Learning rate, chosen on development scenes from two.
     """
 
     name: str
     method: Mapping[str, Any] = field(default_factory=dict)
     rival: str = ""
     weight: float = 0.0
+    rate: float = 5e-3
 
     @property
     def config(self) -> DistillConfig:
@@ -111,7 +113,7 @@ class Training:
             NonFiniteError: If the loss is NaN or infinite.
         """
         set_rate(self.optimizer, self.rate, self.done, self.steps)
-        images, labels = self.scenes.crops(self.config.batch, self.config.crop, self._crops)
+        images, labels = self.scenes.crops(self.config.batch, CROP, self._crops)
         self.student.train()
         fs, zs = self.student.features(images)
         terms = {"loss_task": task_loss(zs, labels)}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from effml_common.logging import progress, say
 
 SEEDS = {"teacher": 1, "students": 2, "development": 3, "test": 4}  # of disjoint sets of scenes
 RATE = 3e-3
+TEACHER_BATCH = 8
+CROP = 64  # side of a training crop, in pixels
 
 
 def segmenter_config(width: int) -> dict[str, Any]:
@@ -98,20 +100,20 @@ def demo_teacher(config: PairConfig) -> Segmenter:
         teacher.load_state_dict(load_file(path))
         return teacher.eval()
     say("training the teacher once, about 3 minutes; it is kept in the user cache folder")
-    train_alone(teacher, draw(config.teacher_scenes, SEEDS["teacher"]), config)
+    train_teacher(teacher, draw(config.teacher_scenes, SEEDS["teacher"]), config.teacher_steps)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, save({k: v.contiguous() for k, v in teacher.state_dict().items()}))
     return teacher.eval()
 
 
-def train_alone(model: Segmenter, scenes: Scenes, config: PairConfig) -> None:
+def train_teacher(model: Segmenter, scenes: Scenes, steps: int) -> None:
     """Train on labels: AdamW, rate falling along a polynomial."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(0)
-    with progress("teacher", config.teacher_steps) as bar:
-        for step in range(config.teacher_steps):
-            set_rate(optimizer, RATE, step, config.teacher_steps)
-            images, labels = scenes.crops(config.batch, config.crop, generator)
+    with progress("teacher", steps) as bar:
+        for step in range(steps):
+            set_rate(optimizer, RATE, step, steps)
+            images, labels = scenes.crops(TEACHER_BATCH, CROP, generator)
             loss = task_loss(model.train()(images), labels)
             optimizer.zero_grad()
             loss.backward()
@@ -128,11 +130,10 @@ def set_rate(optimizer: Any, rate: float, step: int, steps: int) -> None:
 
 def key_of(config: PairConfig) -> str:
     """Cache key of the teacher's settings and the libraries."""
-    own = {f.name: asdict(config)[f.name] for f in fields(PairConfig)}
-    settings = {name: own[name] for name in ("batch", "crop") if name in own}
-    settings |= {name: value for name, value in own.items() if name.startswith("teacher")}
+    settings = {k: v for k, v in asdict(config).items() if k.startswith("teacher")}
+    settings |= {"rate": RATE, "batch": TEACHER_BATCH, "crop": CROP}
     libraries = {name: version(name) for name in ("torch", "mmsegmentation")}
-    text = json.dumps([settings, libraries, RATE], sort_keys=True)
+    text = json.dumps([settings, libraries], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

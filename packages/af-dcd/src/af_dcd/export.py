@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from af_dcd.config import ExportConfig
-from af_dcd.inspect import Facts
+from af_dcd.inspection import Facts
 from effml_common import checkpoint
 from effml_common.errors import CheckpointError, InputError
 from effml_common.files import atomic_write

@@ -1,0 +1,239 @@
+"""Ways to distil a small segmenter on drawn scenes, and what the contrast costs at Cityscapes' shape.
+
+Phases, each resumable cell by cell: ``rates`` tries two learning rates for every arm on development
+scenes; ``arms`` trains every arm at its better rate on three seeds; ``time`` gives alone and KD as many
+steps as fit into the time of the full method; ``variants`` changes one setting of the full method at a
+time, on development scenes; ``cost`` measures the contrast, chunked against naive. ``--report`` only
+writes the results of the cells there are.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from af_dcd.comparison import ARMS, FULL, Arm, Training, run_arm
+from af_dcd.config import BenchConfig, PairConfig
+from af_dcd.demo import MATCHED, claims_of, matched_steps, notes_of, rows_of
+from af_dcd.demo_data import draw
+from af_dcd.demo_model import SEEDS, demo_teacher, score
+from af_dcd.pictures import bar_chart, maps_picture
+from effml_common.cli import COMMON_FLAGS, parse
+from effml_common.files import atomic_write
+from effml_common.report import Report, Row, environment, write_report
+
+PROG = "python benchmarks/af_dcd_study.py"
+EXAMPLES = (PROG, f"{PROG} --phases cost", f"{PROG} --report")
+RATES = (3e-3, 8e-3)
+DEVELOPMENT = 100  # seed of what is tuned
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "weight / 4": ({"lambda_ctr": 1.25e-3}, {}),
+    "weight x 4": ({"lambda_ctr": 2e-2}, {}),
+    "temperature 0.07": ({"tau": 0.07}, {}),
+    "temperature 2": ({"tau": 2.0}, {}),
+    "patch 2": ({"patch": 2}, {}),
+    "patch 8": ({"patch": 8}, {}),
+    "groups 4": ({"groups": 4}, {}),
+    "groups 16": ({"groups": 16}, {}),
+    "no pooling": ({"pool": 1}, {}),
+    "L2": ({"p": 2}, {}),
+    "all negatives": ({"negatives": "all"}, {}),
+    "L2, all negatives": ({"p": 2, "negatives": "all"}, {}),
+    "no mask": ({"mask_ratio": 0.0}, {}),
+    "narrow generator": ({"hidden": 24}, {}),
+    "6 scenes": ({}, {"scenes": 6}),
+    "48 scenes": ({}, {"scenes": 48}),
+    "weaker teacher": ({}, {"teacher_steps": 400}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Compare ways to distil, and measure the contrast."""
+
+    phases: tuple[str, ...] = field(
+        default=("rates", "arms", "time", "variants", "cost"), metadata={"help": "in order"}
+    )
+    steps: int = field(default=500, metadata={"help": "updates of a student"})
+    seeds: int = field(default=3, metadata={"help": "seeds of the confirming runs"})
+    tests: int = field(default=80, metadata={"help": "scenes for measuring"})
+    device: str = field(default="cpu", metadata={"help": "of the cost phase"})
+    cells: str = field(default="runs/af-dcd", metadata={"help": "folder of the cells"})
+    out: str = field(default="benchmarks/results", metadata={"help": "folder of the results"})
+    report: bool = field(default=False, metadata={"help": "only write the report"})
+
+
+def main() -> None:
+    words = [word for word in sys.argv[1:] if word not in COMMON_FLAGS]
+    config = parse(StudyConfig, words, prog=PROG, examples=EXAMPLES)
+    folder = Path(config.cells)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    if not config.report:
+        for phase in config.phases:
+            {"rates": rates, "arms": arms, "time": equal_time, "variants": variants, "cost": cost}[
+                phase
+            ](config, folder)
+    write(config, folder)
+
+
+def cell(
+    config: StudyConfig, folder: Path, name: str, arm: Arm, seed: int, steps: int,
+    pair: PairConfig | None = None, scenes: str = "test",
+) -> dict[str, float]:  # fmt: skip
+    """One training, or what is kept of it."""
+    path = folder / f"{name.replace(' ', '_').replace('/', '-')}-{seed}.json"
+    if not path.exists():
+        pair = pair or PairConfig()
+        training = Training(
+            arm, pair, demo_teacher(pair), draw(pair.scenes, SEEDS["students"]), seed, arm.rate, steps
+        )
+        done = run_arm(training, draw(config.tests, SEEDS[scenes]))
+        atomic_write(path, json.dumps({"name": name, "seed": seed, **done.metrics}) + "\n")
+        if seed == 1:
+            torch.save(done.student.state_dict(), path.with_suffix(".pt"))
+        shown = {k: round(done.metrics[k], 2) for k in ("mIoU", "boundary F", "seconds")}
+        print(name, seed, shown, flush=True)
+    return json.loads(path.read_text())
+
+
+def rates(config: StudyConfig, folder: Path) -> None:
+    for arm in ARMS:
+        for rate in RATES:
+            rated = replace(arm, rate=rate)
+            name = f"rate {rate:g} {arm.name}"
+            cell(config, folder, name, rated, DEVELOPMENT, config.steps, scenes="development")
+
+
+def rated(folder: Path, arm: Arm) -> Arm:
+    """The arm at the rate that was better on development scenes."""
+    found = {}
+    for rate in RATES:
+        name = f"rate {rate:g} {arm.name}".replace(" ", "_")
+        path = folder / f"{name}-{DEVELOPMENT}.json"
+        if path.exists():
+            found[rate] = json.loads(path.read_text())["mIoU"]
+    return replace(arm, rate=max(found, key=lambda rate: found[rate])) if found else arm
+
+
+def arms(config: StudyConfig, folder: Path) -> None:
+    for seed in range(1, config.seeds + 1):
+        for arm in ARMS:
+            cell(config, folder, f"arm {arm.name}", rated(folder, arm), seed, config.steps)
+
+
+def equal_time(config: StudyConfig, folder: Path) -> None:
+    path = folder / "matched.json"
+    if not path.exists():
+        pair = PairConfig()
+        steps = matched_steps(ARMS, pair, demo_teacher(pair), config.steps)
+        atomic_write(path, json.dumps(steps) + "\n")
+    matched = json.loads(path.read_text())
+    print("steps at equal time", matched, flush=True)
+    for seed in range(1, config.seeds + 1):
+        for arm in ARMS:
+            if arm.name in MATCHED:
+                name = f"arm {arm.name}, equal time"
+                cell(config, folder, name, rated(folder, arm), seed, matched[arm.name])
+
+
+def variants(config: StudyConfig, folder: Path) -> None:
+    for name, (method, pair) in VARIANTS.items():
+        for arm in ARMS:
+            # A change of the setting, not of the method, needs mimicking without contrast beside it.
+            wanted = (FULL, "KD + mimicking") if pair or "mask_ratio" in method else (FULL,)
+            if arm.name in wanted:
+                changed = replace(rated(folder, arm), method={**arm.method, **method})
+                told = f"variant {name}: {arm.name}"
+                where = PairConfig(**pair)
+                cell(
+                    config, folder, told, changed, DEVELOPMENT, config.steps, where, "development"
+                )
+
+
+def cost(config: StudyConfig, folder: Path) -> None:
+    from af_dcd.bench import bench
+
+    shapes = {"cityscapes": (64, 128), "voc": (64, 64), "camvid": (45, 45)}
+    for name, (height, width) in shapes.items():
+        path = folder / f"cost-{name}-{config.device}.json"
+        if not path.exists():
+            out = str(folder / f"bench-{name}")
+            asked = BenchConfig(
+                preset=name, height=height, width=width, device=config.device, repeats=3, out=out
+            )
+            atomic_write(path, json.dumps(bench(asked).to_json()) + "\n")
+            print("cost", name, flush=True)
+
+
+def write(config: StudyConfig, folder: Path) -> None:
+    out = Path(config.out)
+    kept = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
+    kept = [each for each in kept if "mIoU" in each]
+    cells: dict[str, list[dict[str, float]]] = {}
+    names = [f"arm {arm.name}" for arm in ARMS] + [f"arm {name}, equal time" for name in MATCHED]
+    for name in names:
+        found = sorted((c for c in kept if c["name"] == name), key=lambda c: c["seed"])
+        if found:
+            numbers = [{k: v for k, v in c.items() if k not in ("name", "seed")} for c in found]
+            cells[name.removeprefix("arm ")] = numbers
+    if cells:
+        write_report_of(config, folder, cells, kept, out)
+    for path in sorted(folder.glob("cost-*.json")):
+        atomic_write(out / f"af-dcd-{path.name}", path.read_text())
+
+
+def write_report_of(
+    config: StudyConfig, folder: Path, cells: Any, kept: list[dict[str, Any]], out: Path
+) -> None:
+    pair = PairConfig()
+    tests = draw(config.tests, SEEDS["test"])
+    best = score(demo_teacher(pair), tests)
+    teacher = {"mIoU": [best.mean_iou()], "boundary F": [best.boundary_f()]}
+    teacher |= {f"IoU {k}": [100 * float(v)] for k, v in enumerate(best.iou())}
+    tried = [
+        Row(c["name"], "development scenes, 1 seed", {k: [c[k]] for k in ("mIoU", "boundary F")})
+        for c in kept
+        if c["seed"] == DEVELOPMENT
+    ]
+    report = Report(
+        package="af-dcd",
+        version=version("af-dcd"),
+        command=[PROG],
+        seeds=list(range(1, config.seeds + 1)),
+        seconds=sum(c["seconds"] for c in kept),
+        rows=[Row("teacher", "trained on more labels", teacher), *rows_of(cells), *tried],
+        claims=claims_of(cells),
+        notes=[*notes_of(pair), "rates: each arm tried at 0.003 and 0.008 on development scenes"],
+        files=["af-dcd-arms.png", "af-dcd-maps.png"],
+        environment=environment(("mmsegmentation",)),
+    )
+    staging = folder / "report"
+    staging.mkdir(exist_ok=True)
+    figures = bar_chart(cells, teacher["mIoU"][0], out / "af-dcd-arms.png")
+    students = [student_of(folder, name, pair) for name in ("alone", FULL)]
+    if all(students):
+        figures += maps_picture(*students, tests, out / "af-dcd-maps.png")
+    write_report(report, staging, figures=figures)
+    atomic_write(out / "af-dcd-study.json", (staging / "report.json").read_text())
+    print(time.strftime("%H:%M"), *(f"{c.id} {c.gaps}" for c in report.claims), sep="\n")
+
+
+def student_of(folder: Path, name: str, pair: PairConfig) -> Any:
+    from af_dcd.demo_model import Segmenter
+
+    path = folder / f"arm_{name.replace(' ', '_')}-1.pt"
+    if not path.exists():
+        return None
+    student = Segmenter(pair.student_width)
+    student.load_state_dict(torch.load(path, weights_only=True))
+    return student
+
+
+if __name__ == "__main__":
+    main()
