@@ -113,6 +113,7 @@ class TrainConfig(PairConfig, DataConfig):
     batch_size: int | None = setting(None, "images per update over all processes; the recipe's")
     lr: float | None = setting(None, "peak learning rate; the recipe's")
     ema: float | None = setting(None, "decay of the averaged weights, 0 for none; the recipe's")
+    drop_path: float = setting(0.0, "stochastic depth of the student")
     mixup: float = setting(0.0, "mixup alpha; the paper has none")
     cutmix: float = setting(0.0, "cutmix alpha; the paper has none")
     color_jitter: float = setting(0.0, "strength of colour jitter; the paper has none")

@@ -52,7 +52,7 @@ def swin_teacher(width: int, classes: int, seed: int = 0) -> nn.Module:
 
 
 def student_of(kind: str, classes: int, seed: int) -> nn.Module:
-    """An untrained student: ``cnn`` (grids 8, 4), ``mlp`` or ``vit`` (grid 8 throughout)."""
+    """An untrained student: ``cnn`` (grids 8, 4), ``mlp`` or ``vit`` (grid 4 throughout)."""
     torch.manual_seed(seed)
     if kind == "cnn":
         blocks = tuple(
@@ -63,12 +63,12 @@ def student_of(kind: str, classes: int, seed: int) -> nn.Module:
         model = ByobNet(cfg, num_classes=classes)
     elif kind == "mlp":
         model = MlpMixer(
-            num_classes=classes, img_size=SIDE, patch_size=2, num_blocks=3, embed_dim=32
+            num_classes=classes, img_size=SIDE, patch_size=4, num_blocks=3, embed_dim=32
         )
     else:
         model = VisionTransformer(
             img_size=SIDE,
-            patch_size=2,
+            patch_size=4,
             num_classes=classes,
             embed_dim=32,
             depth=4,

@@ -9,32 +9,32 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalekd.adapters.models import build
-from scalekd.adapters.pairing import Plan, dry_run, plan_of
+from scalekd.adapters.pairing import dry_run, plan_of
 from scalekd.adapters.tail import TeacherSplit
 from scalekd.adapters.taps import StudentTap
+from scalekd.adapters.task import ScaleKDTask
 from scalekd.config import InspectConfig, PairConfig
 from scalekd.mimicking import MimicShape, Projectors
 
 VIT = '{"class_token": false, "global_pool": "avg", "fc_norm": false}'
-PATCH14 = '{"patch_size": 14}'
 EVA = "eva_large_patch14_196"
 SWIN = "swin_large_patch4_window7_224"
-# (teacher, student, student arguments, pixels, million projector weights computed from the paper)
-PUBLISHED: tuple[tuple[str, str, str, int, float | None], ...] = (
-    (SWIN, "resnet50", "", 224, 176.0),
-    (SWIN, "mobilenetv1_100", "", 224, 97.0),
-    (SWIN, "convnext_tiny", "", 224, None),
-    (SWIN, "swin_tiny_patch4_window7_224", "", 224, 84.6),
-    (SWIN, "mixer_s16_224", "", 224, 79.2),
-    (SWIN, "mixer_b16_224", "", 224, None),
-    (SWIN, "vit_small_patch16_224", VIT, 224, 74.4),
-    (SWIN, "vit_base_patch16_224", VIT, 224, 94.2),
-    ("swin_base_patch4_window7_224", "resnet50", "", 224, None),
-    ("swin_small_patch4_window7_224", "resnet50", "", 224, None),
-    (EVA, "resnet50", "", 224, 154.3),
-    (EVA, "mixer_b16_224", PATCH14, 224, None),
-    (EVA, "vit_base_patch16_224", VIT[:-1] + ', "patch_size": 14}', 224, 75.0),
-    (EVA, "eva02_small_patch14_336", "", 336, None),
+# (teacher, student, student arguments, pixels)
+PUBLISHED: tuple[tuple[str, str, str, int], ...] = (
+    (SWIN, "resnet50", "", 224),
+    (SWIN, "mobilenetv1_100", "", 224),
+    (SWIN, "convnext_tiny", "", 224),
+    (SWIN, "swin_tiny_patch4_window7_224", "", 224),
+    (SWIN, "mixer_s16_224", "", 224),
+    (SWIN, "mixer_b16_224", "", 224),
+    (SWIN, "vit_small_patch16_224", VIT, 224),
+    (SWIN, "vit_base_patch16_224", VIT, 224),
+    ("swin_base_patch4_window7_224", "resnet50", "", 224),
+    ("swin_small_patch4_window7_224", "resnet50", "", 224),
+    (EVA, "resnet50", "", 224),
+    (EVA, "mixer_b14_224", "", 224),
+    (EVA, "vit_base_patch16_224", VIT[:-1] + ', "patch_size": 14}', 224),
+    (EVA, "eva02_small_patch14_336", "", 336),
 )
 
 
@@ -56,11 +56,12 @@ class Facts:
             for name, value in self.rows[0].items():
                 table.add_row(name, _words(value))
             return table
-        table = Table(*("teacher", "student", "heads", "tau", "projectors M", "paper M"))
+        table = Table(*("teacher", "student", "heads", "tau", "weights", "projectors M", "cost"))
         for row in self.rows:
-            cells = (row["teacher"], row["student"], row["heads"], row["tau"])
+            weights = sorted(set(row["summed weights"].values()), reverse=True)
+            cells = (row["teacher"], row["student"], row["heads"], row["tau"], weights)
             size = f"{row['projector parameters'] / 1e6:.1f}"
-            table.add_row(*map(_words, cells), size, _words(row["paper M"] or ""))
+            table.add_row(*map(_words, cells), size, f"{row['times the student alone']}x")
         return table
 
 
@@ -73,9 +74,9 @@ def inspect(config: InspectConfig) -> Facts:
     if not config.published:
         return Facts([facts_of(config)])
     rows = []
-    for teacher, student, extra, size, paper in PUBLISHED:
+    for teacher, student, extra, size in PUBLISHED:
         pair = replace(config, teacher=teacher, student=student, student_args=extra, img_size=size)
-        rows.append({**facts_of(pair), "paper M": paper})
+        rows.append(facts_of(pair))
     return Facts(rows)
 
 
@@ -108,8 +109,8 @@ def facts_of(config: PairConfig) -> dict[str, Any]:
     plan = plan_of(split, tap, config, out, logits, (s3, s4))
     shape = plan.shape
     with torch.device("meta"):
-        projectors = Projectors(shape).eval().requires_grad_(False)
-    cost = costs(split, tap, projectors, size)
+        projectors = Projectors(shape).eval()
+    cost = costs(split, tap, projectors, size, size)
     return {
         "teacher": config.teacher,
         "student": config.student,
@@ -142,24 +143,32 @@ def summed(shape: MimicShape) -> dict[str, float]:
 
 
 def costs(
-    split: TeacherSplit, tap: StudentTap, projectors: Projectors, size: tuple[int, int]
+    split: TeacherSplit,
+    tap: StudentTap,
+    projectors: Projectors,
+    size: tuple[int, int],
+    teacher_size: tuple[int, int],
 ) -> dict[str, float]:
     """Giga multiply-accumulates per image, forward, and a training step beside the student alone.
 
     A step counts three forward passes for what is trained, two for the frozen tail, one for the trunk.
     """
-    out, _, s3, s4 = dry_run(split, tap, size, size)
+    out, _, s3, s4 = dry_run(split, tap, size, teacher_size)
     x = torch.zeros(1, 3, *size, device=s3.device, dtype=s3.dtype)
+    seen = torch.zeros(1, 3, *teacher_size, device=s3.device, dtype=s3.dtype)
 
     def tail(tokens: torch.Tensor) -> torch.Tensor:
         return split.tail(tokens, out.context)
 
-    tap.eval()
-    whole = _giga(lambda: split.forward(x))
+    for module in (tap, projectors):
+        module.eval()
+    whole = _giga(lambda: split.forward(seen))
     student = _giga(lambda: tap(x))
     both = _giga(lambda: projectors(s3, s4, out.tokens, tail))
     once = _giga(lambda: tail(out.split))
     through = len(projectors.shape.views) * once if projectors.shape.tpp else 0.0
+    for module in (tap, projectors):
+        module.train()
     step = whole + 3 * (both - through) + 2 * through + 3 * student
     return {
         "teacher GMAC": round(whole, 2),
@@ -172,23 +181,22 @@ def costs(
     }
 
 
-def cost_line(split: TeacherSplit, tap: StudentTap, plan: Plan, size: tuple[int, int]) -> str:
+def cost_line(task: ScaleKDTask) -> str:
     """One sentence on the cost of training, for the start of a run."""
-    like = next(tap.parameters())
-    with torch.random.fork_rng(devices=[]):
-        projectors = Projectors(plan.shape).to(like).eval().requires_grad_(False)
-    with torch.no_grad():
-        cost = costs(split, tap, projectors, size)
+    trainable = task.inner()
+    assert trainable.projectors is not None
+    cost = costs(task.split, trainable.tap, trainable.projectors, task.size, task.teacher_size)
     return (
         f"about {cost['training GMAC per image']:.3g} GMAC per image and step, "
         f"{cost['times the student alone']:g} times the student alone "
-        f"({cost['student alone GMAC per image']:.3g}); projectors: {_count(projectors) / 1e6:.1f}M"
+        f"({cost['student alone GMAC per image']:.3g}); "
+        f"projectors: {_count(trainable.projectors) / 1e6:.1f}M"
     )
 
 
-@torch.no_grad()
 def _giga(call: Callable[[], Any]) -> float:
-    with FlopCounterMode(display=False) as counter:
+    # With gradients on: the counter's hooks want a graph wherever a parameter does.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() / 2e9
 

@@ -38,7 +38,7 @@ class Plan:
 def architecture(model: nn.Module) -> str:
     """timm's name of a model without its tag, or the class name."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    return cfg.get("architecture") or type(model).__name__
+    return cfg.get("architecture") or type(model).__name__.lower().replace("mlpmixer", "mixer_")
 
 
 def normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -52,6 +52,11 @@ class ScaleKDTrainable(nn.Module):
         new.train(self.training)
         return new
 
+    @property
+    def tap(self) -> StudentTap:
+        """The student with its two maps."""
+        return self._tap[0]
+
     def forward(
         self, x: Tensor, teacher: TeacherOut, split: TeacherSplit
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -129,7 +134,7 @@ class ScaleKDTask(TrainingTask):
         teacher.model.to(self.device)
         self._split = [teacher]  # in a list: not a submodule
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
-        size = img_size or _input_size(student) or (224, 224)
+        size = self.size = img_size or _input_size(student) or (224, 224)
         self.teacher_size = _teacher_size(teacher.model, size, teacher_resize)
         tap = StudentTap(student, taps)
         self.plan: Plan = plan_pair(teacher, tap, config, size, self.teacher_size)

@@ -1,0 +1,229 @@
+"""The arms of the demo and the benchmark: one student, one data set, several ways to train it.
+
+Every arm has the same images, epochs, augmentation (shifts), optimiser and schedule; the peak learning
+rate of each was tuned on a development seed, with the same number of trials.
+"""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.task import (
+    ClassificationTask,
+    DistillationTeacher,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TrainingTask,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effml_common.errors import InputError
+from effml_common.finite import check_finite
+from effml_common.logging import progress, say
+from scalekd.adapters.tail import TeacherSplit
+from scalekd.adapters.task import ScaleKDTask
+from scalekd.config import ScaleKDConfig
+from scalekd.demo_data import CLASSES, drawn
+from scalekd.demo_models import student_of, swin_teacher
+from scalekd.rivals import DistTask, FeatureImitationTask
+
+BATCH = 50
+TEST_SEED, TEST_IMAGES = 1_000_000, 2000
+GATE = 3.0  # points that a teacher must be above the student alone
+RATES = (2e-3, 5e-3, 1.2e-2)
+
+SCALEKD = {
+    "cap": ScaleKDConfig(use_tpp=False, use_dfm=False, kd_alpha=0.0),
+    "cap+dfm": ScaleKDConfig(use_tpp=False, kd_alpha=0.0),
+    "cap+tpp": ScaleKDConfig(use_dfm=False, kd_alpha=0.0),
+    "cap+dfm+tpp": ScaleKDConfig(kd_alpha=0.0),
+    "scalekd": ScaleKDConfig(),
+}
+BASELINES = ("alone", "mixup", "kd", "dist", "fitnet", "timm features")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images and labels."""
+
+    x: Tensor
+    y: Tensor
+
+
+def training_images(n: int, seed: int) -> Images:
+    """The labelled images of one seed."""
+    return Images(*drawn(n, torch.Generator().manual_seed(seed)))
+
+
+def test_images() -> Images:
+    """Images that no training sees."""
+    return training_images(TEST_IMAGES, TEST_SEED)
+
+
+test_images.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def make_task(arm: str, student: nn.Module, teacher: nn.Module) -> TrainingTask:
+    """The training task of an arm.
+
+    Raises:
+        InputError: If there is no such arm.
+    """
+    if arm in SCALEKD:
+        return ScaleKDTask(student, teacher, config=SCALEKD[arm])
+    if arm == "alone":
+        return ClassificationTask(student, nn.CrossEntropyLoss(), verbose=False)
+    if arm == "mixup":
+        return ClassificationTask(student, SoftTargetCrossEntropy(), verbose=False)
+    if arm == "kd":
+        return LogitDistillationTask(
+            student,
+            DistillationTeacher(teacher),
+            nn.CrossEntropyLoss(),
+            task_loss_weight=0.5,
+            temperature=4.0,
+            verbose=False,
+        )
+    if arm == "timm features":
+        return FeatureDistillationTask(
+            student, DistillationTeacher(teacher), nn.CrossEntropyLoss(), verbose=False
+        )
+    split = TeacherSplit.from_timm(teacher)
+    if arm == "dist":
+        return DistTask(student, split)
+    if arm == "fitnet":
+        return FeatureImitationTask(student, split, weight=3.92)
+    raise InputError(f"there is no arm {arm}; use one of {', '.join((*BASELINES, *SCALEKD))}")
+
+
+def train_arm(
+    arm: str, kind: str, teacher: nn.Module, images: Images, *, epochs: int, rate: float, seed: int
+) -> nn.Module:
+    """Train one student; returns it in evaluation mode.
+
+    Raises:
+        NonFiniteError: If the loss becomes NaN or infinite.
+    """
+    student = student_of(kind, CLASSES, seed)
+    task = make_task(arm, student, teacher).train()
+    parameters = [p for p in task.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05)
+    generator = torch.Generator().manual_seed(seed)
+    mix = Mixup(0.2, 1.0, num_classes=CLASSES, label_smoothing=0.0) if arm == "mixup" else None
+    steps, step = epochs * (len(images.x) // BATCH), 0
+    torch.manual_seed(seed)
+    for _ in range(epochs):
+        for index in torch.randperm(len(images.x), generator=generator).split(BATCH):
+            if len(index) < BATCH:
+                continue
+            optimizer.param_groups[0]["lr"] = rate * warm_cosine(step, steps)
+            x, y = shifted(images.x[index], generator), images.y[index]
+            x, y = mix(x, y) if mix else (x, y)
+            loss = task(x, y)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, 5.0)
+            step += 1
+            check_finite(loss.detach(), norm, step=step, term=arm)
+            optimizer.step()
+    return student.eval()
+
+
+def warm_cosine(step: int, steps: int) -> float:
+    """Factor of the rate: a warm-up over a twentieth of the run, then half a cosine."""
+    return min(1.0, (step + 1) / (steps / 20)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def shifted(x: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
+    """Each image moved by up to ``most`` pixels, edges mirrored."""
+    n, _, h, w = x.shape
+    padded = F.pad(x, (most,) * 4, mode="reflect")
+    offsets = torch.randint(2 * most + 1, (2, n, 1), generator=generator)
+    rows, columns = offsets[0] + torch.arange(h), offsets[1] + torch.arange(w)
+    index = torch.arange(n).view(n, 1, 1)
+    return padded[index, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images) -> float:
+    """Top-1 in percent."""
+    hits = sum(
+        int((model(x).argmax(1) == y).sum())
+        for x, y in zip(images.x.split(250), images.y.split(250), strict=True)
+    )
+    return 100 * hits / len(images.y)
+
+
+def trained_teacher(width: int = 32, steps: int = 1500, batch: int = 64) -> nn.Module:
+    """The demo's Swin, trained on an unlimited stream, once; kept in the user's cache folder.
+
+    Raises:
+        NonFiniteError: If training diverges.
+    """
+    settings = {"width": width, "steps": steps, "batch": batch, "data": source_hash()}
+    model, file = swin_teacher(width, CLASSES), cache_root() / f"teacher-{key_of(settings)}.safetensors"
+    if file.exists():
+        model.load_state_dict(load_file(file))
+        return model.eval()
+    say(f"training a Swin of width {width} once, about 2 minutes; it is kept in the cache folder")
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    with progress("training the teacher", steps) as bar:
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 3e-3 * warm_cosine(step, steps)
+            x, y = drawn(batch, generator)
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            check_finite(loss.detach(), norm, step=step, term="teacher")
+            optimizer.step()
+            bar.advance(loss=loss.item())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staging = file.with_suffix(f".{os.getpid()}.tmp")
+    save_file(model.state_dict(), staging)
+    staging.replace(file)
+    return model.eval()
+
+
+def check_gate(teacher: float, alone: float) -> None:
+    """Refuse to distil from a teacher that is hardly better than the student.
+
+    Raises:
+        InputError: If it is less than 3 points ahead.
+    """
+    if teacher < alone + GATE:
+        raise InputError(
+            f"the teacher has {teacher:.1f} % and the student alone {alone:.1f} %: too close to "
+            f"show anything; train the teacher longer, or give the student fewer than all images"
+        )
+
+
+def source_hash() -> str:
+    """Hash of the code that draws the images and builds the networks."""
+    here = Path(__file__).parent
+    text = (here / "demo_data.py").read_text() + (here / "demo_models.py").read_text()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def key_of(settings: dict[str, Any]) -> str:
+    """Cache key of settings and library versions."""
+    libraries = {name: version(name) for name in ("torch", "timm")}
+    text = json.dumps([settings, libraries], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cache_root() -> Path:
+    """Folder of what the demo trains once."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "effml" / "scalekd"
