@@ -126,7 +126,8 @@ class Readable(Dataset[Any]):
         try:
             for offset in range(len(self.task)):
                 chosen = (index + offset) % len(self.task)
-                torch.manual_seed(seed_of(self.seed, "sample", epoch, chosen))
+                # Not torch.manual_seed, which also visits CUDA and takes longer than a small sample.
+                torch.default_generator.manual_seed(seed_of(self.seed, "sample", epoch, chosen))
                 try:
                     return self.task[chosen], bad
                 except (OSError, ValueError, SyntaxError) as error:

@@ -1,0 +1,220 @@
+"""Chains against individual training: accuracy against compute, arm by arm, on three small families.
+
+A cell is one member trained in one way with one seed; finished cells are kept, so a study that was
+stopped goes on where it was. ``--report`` only writes the results of the cells there are. Seed 0 is for
+tuning; claims come from the other seeds.
+"""
+
+import json
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from com_pt.chain import ChainConfig, StageConfig
+from com_pt.run import plan_chain, run_chain
+from com_pt.study import ARMS, Cell, claims_of, curve, family_rows, rows_of
+from com_pt.tasks.base import task_class
+from com_pt.tasks.digits import pair_model
+from effml_common.cli import COMMON_FLAGS, parse
+from effml_common.files import atomic_write
+from effml_common.report import Report, environment, write_report
+
+PROG = "python benchmarks/com_pt_study.py"
+EXAMPLES = (PROG, f"{PROG} --family vit --seeds 1 2 3")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A chain to study: sizes, budget and what is measured.
+
+    Args:
+        alone: Updates of individual training.
+        stage: Updates of a chain stage.
+        longer: Further lengths of complete scratch schedules of the largest member.
+        members: From small to large; the first is only in the four-member chain.
+        gap: What a lossless family may lose of the metric.
+    """
+
+    task: str
+    data: dict[str, Any]
+    members: dict[str, Any]
+    batch: int
+    lr: float
+    alone: int
+    stage: dict[str, int]
+    longer: tuple[int, ...]
+    metric: str
+    gap: float
+    larger_is_better: bool = True
+
+
+def vit(width: int, depth: int) -> dict[str, Any]:
+    name = "vit_tiny_patch16_224"
+    size = {"img_size": 8, "patch_size": 2, "embed_dim": width, "num_heads": width // 16}
+    return {"name": name, "depth": depth, "num_classes": 10, **size}
+
+
+def llama(width: int, depth: int) -> dict[str, Any]:
+    heads = width // 16
+    size = {"hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": heads}
+    return {"vocab_size": 257, "intermediate_size": 2 * width, "num_hidden_layers": depth, **size,
+            "head_dim": 16, "max_position_embeddings": 64}  # fmt: skip
+
+
+FAMILIES = {
+    "clip": Family(
+        "com_pt.tasks.digits:DigitPairs", {},
+        {"N": pair_model(16, 16), "T": pair_model(32, 32), "S": pair_model(64, 64),
+         "B": pair_model(128, 64, 4)},
+        batch=64, lr=2e-3, alone=600, stage={"T": 120, "S": 120, "B": 80}, longer=(80, 240),
+        metric="zero-shot top-1", gap=0.005,
+    ),
+    "vit": Family(
+        "com_pt.tasks.digit_images:DigitImages", {},
+        {"N": vit(16, 2), "T": vit(32, 2), "S": vit(64, 2), "B": vit(128, 4)},
+        batch=64, lr=1e-3, alone=400, stage={"T": 80, "S": 80, "B": 50}, longer=(50, 150),
+        metric="top-1", gap=0.005,
+    ),
+    "llama": Family(
+        "causal-lm",
+        {"train": [f"{sysconfig.get_path('stdlib')}/[a-m]*.py"],
+         "val": [f"{sysconfig.get_path('stdlib')}/[t-z]*.py"], "length": 64, "val_blocks": 200},
+        {"N": llama(16, 2), "T": llama(32, 2), "S": llama(64, 2), "B": llama(128, 4)},
+        batch=16, lr=3e-3, alone=400, stage={"T": 80, "S": 80, "B": 50}, longer=(50, 150),
+        metric="loss", gap=0.005, larger_is_better=False,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Compare ways to train a family."""
+
+    family: Literal["clip", "vit", "llama"] = field(
+        default="clip", metadata={"help": "what to train"}
+    )
+    seeds: tuple[int, ...] = field(default=(1, 2, 3), metadata={"help": "0 is for tuning"})
+    start: str = field(
+        default="lossless + feature", metadata={"help": "arm that later members start from"}
+    )
+    arms: tuple[str, ...] = field(default=tuple(ARMS), metadata={"help": "some of the arms"})
+    lengths: bool = field(
+        default=True, metadata={"help": "also 2- and 4-member chains and longer scratch runs"}
+    )
+    lr: float | None = field(default=None, metadata={"help": "another learning rate, for tuning"})
+    cells: str = field(default="runs/com-pt", metadata={"help": "folder of the cells"})
+    out: str = field(default="benchmarks/results", metadata={"help": "folder of the results"})
+    report: bool = field(default=False, metadata={"help": "only write the report"})
+
+
+def main() -> None:
+    words = [word for word in sys.argv[1:] if word not in COMMON_FLAGS]
+    config = parse(StudyConfig, words, prog=PROG, examples=EXAMPLES)
+    torch.set_num_threads(1)
+    family = FAMILIES[config.family]
+    folder = Path(config.cells) / (config.family + (f"-lr{config.lr:g}" if config.lr else ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = list(order(family, config))
+    if not config.report:
+        task = task_class(family.task)(family.data)
+        for name, member, arm, before, steps, seed in wanted:
+            train(family, config, folder, task, name, member, arm, before, steps, seed)
+    write(family, config, folder)
+
+
+def order(
+    family: Family, config: StudyConfig
+) -> Iterator[tuple[str, str, str, str | None, int, int]]:
+    """(cell, member, arm, predecessor's cell, updates, seed), what later ones need first."""
+    smallest, first, second, third = family.members
+    for seed in config.seeds:
+        for member in (first, second, third):
+            yield f"{member} alone", member, "scratch", None, family.alone, seed
+        for member, small in ((second, f"{first} alone"), (third, f"{second} {config.start}")):
+            for arm in config.arms:
+                yield f"{member} {arm}", member, arm, small, family.stage[member], seed
+    for seed in config.seeds if config.lengths else ():
+        for steps in family.longer:
+            yield f"{third} alone {steps}", third, "scratch", None, steps, seed
+        yield f"{third} of 2", third, config.start, f"{second} alone", family.stage[third], seed
+        yield f"{smallest} alone", smallest, "scratch", None, family.alone, seed
+        before = f"{smallest} alone"
+        for member in (first, second, third):
+            yield f"{member} of 4", member, config.start, before, family.stage[member], seed
+            before = f"{member} of 4"
+
+
+def train(
+    family: Family, config: StudyConfig, folder: Path, task: Any,
+    name: str, member: str, arm: str, before: str | None, steps: int, seed: int,
+) -> None:  # fmt: skip
+    place = folder / f"{name.replace(' ', '_')}-{seed}"
+    if (place / "cell.json").exists():
+        return
+    mode, weight = ARMS[arm]
+    common: dict[str, Any] = {"batch_size": family.batch, "lr": config.lr or family.lr,
+                              "warmup_steps": 50}  # fmt: skip
+    stages = []
+    spent = 0.0
+    if before is not None:
+        source = folder / f"{before.replace(' ', '_')}-{seed}"
+        small = json.loads((source / "cell.json").read_text())
+        init = str(source / "run" / small["member"])
+        stages.append(StageConfig(name=small["member"], model=family.members[small["member"]],
+                                  init_from=init, **common))  # fmt: skip
+        spent = small["total_macs"] if (mode, weight) != ("random", 0.0) else 0.0
+    epochs = steps / (len(task) // family.batch)
+    stages.append(StageConfig(name=member, model=family.members[member], epochs=epochs,
+                              growth=mode, feature_weight=weight, **common))  # fmt: skip
+    chain = ChainConfig(task=family.task, data=family.data, stages=tuple(stages), seed=seed,
+                        individual_epochs=epochs, save_every=10**9)  # fmt: skip
+    done = run_chain(chain, place / "run", task=task, resume=True, force=True)[-1]
+    cell = {"cell": name, "member": member, "arm": arm, "seed": seed, "steps": done.steps,
+            "value": done.metrics[family.metric], "start": done.start.get(family.metric),
+            "macs": done.macs, "total_macs": spent + done.macs, "seconds": done.seconds,
+            "forward": plan_chain(chain, task).stages[-1].forward}  # fmt: skip
+    atomic_write(place / "cell.json", json.dumps(cell) + "\n")
+    print(time.strftime("%H:%M:%S"), cell, flush=True)
+
+
+def write(family: Family, config: StudyConfig, folder: Path) -> None:
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/cell.json"))]
+    cells = [Cell(**cell) for cell in found if cell["seed"] in config.seeds]
+    if not cells:
+        return print("no cells yet")
+    sign = 1 if family.larger_is_better else -1
+    names = list(family.members)
+    suffix = f"-lr{config.lr:g}" if config.lr else ""
+    out = Path(config.out)
+    figures = curve(cells, names[-1], family.metric, out / f"com-pt-{config.family}{suffix}.png")
+    claims = claims_of(cells, names, config.start, sign, family.gap)
+    report = Report(
+        package="com-pt", version=version("com-pt"), command=sys.argv, seeds=list(config.seeds),
+        seconds=sum(cell.seconds for cell in cells),
+        rows=[*rows_of(cells, family.metric), *family_rows(cells, names, config.start, family.metric)],
+        claims=claims,
+        notes=[f"{family.batch} samples an update, AdamW {family.lr:g}, a cosine of its own for every run",
+               "a seed varies initialisation and order of data; total GMAC counts all predecessors",
+               "seconds are measured on a machine that other jobs used too"],
+        environment=environment(("open-clip-torch", "timm", "transformers", "accelerate")),
+    )  # fmt: skip
+    run_dir = folder / "report"
+    run_dir.mkdir(exist_ok=True)
+    write_report(report, run_dir, figures=figures)
+    text = (run_dir / "report.json").read_text()
+    atomic_write(out / f"com-pt-{config.family}{suffix}.json", text)
+    for claim in report.to_json()["claims"]:
+        print(claim["holds"], claim["text"], claim["value"], claim["stderr"])
+    print(f"{time.strftime('%H:%M:%S')} {len(cells)} cells")
+    return None
+
+
+if __name__ == "__main__":
+    main()

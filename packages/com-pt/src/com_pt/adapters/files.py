@@ -1,0 +1,131 @@
+"""Finished models of any supported library, from what the user named."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from com_pt.adapters.open_clip_models import CONFIG as CLIP_CONFIG
+from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip, save_clip
+from com_pt.adapters.timm_models import build_timm, load_timm, save_timm
+from effml_common.errors import InputError
+from effml_common.parsing import one_line
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its library (``clip``, ``timm`` or ``llama``) and its number of classes."""
+
+    model: nn.Module
+    library: str
+    classes: int = 0
+
+
+def load_any(path: str, small_model: str | None = None) -> Loaded:
+    """A finished model from its folder, or from a checkpoint file of open_clip.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    place = Path(path)
+    if place.is_file():
+        return Loaded(_checkpoint(place, small_model), "clip")
+    if (place / CLIP_CONFIG).is_file():
+        return Loaded(load_clip(place), "clip")
+    try:
+        document = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is no model: {one_line(str(error))}; give a folder of open_clip, timm or Llama"
+        ) from error
+    if "architecture" in document:
+        return Loaded(load_timm(place), "timm", document["num_classes"])
+    if document.get("model_type") == "llama":
+        from transformers import LlamaForCausalLM
+
+        return Loaded(LlamaForCausalLM.from_pretrained(place), "llama")
+    raise InputError(f"{path} is a {document.get('model_type')}; use open_clip, timm or Llama")
+
+
+def _checkpoint(file: Path, name: str | None) -> nn.Module:
+    from open_clip.factory import load_state_dict
+
+    if name is None:
+        raise InputError(f"{file} does not tell its model; add --small-model NAME")
+    model = build_clip(clip_config(name))
+    try:
+        model.load_state_dict(load_state_dict(str(file), device="cpu", weights_only=True))
+    except Exception as error:  # torch names the class it refuses, or the keys that differ
+        raise InputError(
+            f"{file} is refused as {name}: {one_line(str(error))[:300]}; give a checkpoint of plain "
+            "tensors of that model"
+        ) from error
+    return model
+
+
+def build_like(small: Loaded, large: str, seed: int) -> tuple[nn.Module, Any]:
+    """A fresh larger model of the same library, and its settings."""
+    torch.manual_seed(seed)
+    if small.library == "clip":
+        return build_clip(clip_config(large)), large
+    spec = read_spec(large)
+    if small.library == "timm":
+        return build_timm(spec, small.classes), spec
+    from transformers import LlamaForCausalLM
+
+    from com_pt.tasks.causal_lm import llama_config
+
+    return LlamaForCausalLM(llama_config(spec)), spec
+
+
+def read_spec(text: str) -> Any:
+    """The content of a JSON file, or the text itself."""
+    if not text.endswith(".json"):
+        return text
+    try:
+        return json.loads(Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{text} is no JSON: {one_line(str(error))}; correct it") from error
+
+
+def save_any(model: nn.Module, like: Loaded, spec: Any, folder: Path) -> None:
+    """Write a model as its library loads it."""
+    if like.library == "clip":
+        save_clip(model, clip_config(spec), folder)
+    elif like.library == "timm":
+        save_timm(model, spec, like.classes, folder)
+    else:
+        model.save_pretrained(folder)  # pyright: ignore
+
+
+@torch.no_grad()
+def compare(small: Loaded, large: nn.Module) -> dict[str, dict[str, float]]:
+    """Cosine and largest difference of both models' outputs on random inputs, by stream."""
+    torch.manual_seed(0)
+    pairs: dict[str, Any] = {}
+    models: list[Any] = [small.model.eval(), large.eval()]
+    if small.library == "clip":
+        size = models[1].visual.image_size
+        images = torch.randn(8, 3, *((size, size) if isinstance(size, int) else size))
+        text = getattr(models[0], "text", models[0])
+        ids = torch.randint(1, text.vocab_size, (8, text.context_length))
+        pairs["image"] = [m.encode_image(images) for m in models]
+        pairs["text"] = [m.encode_text(ids) for m in models]
+    elif small.library == "timm":
+        stem = models[1].patch_embed
+        images = torch.randn(8, stem.proj.in_channels, *stem.img_size)
+        pairs["logits"] = [m(images) for m in models]
+    else:
+        ids = torch.randint(0, models[0].config.vocab_size, (4, 32))
+        pairs["logits"] = [m(input_ids=ids).logits for m in models]
+    return {
+        name: {
+            "cosine": float(torch.cosine_similarity(a, b, dim=-1).mean()),
+            "largest difference": float((a - b).abs().max()),
+        }
+        for name, (a, b) in pairs.items()
+        if a.shape == b.shape
+    }

@@ -1,0 +1,92 @@
+"""Building, saving and loading timm models."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from effml_common.errors import ConfigError, InputError
+from effml_common.parsing import one_line
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def timm_arguments(spec: Any, classes: int) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of ``timm.create_model``.
+
+    Args:
+        spec: A name, or ``{"name": ..., embed_dim: ..., ...}``.
+        classes: Unless the arguments have ``num_classes``.
+    """
+    if isinstance(spec, str):
+        return spec, {"num_classes": classes}
+    if not isinstance(spec, Mapping) or "name" not in spec:
+        raise ConfigError(f"{spec!r} is no timm model; give a name, or name and arguments")
+    return spec["name"], {"num_classes": classes, **{k: v for k, v in spec.items() if k != "name"}}
+
+
+def build_timm(spec: Any, classes: int) -> nn.Module:
+    """A fresh model.
+
+    Raises:
+        ConfigError: If timm does not know it or refuses the arguments.
+    """
+    import timm
+
+    name, arguments = timm_arguments(spec, classes)
+    try:
+        return timm.create_model(name, **arguments)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ConfigError(f"timm refuses {name}: {one_line(str(error))}; see timm.list_models()") from error
+
+
+def save_timm(model: Any, spec: Any, classes: int, folder: Path) -> None:
+    """Write a folder for ``timm.create_model("local-dir:FOLDER")``."""
+    name, arguments = timm_arguments(spec, classes)
+    folder.mkdir(parents=True, exist_ok=True)
+    keep = ("mean", "std", "interpolation", "crop_pct", "first_conv", "classifier")
+    known = getattr(model, "pretrained_cfg", None) or {}
+    size = list(getattr(model.patch_embed, "img_size", (224, 224)))
+    pretrained = {k: known[k] for k in keep if k in known}
+    pretrained |= {"input_size": [model.patch_embed.proj.in_channels, *size], "num_classes": classes}
+    document = {
+        "architecture": name.partition(".")[0],
+        "num_classes": arguments["num_classes"],
+        "num_features": model.num_features,
+        "pretrained_cfg": pretrained,
+        "model_args": {k: v for k, v in arguments.items() if k != "num_classes"},
+    }
+    (folder / CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_timm(folder: Path | str) -> nn.Module:
+    """The model of such a folder.
+
+    Raises:
+        InputError: If it is none.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        document = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+        spec = {"name": document["architecture"], **document.get("model_args", {})}
+        classes = document["num_classes"]
+    except Exception as error:  # safetensors has errors of its own for damaged files
+        raise InputError(
+            f"{folder} is no timm folder: {one_line(str(error))}; it needs {CONFIG} and {WEIGHTS}"
+        ) from error
+    model = build_timm(spec, classes)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(
+            f"{folder}: weights and settings differ: {one_line(str(error))}; export it again"
+        ) from error
+    return model

@@ -1,0 +1,106 @@
+"""Supervised classification with timm models."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from com_pt.adapters.counting import counted_macs
+from com_pt.adapters.timm_models import build_timm, load_timm, save_timm
+from com_pt.data.labelled import labelled_images
+from com_pt.evaluate import top_k
+from com_pt.tasks.base import Task
+from effml_common.errors import ConfigError
+
+KNOWN = {"train", "val", "images", "classes", "image_size", "crop_scale", "smoothing", "val_batch"}
+
+
+class ClassifyTask(Task):
+    """Images with one label each.
+
+    Data settings: ``train`` and ``val`` (CSV of path and label), ``images`` (folder of the paths),
+    ``classes``, ``image_size``, ``crop_scale``, ``smoothing`` of the labels.
+    """
+
+    streams: ClassVar[tuple[str, ...]] = ("pooled",)
+    headline: ClassVar[str] = "top-1"
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        super().__init__(data)
+        unknown = sorted(set(data) - KNOWN)
+        if unknown:
+            raise ConfigError(f"there is no data setting {unknown[0]}; use {', '.join(sorted(KNOWN))}")
+        self.classes = int(data.get("classes", 1000))
+        self.smoothing = float(data.get("smoothing", 0.1))
+        self._samples: Any = None
+
+    def build(self, spec: Any) -> nn.Module:
+        """A timm model; the classes are the data's unless the stage says otherwise."""
+        return build_timm(spec, self.classes)
+
+    def __len__(self) -> int:
+        if self._samples is None:
+            self._samples = labelled_images(self.data, "train", self.classes)
+        return len(self._samples[1])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        len(self)
+        images, labels = self._samples
+        return images.image(index), labels[index]
+
+    def features(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """Pooled features before the classifier [b, w], logits and labels."""
+        images, labels = batch
+        pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+        head = model.head.fc if hasattr(model.head, "fc") else model.head
+        return {"pooled": pooled, "logits": head(pooled), "labels": labels}
+
+    def loss(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cross-entropy with smoothed labels."""
+        value = F.cross_entropy(
+            outputs["logits"].float(), outputs["labels"], label_smoothing=self.smoothing
+        )
+        return {"cross entropy": value}
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Top-1 (and top-5) on the held-out images."""
+        if "val" not in self.data:
+            return {}
+        images, labels = labelled_images(self.data, "val", self.classes)
+        pictures = torch.stack([images.image(i) for i in range(len(labels))])
+        return self.accuracy(model, pictures, torch.tensor(labels))
+
+    @torch.no_grad()
+    def accuracy(self, model: Any, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """Of a model on images in memory."""
+        device, batch = next(model.parameters()).device, int(self.data.get("val_batch", 256))
+        return top_k(torch.cat([model(p.to(device)) for p in images.split(batch)]).cpu(), labels)
+
+    def chance(self) -> float | None:
+        """One in the number of classes, where there are held-out images."""
+        return 1 / self.classes if "val" in self.data else None
+
+    def macs(self, spec: Any) -> int:
+        """Counted on the meta device: timm has too many shapes for a formula."""
+        return _counted(json.dumps([spec, self.classes], sort_keys=True))
+
+    def save(self, model: nn.Module, spec: Any, folder: Path) -> None:
+        """A ``timm.create_model("local-dir:...")`` folder."""
+        save_timm(model, spec, self.classes, folder)
+
+    def load(self, folder: Path, spec: Any) -> nn.Module:
+        """The model of such a folder."""
+        return load_timm(folder)
+
+
+def _counted(key: str) -> int:
+    spec, classes = json.loads(key)
+    with torch.device("meta"):
+        model: Any = build_timm(spec, classes)
+    size, channels = model.patch_embed.img_size, model.patch_embed.proj.in_channels
+    image = torch.zeros(1, channels, *size)
+    return counted_macs(lambda: build_timm(spec, classes), lambda m, x: m(x), image)
