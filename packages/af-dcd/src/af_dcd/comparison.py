@@ -40,7 +40,7 @@ class Arm:
     method: Mapping[str, Any] = field(default_factory=dict)
     rival: str = ""
     weight: float = 0.0
-    rate: float = 5e-3
+    rate: float = 8e-3
 
     @property
     def config(self) -> DistillConfig:

@@ -4,6 +4,7 @@ All share temperature 0.07, 16 groups, pooling 4, 4x4 patches, mask ratio 0.75 a
 belongs to a summed error: 2e-6 on a 2048 x 64 x 128 map weighs like 33.6 on the mean.
 """
 
+from ast import literal_eval
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -93,6 +94,25 @@ def changed(config: DistillConfig, settings: dict[str, Any]) -> DistillConfig:
             advice = did_you_mean(name, known, f"use one of {', '.join(known)}")
             raise ConfigError(f"the method has no setting {name!r}; {advice}")
     return replace(config, **settings)
+
+
+def options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Values of ``name=value`` words: Python literals, or else text.
+
+    Raises:
+        ConfigError: If a word has no ``=``.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{pair!r} is no setting; write name=value")
+        words = {"true": True, "false": False, "none": None}
+        try:
+            found[name] = words[value] if value in words else literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
 
 
 PRESETS: dict[str, DistillConfig] = {

@@ -7,6 +7,7 @@ from mmengine.config import Config, ConfigDict
 
 from af_dcd.config import TrainConfig
 from af_dcd.mm.reading import read_config
+from af_dcd.presets import options
 from af_dcd.mm.teacher import plain, without_downloads
 from effml_common.errors import ConfigError, InputError
 from effml_common.parsing import one_line
@@ -87,27 +88,6 @@ def student_of(whole: Config) -> Config:
     bare.default_hooks["checkpoint"] = {"type": "CheckpointHook", "by_epoch": False}
     bare.work_dir = None
     return bare
-
-
-def options(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """Values of ``name=value`` words: Python literals, or else text.
-
-    Raises:
-        ConfigError: If a word has no ``=``.
-    """
-    from ast import literal_eval
-
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"{pair!r} is no setting; write name=value")
-        words = {"true": True, "false": False, "none": None}
-        try:
-            found[name] = words[value] if value in words else literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value
-    return found
 
 
 def _optimizer(whole: Config, config: TrainConfig) -> None:

@@ -1,5 +1,6 @@
 """CamVid, which mmsegmentation 1.2 lacks."""
 
+from pathlib import Path
 from typing import Any
 
 from mmseg.datasets import BaseSegDataset
@@ -35,18 +36,22 @@ class CamVidDataset(BaseSegDataset):
             **kwargs,
         )
 
+    @classmethod
+    def get_label_map(cls, new_classes: Any = None) -> dict[int, int]:
+        """Old label to new: what a choice of classes asks for, and 11 to what is ignored."""
+        return {**(super().get_label_map(new_classes) or {}), 11: 255}
+
     def load_data_list(self) -> list[dict[str, Any]]:
         """Pairs of the list file, or of the two folders."""
-        if self.ann_file and "\n" not in self.ann_file:
-            from pathlib import Path
-
-            root, listed = Path(self.data_root or ""), Path(self.ann_file)
-            lines = (listed if listed.is_file() else root / listed).read_text().split("\n")
-            pairs = [line.split() for line in lines if line.strip()]
-            if all(len(pair) == 2 for pair in pairs):
-                found = [
-                    {"img_path": str(root / a), "seg_map_path": str(root / b)} for a, b in pairs
-                ]
-                common = {"reduce_zero_label": False, "seg_fields": [], "label_map": self.label_map}
-                return [{**pair, **common, "seg_fields": []} for pair in found]
-        return super().load_data_list()
+        if not self.ann_file:
+            return super().load_data_list()
+        root, listed = Path(self.data_root or ""), Path(self.ann_file)
+        lines = (listed if listed.is_file() else root / listed).read_text().splitlines()
+        pairs = [line.split() for line in lines if line.strip()]
+        if any(len(pair) != 2 for pair in pairs):
+            return super().load_data_list()
+        common = {"label_map": self.label_map, "reduce_zero_label": False}
+        return [
+            {"img_path": str(root / a), "seg_map_path": str(root / b), **common, "seg_fields": []}
+            for a, b in pairs
+        ]

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from af_dcd.mm.shims import build_model
+from af_dcd.mm.shims import build_model, quiet
 from af_dcd.mm.teacher import without_downloads
 from af_dcd.mm.watching import forward, ghost_of
 from effml_common.report import Row
@@ -59,7 +59,7 @@ def crop_of(whole: Config, model: Any) -> tuple[int, int]:
 def gmac(model: nn.Module, size: tuple[int, int]) -> float:
     """Giga multiply-accumulates of one image up to the class scores."""
     ghost = ghost_of(model)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), quiet():
         forward(ghost, torch.zeros(1, 3, *size, device="meta"))
     return round(counter.get_total_flops() / 2e9, 2)
 

@@ -86,7 +86,9 @@ class AfDCDTrainLoop(IterBasedTrainLoop):
         self.runner.call_hook(
             "after_train_iter", batch_idx=self._iter, data_batch=data_batch, outputs=outputs
         )
-        self._logged = {name: float(value) for name, value in outputs.items()}
+        self._logged = {
+            name: float(torch.as_tensor(value).detach()) for name, value in outputs.items()
+        }
         self._iter += 1
 
     def _validate(self, done: bool) -> None:

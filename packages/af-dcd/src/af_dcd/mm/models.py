@@ -109,7 +109,7 @@ class AfDCDMixin:
             NonFiniteError: With the iteration, every weighted term, and advice.
         """
         total, logged = super().parse_losses(losses)  # type: ignore[misc]
-        terms = {k: float(v) for k, v in logged.items() if "loss" in k and k != "loss"}
+        terms = {k: float(v.detach()) for k, v in logged.items() if "loss" in k and k != "loss"}
         step = int(MessageHub.get_current_instance().get_info("iter", 0) or 0) + 1
         words = " + ".join(f"{name} {value:.4g}" for name, value in terms.items())
         source = "the teacher's features are not finite: " if not self._sound() else ""

@@ -1,7 +1,6 @@
 """Configs and checkpoints that users hand over. Checkpoints are read as data: no code in them runs."""
 
 import builtins
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 
+from af_dcd.mm.shims import quiet
 from effml_common.errors import CheckpointError, InputError
 from effml_common.parsing import one_line
 
@@ -28,8 +28,7 @@ def read_config(name: str) -> Config:
         if name.startswith("mmseg::"):
             from mmengine.hub import get_config
 
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # pkg_resources announces its end
+            with quiet():
                 config = get_config(name)
         else:
             if not path.is_file():

@@ -1,7 +1,6 @@
 """mmengine's Runner, made and run so that what goes wrong is one line."""
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from af_dcd.config import TrainConfig
 from af_dcd.mm.compose import one_error_line
 from af_dcd.mm.loop import bare
 from af_dcd.mm.reading import load_weights
+from af_dcd.mm.shims import quiet
 from effml_common.errors import InputError, NonFiniteError
 from effml_common.files import atomic_write
 from effml_common.logging import rank
@@ -35,8 +35,7 @@ def make_runner(whole: Config, config: TrainConfig) -> Runner:
 def build(whole: Config) -> Runner:
     """A Runner; see ``make_runner``."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             return Runner.from_cfg(whole)
     except InputError:
         raise
@@ -51,8 +50,7 @@ def train(runner: Runner) -> None:
         InputError: If the data or a pretrained backbone cannot be read.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             runner.train()
     except (InputError, NonFiniteError):
         raise

@@ -8,6 +8,8 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -40,6 +42,14 @@ class MissingOperators(ModuleType):
         return missing
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out the announcements of mmseg's constructors and of what it imports."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def prepare() -> None:
     """Make mmseg importable and register its models, data sets and transforms.
 
@@ -52,9 +62,7 @@ def prepare() -> None:
     if os.environ.get(_UNSAFE, "").lower() in ("1", "y", "yes", "true"):
         raise InputError(f"{_UNSAFE} lets checkpoints run code; unset it")
     install_stub()
-    with warnings.catch_warnings():
-        # pkg_resources announces its end whenever mmengine imports it.
-        warnings.simplefilter("ignore")
+    with quiet():  # pkg_resources announces its end whenever mmengine imports it
         import mmengine.config
         import mmseg.utils
         import pkg_resources  # noqa: F401
@@ -82,6 +90,5 @@ def build_model(config: dict[str, Any]) -> Any:
     prepare()
     from mmseg.registry import MODELS
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         return MODELS.build(config)

@@ -1,13 +1,14 @@
 """mmseg's test loop."""
 
-import warnings
 from pathlib import Path
 
 from af_dcd.config import EvalConfig
-from af_dcd.mm.compose import one_error_line, options
+from af_dcd.mm.compose import one_error_line
 from af_dcd.mm.reading import load_weights, read_config
 from af_dcd.mm.running import build, without_sync_bn
+from af_dcd.mm.shims import quiet
 from af_dcd.mm.teacher import plain, without_downloads
+from af_dcd.presets import options
 from effml_common.errors import InputError
 
 
@@ -29,8 +30,7 @@ def test(config: EvalConfig, run_dir: Path) -> dict[str, float]:
     runner = build(whole)
     load_weights(runner.model, config.checkpoint)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             found = runner.test()
     except (FileNotFoundError, AssertionError) as error:
         raise one_error_line(error) from error

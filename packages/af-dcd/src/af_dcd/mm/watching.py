@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from af_dcd.mm.shims import quiet
 from af_dcd.taps import Tap, as_map, recording
 from effml_common.errors import InputError
 
@@ -99,7 +100,7 @@ def forward(model: Any, images: Tensor) -> Any:
 def shapes(model: nn.Module, tap: Tap, size: tuple[int, int]) -> tuple[torch.Size, torch.Size]:
     """Shapes of the tapped map and the scores of two images, without computing anything."""
     ghost = ghost_of(model)
-    with torch.no_grad(), watching(ghost, tap) as seen:
+    with torch.no_grad(), quiet(), watching(ghost, tap) as seen:
         forward(ghost, torch.zeros(2, 3, *size, device="meta"))
     return seen.feature().shape, seen.scores().shape
 

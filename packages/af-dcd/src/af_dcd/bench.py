@@ -1,0 +1,163 @@
+"""The ``bench`` command: what the contrast costs, chunked and naive, and where the rest of a step goes."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from af_dcd.config import BenchConfig
+from af_dcd.contrast import omni_contrastive_loss
+from af_dcd.mimicking import MaskedGeneration, feature_loss
+from af_dcd.presets import PRESETS, changed, options
+from effml_common.errors import ConfigError, InputError
+from effml_common.logging import progress, say
+from effml_common.report import Report, Row, environment, write_report
+
+IMPLS = ("chunked", "naive")
+
+
+def bench(config: BenchConfig) -> Report:
+    """Seconds of forward and backward in turns, and peak memory of each form in its own process.
+
+    Raises:
+        InputError: If the settings do not fit the map, or the device is missing.
+    """
+    began = time.monotonic()
+    if config.preset not in PRESETS:
+        raise ConfigError(f"no preset {config.preset!r}; use one of {', '.join(PRESETS)}")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device; use --device cpu")
+    say("a few minutes at the default shape on a CPU; the naive form needs several GB there")
+    torch.manual_seed(0)
+    parts = parts_of(config)
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    with progress("timing", config.repeats * len(parts)) as bar:
+        for _ in range(config.repeats):
+            for name, run in parts.items():
+                seconds[name].append(timed(run, config.device))
+                bar.advance()
+    memory = {impl: peak_of(config, impl) for impl in IMPLS}
+    setting = f"{config.batch} x {config.channels} x {config.height} x {config.width}"
+    rows = []
+    for name, values in seconds.items():
+        metrics = {"seconds": values}
+        if name.startswith("contrast, "):
+            metrics["peak extra MB"] = [memory[name.removeprefix("contrast, ")] / 2**20]
+        rows.append(Row(name, setting, metrics))
+    out = Path(config.out or time.strftime("runs/bench-%Y%m%d-%H%M%S")) / "run"
+    report = Report(
+        package="af-dcd",
+        version=version("af-dcd"),
+        command=sys.argv,
+        seeds=[],
+        seconds=time.monotonic() - began,
+        rows=rows,
+        notes=notes_of(seconds, memory),
+        environment=environment((), config.device),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_report(report, out)
+    return report
+
+
+def notes_of(seconds: dict[str, list[float]], memory: dict[str, float]) -> list[str]:
+    """Ratios within turns, which a busy machine distorts less than times."""
+    chunked, naive = (seconds[f"contrast, {impl}"] for impl in IMPLS)
+    generator = seconds["generator and mimicking"]
+    return [
+        f"peak extra memory, chunked against naive: {memory['chunked'] / memory['naive']:.3f}",
+        f"time, chunked against naive: {median_ratio(chunked, naive):.2f}",
+        f"generator with mimicking against the chunked contrast: {median_ratio(generator, chunked):.1f} "
+        "times the time",
+    ]
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median over turns of the ratio of two times."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    return ratios[len(ratios) // 2]
+
+
+def parts_of(config: BenchConfig) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name: each a forward and a backward pass."""
+    method = changed(PRESETS[config.preset], options(config.method))
+    shape = config.batch, config.channels, config.height, config.width
+    generated = torch.randn(shape, device=config.device).requires_grad_()
+    teacher = torch.randn(shape, device=config.device).relu()
+    student = torch.randn(
+        (config.batch, config.student_channels, config.height, config.width), device=config.device
+    ).requires_grad_()
+    generation = MaskedGeneration(
+        config.student_channels, config.channels, mask=method.mask, enhanced=method.enhanced,
+        hidden=config.hidden,
+    ).to(config.device)  # fmt: skip
+
+    def contrast(impl: str) -> Tensor:
+        settings = {**method.contrast_settings(), "impl": impl}
+        return omni_contrastive_loss(generated, teacher, **settings)
+
+    def run(impl: str) -> Callable[[], Any]:
+        return lambda: contrast(impl).backward()
+
+    parts = {f"contrast, {impl}": run(impl) for impl in IMPLS}
+    parts["generator and mimicking"] = lambda: feature_loss(generation(student), teacher).backward()
+    return parts
+
+
+def timed(run: Callable[[], Any], device: str) -> float:
+    """Seconds of one run, after the device has caught up."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - began
+
+
+def peak_of(config: BenchConfig, impl: str) -> float:
+    """Bytes above the inputs that one forward and backward takes, in a process of its own."""
+    words = [config.channels, config.height, config.width, config.batch, config.device, impl]
+    words += [config.preset, *config.method]
+    done = subprocess.run(
+        [sys.executable, "-m", "af_dcd.bench", *map(str, words)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1:] or ["killed for its memory"]
+        raise InputError(f"the {impl} form could not be measured: {why[0]}; use a smaller map")
+    return float(done.stdout.split()[-1])
+
+
+def _measure_here(words: list[str]) -> float:
+    import resource
+
+    channels, height, width, batch = map(int, words[:4])
+    device, impl, preset, *method = words[4:]
+    torch.set_num_threads(1)
+    settings = changed(PRESETS[preset], options(tuple(method))).contrast_settings()
+    small = torch.randn(1, settings["groups"], *(4 * settings["pool"],) * 2).requires_grad_()
+    # Libraries load at first use; a small run before must not count. Its patches are whole ones.
+    omni_contrastive_loss(small, small, **{**settings, "impl": impl, "patch": 4}).backward()
+    shape = batch, channels, height, width
+    generated = torch.randn(shape, device=device).requires_grad_()
+    teacher = torch.randn(shape, device=device)
+    generated.grad = torch.zeros_like(generated)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    omni_contrastive_loss(generated, teacher, **{**settings, "impl": impl}).backward()
+    if device.startswith("cuda"):
+        return float(torch.cuda.max_memory_allocated() - before)
+    return max(1.0, 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{_measure_here(sys.argv[1:])}\n")

@@ -1,0 +1,58 @@
+"""Pascal VOC 2012 with the SBD annotations, converted by mmseg's script: 10582 training images."""
+
+dataset_type = "PascalVOCDataset"
+data_root = "data/VOCdevkit/VOC2012"
+crop_size = (512, 512)
+load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
+train_pipeline = [
+    *load,
+    dict(
+        type="RandomChoice",
+        transforms=[[dict(type="Resize", scale_factor=k / 10, keep_ratio=True)] for k in range(5, 21)],
+    ),
+    dict(type="RandomCrop", crop_size=crop_size),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [*load, dict(type="PackSegInputs")]
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(
+        type="ConcatDataset",
+        datasets=[
+            dict(
+                type=dataset_type,
+                data_root=data_root,
+                data_prefix=dict(img_path="JPEGImages", seg_map_path="SegmentationClass"),
+                ann_file="ImageSets/Segmentation/train.txt",
+                pipeline=train_pipeline,
+            ),
+            dict(
+                type=dataset_type,
+                data_root=data_root,
+                data_prefix=dict(img_path="JPEGImages", seg_map_path="SegmentationClassAug"),
+                ann_file="ImageSets/Segmentation/aug.txt",
+                pipeline=train_pipeline,
+            ),
+        ],
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type=dataset_type,
+        data_root=data_root,
+        data_prefix=dict(img_path="JPEGImages", seg_map_path="SegmentationClass"),
+        ann_file="ImageSets/Segmentation/val.txt",
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+test_evaluator = val_evaluator

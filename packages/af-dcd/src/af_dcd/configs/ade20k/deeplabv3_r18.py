@@ -1,0 +1,6 @@
+_base_ = ["../_base_/deeplabv3_r18.py", "../_base_/ade20k.py", "../_base_/recipe.py"]
+model = dict(
+    data_preprocessor=dict(size=(512, 512)),
+    decode_head=dict(num_classes=150),
+    auxiliary_head=dict(num_classes=150),
+)
