@@ -17,9 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from com_pt.chain import ChainConfig, StageConfig
-from com_pt.run import plan_chain, run_chain
-from com_pt.study import ARMS, Cell, claims_of, curve, family_rows, rows_of
+from com_pt.study import ARMS, Cell, claims_of, curve, family_rows, rows_of, train_cell
 from com_pt.tasks.base import task_class
 from com_pt.tasks.digits import pair_model
 from effml_common.cli import COMMON_FLAGS, parse
@@ -27,6 +25,7 @@ from effml_common.files import atomic_write
 from effml_common.report import Report, environment, write_report
 
 PROG = "python benchmarks/com_pt_study.py"
+MIDDLE = ("scratch", "feature only", "lossless", "lossless + feature")  # arms of the second member
 EXAMPLES = (PROG, f"{PROG} --family vit --seeds 1 2 3")
 
 
@@ -72,14 +71,14 @@ FAMILIES = {
     "clip": Family(
         "com_pt.tasks.digits:DigitPairs", {},
         {"N": pair_model(16, 16), "T": pair_model(32, 32), "S": pair_model(64, 64),
-         "B": pair_model(128, 64, 4)},
-        batch=64, lr=2e-3, alone=600, stage={"T": 120, "S": 120, "B": 80}, longer=(80, 240),
+         "B": pair_model(128, 64, 3)},
+        batch=64, lr=2e-3, alone=1000, stage={"T": 190, "S": 190, "B": 120}, longer=(360,),
         metric="zero-shot top-1", gap=0.005,
     ),
     "vit": Family(
         "com_pt.tasks.digit_images:DigitImages", {},
         {"N": vit(16, 2), "T": vit(32, 2), "S": vit(64, 2), "B": vit(128, 4)},
-        batch=64, lr=1e-3, alone=400, stage={"T": 80, "S": 80, "B": 50}, longer=(50, 150),
+        batch=64, lr=1e-3, alone=400, stage={"T": 80, "S": 80, "B": 50}, longer=(150,),
         metric="top-1", gap=0.005,
     ),
     "llama": Family(
@@ -87,7 +86,7 @@ FAMILIES = {
         {"train": [f"{sysconfig.get_path('stdlib')}/[a-m]*.py"],
          "val": [f"{sysconfig.get_path('stdlib')}/[t-z]*.py"], "length": 64, "val_blocks": 200},
         {"N": llama(16, 2), "T": llama(32, 2), "S": llama(64, 2), "B": llama(128, 4)},
-        batch=16, lr=3e-3, alone=400, stage={"T": 80, "S": 80, "B": 50}, longer=(50, 150),
+        batch=16, lr=3e-3, alone=400, stage={"T": 80, "S": 80, "B": 50}, longer=(150,),
         metric="loss", gap=0.005, larger_is_better=False,
     ),
 }  # fmt: skip
@@ -137,8 +136,12 @@ def order(
     for seed in config.seeds:
         for member in (first, second, third):
             yield f"{member} alone", member, "scratch", None, family.alone, seed
-        for member, small in ((second, f"{first} alone"), (third, f"{second} {config.start}")):
-            for arm in config.arms:
+        pairs = (
+            (second, f"{first} alone", [arm for arm in config.arms if arm in MIDDLE]),
+            (third, f"{second} {config.start}", config.arms),
+        )
+        for member, small, arms in pairs:
+            for arm in arms:
                 yield f"{member} {arm}", member, arm, small, family.stage[member], seed
     for seed in config.seeds if config.lengths else ():
         for steps in family.longer:
@@ -158,29 +161,12 @@ def train(
     place = folder / f"{name.replace(' ', '_')}-{seed}"
     if (place / "cell.json").exists():
         return
-    mode, weight = ARMS[arm]
-    common: dict[str, Any] = {"batch_size": family.batch, "lr": config.lr or family.lr,
-                              "warmup_steps": 50}  # fmt: skip
-    stages = []
-    spent = 0.0
-    if before is not None:
-        source = folder / f"{before.replace(' ', '_')}-{seed}"
-        small = json.loads((source / "cell.json").read_text())
-        init = str(source / "run" / small["member"])
-        stages.append(StageConfig(name=small["member"], model=family.members[small["member"]],
-                                  init_from=init, **common))  # fmt: skip
-        spent = small["total_macs"] if (mode, weight) != ("random", 0.0) else 0.0
-    epochs = steps / (len(task) // family.batch)
-    stages.append(StageConfig(name=member, model=family.members[member], epochs=epochs,
-                              growth=mode, feature_weight=weight, **common))  # fmt: skip
-    chain = ChainConfig(task=family.task, data=family.data, stages=tuple(stages), seed=seed,
-                        individual_epochs=epochs, save_every=10**9)  # fmt: skip
-    done = run_chain(chain, place / "run", task=task, resume=True, force=True)[-1]
-    cell = {"cell": name, "member": member, "arm": arm, "seed": seed, "steps": done.steps,
-            "value": done.metrics[family.metric], "start": done.start.get(family.metric),
-            "macs": done.macs, "total_macs": spent + done.macs, "seconds": done.seconds,
-            "forward": plan_chain(chain, task).stages[-1].forward}  # fmt: skip
-    atomic_write(place / "cell.json", json.dumps(cell) + "\n")
+    source = None if before is None else folder / f"{before.replace(' ', '_')}-{seed}"
+    cell = train_cell(
+        task, family.task, family.data, family.members, place, source, name=name, member=member,
+        arm=arm, steps=steps, seed=seed, metric=family.metric, batch=family.batch,
+        lr=config.lr or family.lr,
+    )  # fmt: skip
     print(time.strftime("%H:%M:%S"), cell, flush=True)
 
 

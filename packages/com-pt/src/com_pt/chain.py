@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from com_pt.errors import ChainOrderError
 from com_pt.growth import Depth, Mode
@@ -36,20 +36,27 @@ class StageConfig:
     lr: float = setting(1e-3, "peak learning rate of AdamW")
     weight_decay: float = setting(0.1, "not for norms, biases, scales and positions")
     batch_size: int = setting(1024, "samples per update, over all processes")
-    growth: Mode = setting("embed", "embed, official, lossless or random")
-    depth: Depth | None = setting(None, "interleave, stack or identity")
+    growth: Literal["embed", "official", "lossless", "random"] = setting(
+        "embed", "embed, official, lossless or random"
+    )
+    depth: Literal["interleave", "stack", "identity"] | None = setting(
+        None, "interleave, stack or identity"
+    )
     feature_weight: float = setting(1.953, "lambda = 2 alpha / D of the feature loss; 0 is off")
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        require(bool(self.name) and "/" not in self.name, f"the name is {self.name!r}", "use a word")
+        require(
+            bool(self.name) and "/" not in self.name, f"the name is {self.name!r}", "use a word"
+        )
         require(self.epochs is None or self.epochs > 0, f"epochs are {self.epochs}", "give more")
         require(0 < self.lr < math.inf, f"lr is {self.lr}", "try 1e-3")
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}", "give 1 or more")
         require(self.feature_weight >= 0, f"feature_weight is {self.feature_weight}", "0 is off")
         for name, allowed in (("growth", get_args(Mode)), ("depth", (*get_args(Depth), None))):
             value = getattr(self, name)
-            require(value in allowed, f"{name} is {value}", f"use one of {', '.join(map(str, allowed))}")
+            choice = f"use one of {', '.join(map(str, allowed))}"
+            require(value in allowed, f"{name} is {value}", choice)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +74,17 @@ class ChainConfig:
     data: Mapping[str, Any] = field(default_factory=dict)
     individual_epochs: float = setting(128, "epochs of a member that is trained alone")
     seed: int = 0
-    precision: Precision = setting("fp32", "fp32, bf16 or fp16")
-    accum_freq: int = setting(1, "micro-batches per update; contrastive losses see them all at once")
+    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "fp32, bf16 or fp16")
+    accum_freq: int = setting(
+        1, "micro-batches per update; contrastive losses see them all at once"
+    )
     grad_checkpointing: bool = False
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     lr_floor: float = setting(3e-6, "where the cosine ends")
-    cap: Cap = setting("off", "warn about, or scale down, a feature loss above the task loss")
+    cap: Literal["off", "warn", "scale"] = setting(
+        "off", "warn about, or scale down, a feature loss above the task loss"
+    )
     projector: bool = setting(True, "add a linear map where the members' feature widths differ")
     allow_weak: bool = setting(False, "no warning about a predecessor at chance level")
     resize_pos: bool = setting(False, "interpolate positions when the image size changes")
@@ -147,7 +158,8 @@ def load_chain(path: str | Path) -> ChainConfig:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise InputError(
-            f"{path} cannot be read as YAML: {one_line(str(error))}; give a chain file or a recipe ({known})"
+            f"{path} cannot be read as YAML: {one_line(str(error))}; "
+            f"give a chain file or one of {known}"
         ) from error
     if not isinstance(document, dict) or not isinstance(document.get("stages"), list):
         raise ConfigError(f"{path} has no list of stages; see the README for a chain file")
@@ -168,35 +180,38 @@ def chain_of(document: Mapping[str, Any]) -> ChainConfig:
 
 
 def _made(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    known = {f.name: f for f in fields(kind)}
+    known = get_type_hints(kind)
     converted = {}
     for name, value in values.items():
         if name not in known:
             hint = did_you_mean(name, list(known), f"use one of {', '.join(known)}")
             raise ConfigError(f"there is no setting {name}; {hint}")
-        converted[name] = _converted(name, value, str(known[name].type))
+        converted[name] = _converted(name, value, known[name])
     try:
         return kind(**converted)
     except TypeError as error:
         raise ConfigError(f"{one_line(str(error))}; see the README for a chain file") from error
 
 
-def _converted(name: str, value: Any, hint: str) -> Any:
+def _converted(name: str, value: Any, hint: Any) -> Any:
     """YAML reads 1e-3 as text; counts and rates must be numbers."""
-    if "tuple[float" in hint:
-        return tuple(_converted(name, item, "float") for item in value)
+    allowed = get_args(hint) or (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    if name == "betas":
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            raise ConfigError(f"betas are {value!r}; give two numbers, such as [0.9, 0.98]")
+        return tuple(_converted(name, item, float) for item in value)
     for kind in (float, int):
-        if hint.split(" | ")[0] == f"<class '{kind.__name__}'>" or hint.startswith(kind.__name__):
-            if value is None and "None" in hint:
-                return None
+        if kind in allowed and value is not None:
             try:
                 number = kind(value)
                 if isinstance(value, bool) or number != float(value):
                     raise ValueError
                 return number
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise ConfigError(f"{name} is {value!r}; give a number") from None
-    if "bool" in hint and not isinstance(value, bool):
+    if bool in allowed and not isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}; give true or false")
     return value
 

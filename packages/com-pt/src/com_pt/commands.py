@@ -91,7 +91,9 @@ def grow_model(config: GrowConfig) -> Facts:
         "layers": report.layers,
         "outputs on random inputs": measured,
     }
-    return Facts(facts, "inherited: share of the large model's numbers that come from the small one")
+    return Facts(
+        facts, "inherited: share of the large model's numbers that come from the small one"
+    )
 
 
 def plan(config: PlanConfig) -> ChainCost:
@@ -110,7 +112,9 @@ def cost(config: CostConfig) -> Facts:
         frozen = json.loads((run / FROZEN).read_text(encoding="utf-8"))
         lines = (run / LEDGER).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise InputError(f"{config.run} holds no finished stage; give the --out of train") from error
+        raise InputError(
+            f"{config.run} holds no finished stage; give the --out of train"
+        ) from error
     frozen.pop("digest")
     planned = plan_chain(chain_of(frozen))
     facts: dict[str, Any] = {}
@@ -160,9 +164,7 @@ def _train(config: TrainConfig, chain: ChainConfig, command: str) -> Report:
     task = task_class(chain.task)(chain.data)
     if len(task) == 0:
         raise InputError("there are no training data; give some under data: train")
-    members = run_chain(
-        chain, out, task=task, resume=config.resume == "auto", force=config.force
-    )
+    members = run_chain(chain, out, task=task, resume=config.resume == "auto", force=config.force)
     planned = plan_chain(chain, task)
     report = Report(
         package="com-pt",
@@ -237,7 +239,9 @@ def _judge_clip(config: EvalConfig, model: Any) -> dict[str, float]:
         return evaluate_retrieval(model, images, texts)
     fit = CaptionData.open({**data, "val": config.train}, "val", captions=None)
     names = sorted({line[0] for line in fit.texts + held_out.texts})
-    labels = [torch.tensor([names.index(line[0]) for line in part.texts]) for part in (fit, held_out)]
+    labels = [
+        torch.tensor([names.index(line[0]) for line in part.texts]) for part in (fit, held_out)
+    ]
     seen = [encoded_images(model, part).cpu() for part in (fit.for_retrieval()[0], images)]
     return linear_probe(seen[0], labels[0], seen[1], labels[1])
 

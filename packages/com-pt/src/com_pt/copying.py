@@ -45,7 +45,8 @@ def top_left(small: Tensor, fresh: Tensor) -> Tensor | None:
         return None
     if small.dim() == 4 and small.shape[1:] != fresh.shape[1:]:
         raise GrowthError(
-            f"kernels {tuple(small.shape[1:])} and {tuple(fresh.shape[1:])} differ; use equal patch sizes"
+            f"kernels {tuple(small.shape[1:])} and {tuple(fresh.shape[1:])} differ; "
+            "use equal patch sizes"
         )
     grown = fresh.clone()
     corner = tuple(slice(0, n) for n in small.shape)
@@ -59,8 +60,8 @@ def embed(small: Tensor, fresh: Tensor, rule: Rule) -> Tensor:
     if small.dim() == 0:
         return small.to(grown.dtype)
     index = [
-        index_map(axis, s, l)
-        for axis, s, l in zip(rule.axes, small.shape, fresh.shape, strict=True)
+        index_map(axis, s, n)
+        for axis, s, n in zip(rule.axes, small.shape, fresh.shape, strict=True)
     ]
     grown[torch.meshgrid(*index, indexing="ij")] = small
     return grown

@@ -14,7 +14,9 @@ from typing import Any
 def transformer_macs(width: int, tokens: int, layers: int, mlp_ratio: float = 4.0) -> int:
     """Plain blocks: layers * ((4 + 2 ratio) w^2 n + 2 n^2 w)."""
     hidden = int(width * mlp_ratio)
-    return layers * (4 * width * width * tokens + 2 * width * hidden * tokens + 2 * tokens**2 * width)
+    return layers * (
+        4 * width * width * tokens + 2 * width * hidden * tokens + 2 * tokens**2 * width
+    )
 
 
 def image_tower_macs(vision: Mapping[str, Any], embed_dim: int) -> int:
@@ -35,7 +37,7 @@ def text_tower_macs(text: Mapping[str, Any], embed_dim: int) -> int:
 
 
 def clip_macs(config: Mapping[str, Any], captions: int) -> int:
-    """vis + K txt of one image with its captions."""
+    """Vis + K txt of one image with its captions."""
     dim = config["embed_dim"]
     return image_tower_macs(config["vision_cfg"], dim) + captions * text_tower_macs(
         config["text_cfg"], dim

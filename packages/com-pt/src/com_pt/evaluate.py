@@ -26,7 +26,9 @@ def evaluate_zero_shot(
     words = torch.cat([model.encode_text(p.to(device), normalize=True) for p in flat.split(batch)])
     classes = F.normalize(words.reshape(n, templates, -1).mean(1), dim=-1)
     pictures = encoded_images(model, images, batch)
-    return {f"zero-shot {name}": value for name, value in top_k(pictures @ classes.T, labels).items()}
+    return {
+        f"zero-shot {name}": value for name, value in top_k(pictures @ classes.T, labels).items()
+    }
 
 
 def top_k(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> dict[str, float]:

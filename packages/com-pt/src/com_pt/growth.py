@@ -117,7 +117,7 @@ def grow_state(
     check_models(source, target)
     check_weights(small)
     layers = _layer_maps(small, fresh, source, target, config)
-    report.layers = {stack: chosen for stack, chosen in layers.items()}
+    report.layers = dict(layers)
     methods = method_of(source, target, layers) if config.mode == "lossless" else {}
     report.eps_factor = {tower: plan.eps_factor for tower, plan in methods.items()}
     generator = torch.Generator().manual_seed(config.seed)
@@ -186,12 +186,10 @@ def check_weights(state: State) -> None:
     """Refuse a source without values or with bad ones.
 
     Raises:
-        GrowthError: If tensors are on the meta device or quantised.
+        GrowthError: If tensors are quantised.
         NonFiniteWeightsError: If they hold NaN or infinities.
     """
     for name, value in state.items():
-        if value.is_meta:
-            raise GrowthError(f"{name} is on the meta device, without values; load the weights first")
         if not value.is_floating_point() and value.dim() > 0:
             raise GrowthError(f"{name} is {value.dtype}; grow from an unquantised checkpoint")
         if not bool(torch.isfinite(value).all()):
@@ -203,7 +201,9 @@ def check_weights(state: State) -> None:
 def _layer_maps(
     small: State, fresh: State, source: Layout, target: Layout, config: GrowthConfig
 ) -> dict[str, list[int]]:
-    counts = [_depths(state, layout, config) for state, layout in ((small, source), (fresh, target))]
+    counts = [
+        _depths(state, layout, config) for state, layout in ((small, source), (fresh, target))
+    ]
     missing = set(counts[1]) - set(counts[0])
     if missing:
         raise LayoutError(
@@ -253,7 +253,9 @@ def _one(
             made = top_left(part, value)
             return made, 0 if made is None else part.numel()
         if len(rule.axes) != value.dim() or part.dim() != value.dim():
-            raise LayoutError(f"it has {value.dim()} axes and {len(rule.axes)} roles; fix the layout")
+            raise LayoutError(
+                f"it has {value.dim()} axes and {len(rule.axes)} roles; fix the layout"
+            )
         if config.mode == "lossless":
             plan = methods[rule.tower]
             if plan.method == "duplicate":
@@ -285,4 +287,3 @@ def _check_leftovers(
 
 def _allowed(name: str, config: GrowthConfig) -> bool:
     return any(fnmatch(name, pattern) for pattern in config.allow_missing)
-

@@ -86,7 +86,8 @@ def duplicate(small: Tensor, fresh: Tensor, rule: Rule, generator: torch.Generat
     """
     grown = small
     origins = [
-        tile(s, l, axis.role) for axis, s, l in zip(rule.axes, small.shape, fresh.shape, strict=True)
+        tile(s, n, axis.role)
+        for axis, s, n in zip(rule.axes, small.shape, fresh.shape, strict=True)
     ]
     for axis, origin in enumerate(origins):
         grown = grown.index_select(axis, origin)
@@ -128,9 +129,9 @@ def extend(small: Tensor, fresh: Tensor, rule: Rule, *, fill: Literal["mean", "z
     if small.dim() == 0 or small.shape == fresh.shape:
         return small.clone()
     sizes = list(zip(rule.axes, small.shape, fresh.shape, strict=True))
-    for axis, s, l in sizes:
-        if axis.role in ("EMBED", "CLASS") and s != l:
-            raise GrowthError(f"{axis.role} grows from {s} to {l}; keep it, or use mode embed")
+    for axis, s, n in sizes:
+        if axis.role in ("EMBED", "CLASS") and s != n:
+            raise GrowthError(f"{axis.role} grows from {s} to {n}; keep it, or use mode embed")
     if rule.kind == "scale":
         raise GrowthError(
             "LayerScale does not allow a ratio that is not whole; use mode embed, or a multiple"
@@ -142,11 +143,11 @@ def extend(small: Tensor, fresh: Tensor, rule: Rule, *, fill: Literal["mean", "z
         grown[: small.shape[0]] = small if is_bias else small * math.sqrt(share)
         return grown
     grown = embed(small, fresh, rule)
-    for dim, (axis, s, l) in enumerate(sizes):
-        if axis.reads and axis.role != "WIDTH" and s < l:
-            grown.narrow(dim, s, l - s).zero_()
-    for dim, (axis, s, l) in enumerate(sizes):
-        if axis.writes and s < l:
+    for dim, (axis, s, n) in enumerate(sizes):
+        if axis.reads and axis.role != "WIDTH" and s < n:
+            grown.narrow(dim, s, n - s).zero_()
+    for dim, (axis, s, n) in enumerate(sizes):
+        if axis.writes and s < n:
             old = grown.narrow(dim, 0, s).mean(dim, keepdim=True)
-            grown.narrow(dim, s, l - s).copy_(old if fill == "mean" else torch.zeros_like(old))
+            grown.narrow(dim, s, n - s).copy_(old if fill == "mean" else torch.zeros_like(old))
     return grown

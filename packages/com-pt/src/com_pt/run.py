@@ -106,7 +106,9 @@ def run_chain(
         folder = out / "run" / f"stage-{i + 1}-{stage.name}"
         predecessor = chain.stages[i - 1] if i > 0 else None
         # A member that is done may have been the last thing before the interruption.
-        member = _stage(chain, i, task, cost.stages[i], out, folder, predecessor, accelerator, resume)
+        member = _stage(
+            chain, i, task, cost.stages[i], out, folder, predecessor, accelerator, resume
+        )
         members.append(member)
         if accelerator.is_main_process:
             _write_state(chain, out, members)
@@ -145,9 +147,7 @@ def _stage(
     _warn_if_weak(chain, task, stage, index, metrics)
     _publish(task, result.model, stage, out, accelerator)
     macs = float(result.samples) * cost.per_sample
-    return Member(
-        stage.name, result.steps, result.samples, macs, result.seconds, metrics, start
-    )
+    return Member(stage.name, result.steps, result.samples, macs, result.seconds, metrics, start)
 
 
 def _grow(
@@ -268,8 +268,6 @@ def _warn_if_weak(
         return
     if value <= 1.5 * chance:
         warn(
-            f"{stage.name} is at chance ({value:.3g}, chance {chance:.3g}); saturate it before the chain "
-            "goes on (more epochs), or set allow_weak: true"
+            f"{stage.name} is at chance ({value:.3g}, chance {chance:.3g}); saturate it "
+            "before the chain goes on (more epochs), or set allow_weak: true"
         )
-
-

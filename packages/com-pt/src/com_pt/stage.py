@@ -32,7 +32,9 @@ class StageModel(nn.Module):
         feature_loss: Its projectors; None in the first stage.
     """
 
-    def __init__(self, task: Task, model: nn.Module, feature_loss: InverseFeatureLoss | None) -> None:
+    def __init__(
+        self, task: Task, model: nn.Module, feature_loss: InverseFeatureLoss | None
+    ) -> None:
         super().__init__()
         self.task = task
         self.model = model

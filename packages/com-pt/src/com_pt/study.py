@@ -1,11 +1,17 @@
 """Arms, tables, claims and curves of a comparison of ways to train a family."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from com_pt.chain import ChainConfig, StageConfig
 from com_pt.growth import Mode
+from com_pt.run import plan_chain, run_chain
+from com_pt.tasks.base import Task
+from effml_common.files import atomic_write
 from effml_common.report import Claim, Row
 
 WEIGHT = 1.953  # lambda of the released alpha = 500 at 512 channels
@@ -45,6 +51,68 @@ class Cell:
     forward: int
 
 
+def train_cell(
+    task: Task,
+    task_name: str,
+    data: Mapping[str, Any],
+    members: Mapping[str, Any],
+    place: Path,
+    source: Path | None,
+    *,
+    name: str,
+    member: str,
+    arm: str,
+    steps: int,
+    seed: int,
+    metric: str,
+    batch: int,
+    lr: float,
+) -> Cell:
+    """Train one member in one way into ``place``, from the cell in ``source`` if there is one."""
+    mode, weight = ARMS[arm]
+    common: dict[str, Any] = {"batch_size": batch, "lr": lr, "warmup_steps": 50}
+    stages = []
+    spent = 0.0
+    if source is not None:
+        small = json.loads((source / "cell.json").read_text(encoding="utf-8"))
+        init = str(source / "run" / small["member"])
+        first = StageConfig(
+            name=small["member"], model=members[small["member"]], init_from=init, **common
+        )
+        stages.append(first)
+        spent = small["total_macs"] if arm != "scratch" else 0.0
+    epochs = steps / (len(task) // batch)
+    stages.append(
+        StageConfig(
+            name=member,
+            model=members[member],
+            epochs=epochs,
+            growth=mode,
+            feature_weight=weight,
+            **common,
+        )
+    )
+    chain = ChainConfig(
+        task=task_name, data=data, stages=tuple(stages), seed=seed, individual_epochs=epochs
+    )
+    done = run_chain(chain, place / "run", task=task, resume=True, force=True)[-1]
+    cell = Cell(
+        cell=name,
+        member=member,
+        arm=arm,
+        seed=seed,
+        steps=done.steps,
+        value=done.metrics[metric],
+        start=done.start.get(metric),
+        macs=done.macs,
+        total_macs=spent + done.macs,
+        seconds=done.seconds,
+        forward=plan_chain(chain, task).stages[-1].forward,
+    )
+    atomic_write(place / "cell.json", json.dumps(asdict(cell)) + "\n")
+    return cell
+
+
 def by_seed(cells: Sequence[Cell], name: str) -> dict[int, Cell]:
     """The cells of a name, by seed."""
     return {cell.seed: cell for cell in sorted(cells, key=lambda c: c.seed) if cell.cell == name}
@@ -53,7 +121,9 @@ def by_seed(cells: Sequence[Cell], name: str) -> dict[int, Cell]:
 def rows_of(cells: Sequence[Cell], metric: str) -> list[Row]:
     """A row per cell name, with values over seeds."""
     rows = []
-    for name in dict.fromkeys(cell.cell for cell in sorted(cells, key=lambda c: (c.forward, c.cell))):
+    for name in dict.fromkeys(
+        cell.cell for cell in sorted(cells, key=lambda c: (c.forward, c.cell))
+    ):
         group = list(by_seed(cells, name).values())
         metrics = {
             metric: [c.value for c in group],
@@ -116,16 +186,19 @@ def claims_of(
     """The paper's claims, as gaps over paired seeds.
 
     Args:
+        cells: All cells.
+        names: Members; the arms are those of the last two.
+        start: The arm of the chain.
         sign: 1 where larger values are better, -1 where smaller ones are.
         gap: What a lossless member may lose.
     """
     claims = []
 
-    def add(id: str, text: str, one: str, other: str, shift: float = 0.0) -> None:
+    def add(key: str, text: str, one: str, other: str, shift: float = 0.0) -> None:
         a, b = by_seed(cells, one), by_seed(cells, other)
         gaps = [sign * (a[s].value - b[s].value) + shift for s in a if s in b]
         if gaps:
-            claims.append(Claim(id, text, gaps))
+            claims.append(Claim(key, text, gaps))
 
     for member in names[2:]:
         for mode in ("official", "embed", "lossless"):
@@ -179,7 +252,9 @@ def curve(cells: Sequence[Cell], member: str, metric: str, path: Path) -> list[P
     axes.set_xscale("log")
     axes.set_xlabel("training GMAC, all predecessors included")
     axes.set_ylabel(metric)
-    axes.set_title(f"{member}: mean and range over {len({c.seed for c in cells})} seeds", loc="left")
+    axes.set_title(
+        f"{member}: mean and range over {len({c.seed for c in cells})} seeds", loc="left"
+    )
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

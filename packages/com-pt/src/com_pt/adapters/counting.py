@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree
 
 
 def counted_macs(
@@ -18,9 +19,7 @@ def counted_macs(
 
     with torch.device("meta"):
         model = build().train()
-    on_meta = torch.utils._pytree.tree_map(lambda t: t.to("meta"), batch)
+    on_meta = _pytree.tree_map(lambda t: t.to("meta"), batch)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call(model, on_meta)
     return counter.get_total_flops() // 2
-
-

@@ -57,7 +57,8 @@ def _checkpoint(file: Path, name: str | None) -> nn.Module:
         raise InputError(f"{file} does not tell its model; add --small-model NAME")
     model = build_clip(clip_config(name))
     try:
-        model.load_state_dict(load_state_dict(str(file), device="cpu", weights_only=True))
+        tensors: Any = load_state_dict(str(file), device="cpu", weights_only=True)
+        model.load_state_dict(tensors)
     except Exception as error:  # torch names the class it refuses, or the keys that differ
         raise InputError(
             f"{file} is refused as {name}: {one_line(str(error))[:300]}; give a checkpoint of plain "

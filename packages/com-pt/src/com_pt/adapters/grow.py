@@ -99,8 +99,9 @@ def grow(
     )
     source, target = (layout_of(m) if layout == "auto" else layout for m in (small, large))
     old, fresh = state_of(small), state_of(large)
-    if any(value.is_meta for value in fresh.values()):
-        raise GrowthError("the large model is on the meta device; create it with values")
+    for which, state in (("small", old), ("large", fresh)):
+        if any(value.is_meta for value in state.values()):
+            raise GrowthError(f"the {which} model is on the meta device; load or create its values")
     if any(value.dtype in HALF for value in old.values()):
         warn("the small model's weights are in half precision; they are grown as they are")
     if is_open_clip(small) and is_open_clip(large):
@@ -144,7 +145,7 @@ def _resized(
     size = next((name for name in source.fixed if name.endswith("image size")), None)
     if size is None or source.fixed[size] == target.fixed[size]:
         return old, source
-    patch = target.fixed[size.replace("image size", "patch size")]
+    patch = next(value for name, value in target.fixed.items() if name.endswith("patch size"))
     grids = [
         tuple(s // p for s, p in zip(layout.fixed[size], patch, strict=True))
         for layout in (source, target)

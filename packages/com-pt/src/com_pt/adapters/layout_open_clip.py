@@ -65,9 +65,7 @@ def custom_text_names(name: str, *, custom: bool) -> str:
 def _image(visual: Any) -> tuple[tuple[Rule, ...], Tower, dict[str, Any]]:
     kind = type(visual).__name__
     if kind == "ModifiedResNet":
-        raise GrowthError(
-            "an image tower with BatchNorm cannot be grown; use a vision transformer"
-        )
+        raise GrowthError("an image tower with BatchNorm cannot be grown; use a vision transformer")
     if kind == "TimmModel":
         trunk = timm_layout(visual.trunk)
         head = rules({"head.proj.weight": "EMBED <WIDTH"}, prefix="visual.", tower="image")
@@ -157,6 +155,4 @@ def _tower(attention: Any, width: int, norm: Any, early: bool) -> Tower:
     heads = attention.num_heads
     if width % heads:
         raise GrowthError(f"{width} channels are no multiple of {heads} heads; correct the config")
-    return Tower(
-        width=width, heads=heads, head_dim=width // heads, early_norm=early, eps=norm.eps
-    )
+    return Tower(width=width, heads=heads, head_dim=width // heads, early_norm=early, eps=norm.eps)

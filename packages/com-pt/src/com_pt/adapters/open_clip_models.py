@@ -39,13 +39,17 @@ def clip_config(spec: Any) -> dict[str, Any]:
     if "hf_model_name" not in text:
         heads = text.get("heads", 8)
         if text.get("width", 512) % heads:
-            raise ConfigError(f"text width {text['width']} is no multiple of {heads} heads; change one")
+            raise ConfigError(
+                f"text width {text['width']} is no multiple of {heads} heads; change one"
+            )
     return config
 
 
 def _whole_heads(tower: str, width: int, head: int) -> None:
     if width % head:  # open_clip would round the number of heads down
-        raise GrowthError(f"{tower} width {width} is no multiple of the head width {head}; change one")
+        raise GrowthError(
+            f"{tower} width {width} is no multiple of the head width {head}; change one"
+        )
 
 
 def _named(name: str) -> Any:
@@ -61,7 +65,9 @@ def _named(name: str) -> Any:
     found = open_clip.get_model_config(name)
     if found is None:
         known = [*open_clip.list_models(), *(p.stem for p in OWN_CONFIGS.glob("*.json"))]
-        raise ConfigError(f"there is no CLIP model {name}; {did_you_mean(name, known, 'give a JSON')}")
+        raise ConfigError(
+            f"there is no CLIP model {name}; {did_you_mean(name, known, 'give a JSON')}"
+        )
     return found
 
 
@@ -78,7 +84,9 @@ def build_clip(config: Mapping[str, Any]) -> nn.Module:
     try:
         return (CustomTextCLIP if custom else CLIP)(**settings, output_dict=True)
     except (TypeError, AssertionError) as error:
-        raise ConfigError(f"open_clip refuses the model: {one_line(str(error))}; see its configs") from error
+        raise ConfigError(
+            f"open_clip refuses the model: {one_line(str(error))}; see its configs"
+        ) from error
 
 
 def save_clip(model: Any, config: Mapping[str, Any], folder: Path) -> None:
@@ -105,7 +113,9 @@ def save_clip(model: Any, config: Mapping[str, Any], folder: Path) -> None:
     }
     document = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
     (folder / CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -133,5 +143,3 @@ def load_clip(folder: Path | str) -> nn.Module:
             f"{folder}: weights and settings differ: {one_line(str(error))}; export it again"
         ) from error
     return model
-
-

@@ -40,7 +40,9 @@ def build_timm(spec: Any, classes: int) -> nn.Module:
     try:
         return timm.create_model(name, **arguments)
     except (RuntimeError, TypeError, AssertionError) as error:
-        raise ConfigError(f"timm refuses {name}: {one_line(str(error))}; see timm.list_models()") from error
+        raise ConfigError(
+            f"timm refuses {name}: {one_line(str(error))}; see timm.list_models()"
+        ) from error
 
 
 def save_timm(model: Any, spec: Any, classes: int, folder: Path) -> None:
@@ -51,7 +53,10 @@ def save_timm(model: Any, spec: Any, classes: int, folder: Path) -> None:
     known = getattr(model, "pretrained_cfg", None) or {}
     size = list(getattr(model.patch_embed, "img_size", (224, 224)))
     pretrained = {k: known[k] for k in keep if k in known}
-    pretrained |= {"input_size": [model.patch_embed.proj.in_channels, *size], "num_classes": classes}
+    pretrained |= {
+        "input_size": [model.patch_embed.proj.in_channels, *size],
+        "num_classes": classes,
+    }
     document = {
         "architecture": name.partition(".")[0],
         "num_classes": arguments["num_classes"],

@@ -48,7 +48,7 @@ class CaptionData:
     def __init__(
         self,
         places: Sequence[Place],
-        texts: Sequence[list[str]],
+        texts: list[list[str]],
         tokenize: Tokenizer,
         transform: Callable[[Any], Tensor],
         captions: int | None,
@@ -84,7 +84,7 @@ class CaptionData:
             raise InputError(f"{paths[0]} holds no samples; give a file with some")
         transform = image_transform(
             data.get("image_size", 224),
-            tuple(data.get("crop_scale", (0.9, 1.0))) if part == "train" else None,
+            crop_of(data, (0.9, 1.0)) if part == "train" else None,
         )
         return cls(places, texts, tokenizer(data), transform, captions)
 
@@ -137,12 +137,13 @@ def read_table(path: Path, images: str | None) -> tuple[list[Place], list[list[s
             captions = [text for text in row[1:] if text.strip()]
             if len(row) != columns or not captions:
                 raise InputError(
-                    f"{path}, line {rows.line_num}: {len(row)} columns instead of {columns}, or no caption; "
-                    "correct the line"
+                    f"{path}, line {rows.line_num}: {len(row)} columns, not {columns}, or no caption"
+                    "; correct the line"
                 )
             if not (root / row[0]).is_file():
                 raise InputError(
-                    f"{path}, line {rows.line_num}: {row[0]} is not there; correct the path or data: images"
+                    f"{path}, line {rows.line_num}: {row[0]} is not there; "
+                    "correct the path or data: images"
                 )
             places.append(Place(root / row[0]))
             texts.append(captions)
@@ -175,15 +176,23 @@ def read_tar(path: Path) -> tuple[list[Place], list[list[str]]]:
                     record = json.load(content)
                     texts[key] = list(record.get("captions") or [record["caption"]])
     except (tarfile.TarError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is no WebDataset shard: {one_line(str(error))}; make it again") from error
+        raise InputError(
+            f"{path} is no WebDataset shard: {one_line(str(error))}; make it again"
+        ) from error
     lost = [key for key in places if not texts.get(key)]
     if lost:
         raise InputError(f"{path}: {lost[0]} has no caption; add {Path(lost[0]).name}.txt or .json")
     return list(places.values()), [texts[key] for key in places]
 
 
+def crop_of(data: Mapping[str, Any], default: tuple[float, float]) -> tuple[float, float]:
+    """The range of areas that a random crop keeps."""
+    low, high = data.get("crop_scale", default)
+    return float(low), float(high)
+
+
 def image_transform(
-    size: int | Sequence[int], crop_scale: tuple[float, ...] | None
+    size: int | Sequence[int], crop_scale: tuple[float, float] | None
 ) -> Callable[[Any], Tensor]:
     """A random crop for training, a centre crop otherwise; CLIP's mean and deviation."""
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -241,12 +250,13 @@ class WordTokenizer:
         self.end, self.length = len(words) + 1, length
 
     def __call__(self, texts: list[str]) -> Tensor:
+        """Token ids [n, length], padded with 0."""
         rows = torch.zeros(len(texts), self.length, dtype=torch.long)
         for row, text in zip(rows, texts, strict=True):
             words = text.lower().split()
             unknown = [word for word in words if word not in self.ids]
             if unknown:
                 raise InputError(f"the word {unknown[0]} is not in the vocabulary; add it")
-            ids = [*(self.ids[w] for w in words)][: self.length - 1] + [self.end]
+            ids = [*[self.ids[w] for w in words][: self.length - 1], self.end]
             row[: len(ids)] = torch.tensor(ids)
         return rows

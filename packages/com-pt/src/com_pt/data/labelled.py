@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from com_pt.data.captions import CaptionData, image_transform, read_table
+from com_pt.data.captions import CaptionData, crop_of, image_transform, read_table
 from effml_common.errors import InputError
 
 
@@ -20,7 +20,9 @@ def labelled_images(
     """
     source = data.get(part)
     if not source:
-        raise InputError(f"no {part} data are given; name a CSV of path and label under data: {part}")
+        raise InputError(
+            f"no {part} data are given; name a CSV of path and label under data: {part}"
+        )
     path = Path(source)
     if not path.is_file():
         raise InputError(f"{path} is not there; check data: {part}")
@@ -36,6 +38,6 @@ def labelled_images(
         labels.append(int(text))
     transform: Callable[[Any], Tensor] = image_transform(
         data.get("image_size", 224),
-        tuple(data.get("crop_scale", (0.35, 1.0))) if part == "train" else None,
+        crop_of(data, (0.35, 1.0)) if part == "train" else None,
     )
     return CaptionData(places, texts, lambda _: None, transform, None), labels  # pyright: ignore

@@ -47,8 +47,8 @@ class Batches:
             raise InputError("there are no training data; give some under data: train")
         if self.samples < batch:
             raise InputError(
-                f"{self.samples} training samples are fewer than one batch of {batch}; add data or lower "
-                "batch_size"
+                f"{self.samples} training samples are fewer than one batch of {batch}; "
+                "add data or lower batch_size"
             )
         if batch % world or batch < world:
             raise InputError(

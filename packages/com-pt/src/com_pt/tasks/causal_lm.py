@@ -33,7 +33,9 @@ class CausalLMTask(Task):
         super().__init__(data)
         unknown = sorted(set(data) - KNOWN)
         if unknown:
-            raise ConfigError(f"there is no data setting {unknown[0]}; use {', '.join(sorted(KNOWN))}")
+            raise ConfigError(
+                f"there is no data setting {unknown[0]}; use {', '.join(sorted(KNOWN))}"
+            )
         self.length = int(data.get("length", 512))
         self._blocks: dict[str, Tensor] = {}
 

@@ -33,7 +33,9 @@ class ClassifyTask(Task):
         super().__init__(data)
         unknown = sorted(set(data) - KNOWN)
         if unknown:
-            raise ConfigError(f"there is no data setting {unknown[0]}; use {', '.join(sorted(KNOWN))}")
+            raise ConfigError(
+                f"there is no data setting {unknown[0]}; use {', '.join(sorted(KNOWN))}"
+            )
         self.classes = int(data.get("classes", 1000))
         self.smoothing = float(data.get("smoothing", 0.1))
         self._samples: Any = None
@@ -47,7 +49,7 @@ class ClassifyTask(Task):
             self._samples = labelled_images(self.data, "train", self.classes)
         return len(self._samples[1])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         len(self)
         images, labels = self._samples
         return images.image(index), labels[index]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip, save_clip
@@ -43,7 +42,9 @@ class ClipTask(Task):
         super().__init__(data)
         unknown = sorted(set(data) - KNOWN)
         if unknown:
-            raise ConfigError(f"there is no data setting {unknown[0]}; use {', '.join(sorted(KNOWN))}")
+            raise ConfigError(
+                f"there is no data setting {unknown[0]}; use {', '.join(sorted(KNOWN))}"
+            )
         self.captions = int(data.get("captions", 1))
         self._samples: CaptionData | None = None
 
@@ -117,8 +118,7 @@ class ClipTask(Task):
         del texts
         labels = torch.tensor([classes.index(name) for name in names])
         prompts = [
-            held_out.tokenize([template.format(name) for template in templates])
-            for name in classes
+            held_out.tokenize([template.format(name) for template in templates]) for name in classes
         ]
         return evaluate_zero_shot(model, images, labels, torch.stack(prompts), batch=batch)
 
@@ -157,5 +157,3 @@ def _lines(value: str | Sequence[str]) -> list[str]:
         return [str(item) for item in value]
     text = Path(value).read_text(encoding="utf-8")
     return json.loads(text) if value.endswith(".json") else text.splitlines()
-
-

@@ -18,7 +18,7 @@ class DigitImages(ClassifyTask):
         super().__init__({"classes": 10})
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
+        digits: Any = load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         self.images = images[order].expand(-1, 3, -1, -1)

@@ -31,7 +31,7 @@ class DigitPairs(ClipTask):
         super().__init__({})
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
+        digits: Any = load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32) / 8 - 1
         labels = torch.tensor(digits.target)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
