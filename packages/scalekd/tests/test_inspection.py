@@ -117,5 +117,7 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 
 def test_head_counts_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(InputError, match=r"5 heads do not divide the 192 channels of s3; use one of"):
+    with pytest.raises(
+        InputError, match=r"5 heads do not divide the 192 channels of s3; use one of"
+    ):
         inspect(InspectConfig(teacher="vit_tiny_patch16_224", student="resnet18", heads=(5, 5)))

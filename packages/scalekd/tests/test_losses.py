@@ -32,13 +32,17 @@ def test_the_ac_loss_is_the_full_loss_of_both_filtered_by_a_dct() -> None:
 
     a, b = torch.randn(2, 2, 16, 5, dtype=dtype)
     cosine = F.cosine_similarity(filtered(a), filtered(b), dim=-1)
-    assert mimic_loss(a, b, "ac").item() == pytest.approx((2 * (1 - cosine)).mean().item(), abs=1e-12)
+    assert mimic_loss(a, b, "ac").item() == pytest.approx(
+        (2 * (1 - cosine)).mean().item(), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(
     ("tokens", "summed", "mean"), [(49, 0.08, 3.92), (256, 0.016, 4.096), (576, 0.008, 4.608)]
 )
-def test_mean_times_token_weight_is_the_released_sum(tokens: int, summed: float, mean: float) -> None:
+def test_mean_times_token_weight_is_the_released_sum(
+    tokens: int, summed: float, mean: float
+) -> None:
     a, b = torch.randn(2, 3, tokens, 8, dtype=dtype)
     unit = lambda x: x / x.norm(dim=-1, keepdim=True)  # noqa: E731
     released = summed * ((unit(a) - unit(b)) ** 2).sum() / len(a)
@@ -55,7 +59,9 @@ def test_the_loss_of_equal_features_is_zero_and_of_opposite_ones_four() -> None:
 def test_a_scale_changes_nothing_and_the_ac_view_ignores_an_offset() -> None:
     a, b = torch.randn(2, 2, 9, 4, dtype=dtype)
     for view in ("full", "ac"):
-        assert mimic_loss(7 * a, 0.3 * b, view).item() == pytest.approx(mimic_loss(a, b, view).item())
+        assert mimic_loss(7 * a, 0.3 * b, view).item() == pytest.approx(
+            mimic_loss(a, b, view).item()
+        )
     offset = torch.randn(2, 1, 4, dtype=dtype)
     assert mimic_loss(a + offset, b, "ac").item() == pytest.approx(mimic_loss(a, b, "ac").item())
     assert abs(mimic_loss(a + offset, b).item() - mimic_loss(a, b).item()) > 1e-3

@@ -27,7 +27,9 @@ def reference(cap: CAP, x: torch.Tensor, queries: torch.Tensor, tau: float) -> t
     k, v = linear("key", kv), linear("value", kv)
     q, k, v = (y.reshape(len(x), -1, heads, width) for y in (q, k, v))
     scores = tau * torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(width)
-    mixed = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).reshape(len(x), -1, heads * width)
+    mixed = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).reshape(
+        len(x), -1, heads * width
+    )
     z = linear("out", mixed)
     z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     z = z * p["out_norm.weight"] + p["out_norm.bias"]
@@ -96,13 +98,17 @@ def test_parameter_count_of_the_published_projectors(
 
 
 def test_heads_that_do_not_divide_are_refused_with_those_that_do() -> None:
-    with pytest.raises(ValueError, match="5 heads do not divide the 8 channels .* use one of 1, 2, 4, 8"):
+    with pytest.raises(
+        ValueError, match="5 heads do not divide the 8 channels .* use one of 1, 2, 4, 8"
+    ):
         CAP(6, 8, (4, 4), (2, 2), num_heads=5)
 
 
 def test_another_grid_is_refused_with_both() -> None:
     cap = CAP(6, 8, (4, 4), (2, 2), num_heads=2)
-    with pytest.raises(ValueError, match=r"grid is \(5, 5\) but the projector was built for \(4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"grid is \(5, 5\) but the projector was built for \(4, 4\)"
+    ):
         cap(torch.randn(2, 6, 5, 5))
 
 

@@ -94,7 +94,12 @@ def test_the_teachers_class_token_of_the_same_image_takes_part_unless_switched_o
 
 def test_a_wide_image_keeps_its_rows_and_columns() -> None:
     model = SwinTransformer(
-        img_size=(16, 32), patch_size=2, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(1, 1)
+        img_size=(16, 32),
+        patch_size=2,
+        window_size=4,
+        embed_dim=16,
+        depths=(1, 1),
+        num_heads=(1, 1),
     )
     out = TeacherSplit.from_timm(model).forward(torch.randn(1, 3, 16, 32))
     assert (out.context.grid, out.grid) == ((8, 16), (4, 8))
@@ -118,7 +123,9 @@ def test_any_network_can_teach_with_named_modules() -> None:
 
 
 def test_a_family_without_a_known_tail_is_refused_with_advice() -> None:
-    with pytest.raises(InputError, match=r"no tail is known for Foreign \(tried blocks, layers, stages\)"):
+    with pytest.raises(
+        InputError, match=r"no tail is known for Foreign \(tried blocks, layers, stages\)"
+    ):
         TeacherSplit.from_timm(Foreign())
 
 
@@ -141,7 +148,9 @@ def test_tokens_that_fill_no_grid_are_refused() -> None:
 
 
 def test_a_teacher_that_drops_patches_is_refused() -> None:
-    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=3, num_heads=2, patch_drop_rate=0.5)
+    model = VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=16, depth=3, num_heads=2, patch_drop_rate=0.5
+    )
     with pytest.raises(InputError, match="drops patches"):
         TeacherSplit.from_timm(model)
 

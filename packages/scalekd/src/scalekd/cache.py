@@ -136,7 +136,9 @@ def identity(config: TrainConfig, task: ScaleKDTask, loader: Any) -> dict[str, s
         "transform": str(loader.dataset.transform),
         "seed": str(config.seed),
         "images": f"{len(loader.dataset)} of {shape['dataset'] or 'folder'} {config.train_split}",
-        "student normalisation": str((task.mean_s.flatten().tolist(), task.std_s.flatten().tolist())),  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
+        "student normalisation": str(
+            (task.mean_s.flatten().tolist(), task.std_s.flatten().tolist())
+        ),  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
     }
 
 
@@ -170,7 +172,9 @@ class TeacherCache:
         folder = Path(config.cache or "")
         manifest = _manifest(folder)
         expected = identity(config, task, loader)
-        differ = [name for name, value in expected.items() if manifest["made_for"].get(name) != value]
+        differ = [
+            name for name, value in expected.items() if manifest["made_for"].get(name) != value
+        ]
         if differ:
             raise InputError(
                 f"the cache {folder} was made with another {', '.join(differ)}; run scalekd cache "
@@ -188,7 +192,9 @@ class TeacherCache:
             try:
                 self._view = (view, load_file(self.folder / f"view-{view}.safetensors"))
             except (OSError, SafetensorError) as error:
-                raise InputError(f"view {view} of {self.folder} cannot be read: {error}; run again") from error
+                raise InputError(
+                    f"view {view} of {self.folder} cannot be read: {error}; run again"
+                ) from error
         kept = {k: v[indices].to(self.device) for k, v in self._view[1].items()}
         template = self.template
         prefix = kept["prefix"].float() if "prefix" in kept else None

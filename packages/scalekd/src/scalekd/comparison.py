@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,19 @@ from scalekd.rivals import DistTask, FeatureImitationTask
 BATCH = 50
 TEST_SEED, TEST_IMAGES = 1_000_000, 2000
 GATE = 3.0  # points that a teacher must be above the student alone
-RATES = (2e-3, 5e-3, 1.2e-2)
+RATES = (3e-3, 8e-3)
+RATE = 8e-3  # of the demo, which does not tune
 
+# The released weights are for a hundred epochs of a million images. On a few hundred updates they drown
+# the labels (67 % instead of 88 % for the CNN on 1000 images, 20 epochs); a tenth does not. Sharp
+# attention (tau 5) was worse as well. Chosen on the development seed with 6 trials.
+METHOD = ScaleKDConfig(w_full=0.4, w_ac=0.3, tau=1.0, heads=(2, 4))
 SCALEKD = {
-    "cap": ScaleKDConfig(use_tpp=False, use_dfm=False, kd_alpha=0.0),
-    "cap+dfm": ScaleKDConfig(use_tpp=False, kd_alpha=0.0),
-    "cap+tpp": ScaleKDConfig(use_dfm=False, kd_alpha=0.0),
-    "cap+dfm+tpp": ScaleKDConfig(kd_alpha=0.0),
-    "scalekd": ScaleKDConfig(),
+    "cap": replace(METHOD, use_tpp=False, use_dfm=False, kd_alpha=0.0),
+    "cap+dfm": replace(METHOD, use_tpp=False, kd_alpha=0.0),
+    "cap+tpp": replace(METHOD, use_dfm=False, kd_alpha=0.0),
+    "cap+dfm+tpp": replace(METHOD, kd_alpha=0.0),
+    "scalekd": METHOD,
 }
 BASELINES = ("alone", "mixup", "kd", "dist", "fitnet", "timm features")
 
@@ -102,7 +107,7 @@ def make_task(arm: str, student: nn.Module, teacher: nn.Module) -> TrainingTask:
     if arm == "dist":
         return DistTask(student, split)
     if arm == "fitnet":
-        return FeatureImitationTask(student, split, weight=3.92)
+        return FeatureImitationTask(student, split, weight=METHOD.w_full or 0.0)
     raise InputError(f"there is no arm {arm}; use one of {', '.join((*BASELINES, *SCALEKD))}")
 
 
@@ -117,7 +122,7 @@ def train_arm(
     student = student_of(kind, CLASSES, seed)
     task = make_task(arm, student, teacher).train()
     parameters = [p for p in task.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05, fused=True)
     generator = torch.Generator().manual_seed(seed)
     mix = Mixup(0.2, 1.0, num_classes=CLASSES, label_smoothing=0.0) if arm == "mixup" else None
     steps, step = epochs * (len(images.x) // BATCH), 0
@@ -171,7 +176,10 @@ def trained_teacher(width: int = 32, steps: int = 1500, batch: int = 64) -> nn.M
         NonFiniteError: If training diverges.
     """
     settings = {"width": width, "steps": steps, "batch": batch, "data": source_hash()}
-    model, file = swin_teacher(width, CLASSES), cache_root() / f"teacher-{key_of(settings)}.safetensors"
+    model, file = (
+        swin_teacher(width, CLASSES),
+        cache_root() / f"teacher-{key_of(settings)}.safetensors",
+    )
     if file.exists():
         model.load_state_dict(load_file(file))
         return model.eval()

@@ -195,7 +195,7 @@ class DemoConfig:
     """Distil a small Swin into three kinds of students, beside other ways to train them."""
 
     seeds: int = setting(1, "seeds of data and students; claims need 3")
-    labelled: int = setting(1000, "labelled images of the students")
+    labelled: int = setting(400, "labelled images of the students")
     epochs: int = setting(30, "epochs of every student")
     students: tuple[str, ...] = setting(("cnn", "mlp", "vit"), "some of cnn, mlp, vit")
     out: str | None = setting(None, "folder of the report; default runs/demo-<time>")

@@ -85,11 +85,15 @@ def verify(student: nn.Module, settings: TrainConfig, file: Path) -> float:
     with safe_open(file, "pt") as opened:
         foreign = [k for k in opened.keys() if k.startswith(("student.", "projectors.", "module."))]  # noqa: SIM118
     if foreign:
-        raise InputError(f"{file} holds {foreign[0]}, which is no part of the student; export again")
+        raise InputError(
+            f"{file} holds {foreign[0]}, which is no part of the student; export again"
+        )
     loaded = timm.create_model(
         settings.student, checkpoint_path=str(file), **arguments_of(settings)
     ).eval()
-    x = torch.randn(2, 3, settings.img_size, settings.img_size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        2, 3, settings.img_size, settings.img_size, generator=torch.Generator().manual_seed(0)
+    )
     gap = float((loaded(x) - student.cpu().eval()(x)).abs().max())
     if gap != 0:
         raise InputError(f"the student loaded by timm differs by {gap:.3g}; do not use the file")

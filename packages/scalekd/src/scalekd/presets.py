@@ -78,7 +78,10 @@ def find_preset(teacher: str, student: str) -> Preset | None:
 
 def auto_heads(width: int, head_width: int = 64) -> int:
     """Number of heads whose width is nearest 64, among those that divide ``width``."""
-    return min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: (abs(width / h - head_width), h))
+    return min(
+        (h for h in range(1, width + 1) if width % h == 0),
+        key=lambda h: (abs(width / h - head_width), h),
+    )
 
 
 def auto_tau(student_kind: str, plain_teacher: bool) -> float:
@@ -93,7 +96,9 @@ def auto_weights(plain_teacher: bool) -> tuple[float, float]:
     return (4.1, 2.05) if plain_teacher else (3.92, 2.94)
 
 
-def term_weights(full: float, ac: float, *, tpp: bool, dfm: bool, ac4: bool) -> dict[tuple[str, View], float]:
+def term_weights(
+    full: float, ac: float, *, tpp: bool, dfm: bool, ac4: bool
+) -> dict[tuple[str, View], float]:
     """Factor of each term that takes part."""
     stages = ("s3", "s4") if tpp else ("s4",)
     weights: dict[tuple[str, View], float] = {(stage, "full"): full for stage in stages}

@@ -91,9 +91,7 @@ def make_trainer(
             f"a batch of {recipe.batch_size} cannot be split over {processes.world} processes "
             f"and {config.grad_accum} accumulated batches; use a multiple of their product"
         )
-    images = dataset_of(
-        config, config.train_split, training=True, seed=config.seed, batch=share
-    )
+    images = dataset_of(config, config.train_split, training=True, seed=config.seed, batch=share)
     if not hasattr(images, "__getitem__") or isinstance(images, torch.utils.data.IterableDataset):
         if config.cache:
             raise ConfigError("a cache needs images with an index; use a folder or hfds/")
@@ -126,9 +124,7 @@ def make_trainer(
         device=device,
     )
     say(cost_line(task))
-    loader = training_loader(
-        dataset, config, recipe, student, share, device, processes.world > 1
-    )
+    loader = training_loader(dataset, config, recipe, student, share, device, processes.world > 1)
     cached = TeacherCache.open(config, task, loader) if config.cache else None
     trainer = Trainer(task, loader, config, recipe, processes, cached)
     say(estimate(trainer))

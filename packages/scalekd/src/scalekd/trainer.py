@@ -196,7 +196,11 @@ class Trainer:
         bad = [n for n, v in result.items() if n != "output" and not torch.isfinite(v).all()]
         shown = None if config.amp == "fp16" else norm  # the scaler skips updates that overflow
         check_finite(
-            result["loss"].detach(), shown, step=step, term=" and ".join(bad) or "loss", last_good=root
+            result["loss"].detach(),
+            shown,
+            step=step,
+            term=" and ".join(bad) or "loss",
+            last_good=root,
         )
         self.scaler.step(self.optimizer)
         self.scaler.update()

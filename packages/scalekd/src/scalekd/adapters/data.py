@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from PIL import Image
 from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
 
@@ -22,7 +23,9 @@ from scalekd.recipe import Recipe
 PREFIXES = ("hfds/", "hfids/", "wds/", "tfds/", "torch/")
 
 
-def dataset_of(config: DataConfig, split: str, *, training: bool, seed: int = 0, batch: int = 1) -> Any:
+def dataset_of(
+    config: DataConfig, split: str, *, training: bool, seed: int = 0, batch: int = 1
+) -> Any:
     """A timm data set.
 
     Raises:
@@ -81,11 +84,14 @@ class CheckedImages(torch.utils.data.Dataset[Any]):
     """
 
     def __init__(
-        self, dataset: Any, num_classes: int, skip_bad: bool, views: int | None = None, seed: int = 0
+        self,
+        dataset: Any,
+        num_classes: int,
+        skip_bad: bool,
+        views: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.dataset, self.num_classes, self.skip_bad = dataset, num_classes, skip_bad
-        # timm would silently take the next image in place of one that it cannot read.
-        dataset._max_retries = 1
         self.views, self.seed, self.view = views, seed, 0
         self.bad = 0
 
@@ -106,7 +112,7 @@ class CheckedImages(torch.utils.data.Dataset[Any]):
             at = (index + offset) % len(self)
             try:
                 image, label = self._read(at)
-            except (OSError, RuntimeError, ValueError, SyntaxError) as error:
+            except (OSError, ValueError, SyntaxError) as error:
                 if not self.skip_bad:
                     raise InputError(
                         f"image {self._name(at)} cannot be read ({one_line(str(error))}); replace "
@@ -124,10 +130,15 @@ class CheckedImages(torch.utils.data.Dataset[Any]):
         raise InputError("no image of the data set can be read; check the files")
 
     def _read(self, index: int) -> Any:
-        if self.views is None:
+        reader = getattr(self.dataset, "reader", None)
+        if reader is None:  # torchvision's
             return self.dataset[index]
-        with repeatable(self.seed, self.view, index):
-            return self.dataset[index]
+        # Not dataset[index]: it takes the next image in place of one that it cannot read.
+        opened, label, *_ = reader[index]
+        with closing(opened):
+            image = Image.open(opened).convert("RGB")
+        with nullcontext() if self.views is None else repeatable(self.seed, self.view, index):
+            return self.transform(image), label
 
     def _name(self, index: int) -> str:
         try:

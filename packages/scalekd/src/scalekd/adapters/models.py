@@ -21,7 +21,9 @@ LACKING: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(name: str, *, num_classes: int, img_size: int | None, extra: str = "", **options: Any) -> nn.Module:
+def build(
+    name: str, *, num_classes: int, img_size: int | None, extra: str = "", **options: Any
+) -> nn.Module:
     """A timm model for one image size.
 
     Args:
@@ -39,7 +41,9 @@ def build(name: str, *, num_classes: int, img_size: int | None, extra: str = "",
         return LACKING[base](num_classes=num_classes, **json_object(extra))
     known = timm.list_models()
     if base not in known:
+        longer = [each for each in known if each.startswith(base)]
         advice = did_you_mean(base, known, "see timm.list_models()")
+        advice = f"did you mean {longer[0]}?" if longer else advice
         raise InputError(f"timm has no model {base}; {advice}")
     arguments = {"num_classes": num_classes, **options, **json_object(extra)}
     try:
@@ -65,7 +69,7 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text) if text else {}
     except ValueError as error:
-        raise ConfigError(f"{text!r} is no JSON ({error}); write {{\"key\": value}}") from error
+        raise ConfigError(f'{text!r} is no JSON ({error}); write {{"key": value}}') from error
     if not isinstance(value, dict):
         raise ConfigError(f'{text!r} is no JSON object; write {{"key": value}}')
     return value
@@ -131,5 +135,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()

@@ -244,14 +244,14 @@ def token_grid(tokens: int, image: tuple[int, ...]) -> tuple[int, int]:
     return h, tokens // h
 
 
-
-
 def _find_tail(model: nn.Module, tail_blocks: int) -> list[nn.Module]:
     parts: Any = model
     name = type(model).__name__
     if hasattr(model, "blocks") and hasattr(model, "norm"):
         if getattr(getattr(model, "patch_drop", None), "prob", 0):
-            raise InputError(f"{name} drops patches, which loses the token grid; set patch_drop_rate=0")
+            raise InputError(
+                f"{name} drops patches, which loses the token grid; set patch_drop_rate=0"
+            )
         depth = len(parts.blocks)
         if not 1 <= tail_blocks < depth:
             raise ConfigError(

@@ -21,7 +21,9 @@ def kind_of(model: nn.Module) -> Kind:
         return "swin"
     if hasattr(model, "blocks") and hasattr(model, "patch_embed"):
         return "vit"
-    return "mlp" if hasattr(model, "blocks") and hasattr(model, "stem") and "mixer" in name else "cnn"
+    return (
+        "mlp" if hasattr(model, "blocks") and hasattr(model, "stem") and "mixer" in name else "cnn"
+    )
 
 
 def default_taps(model: nn.Module) -> tuple[int, int]:

@@ -257,7 +257,9 @@ class ScaleKDTask(TrainingTask):
                 raise ConfigError("there are no averaged weights; call setup_ema first")
         return module
 
-    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+    def get_eval_model(
+        self, module: nn.Module | None = None, ema: bool = False
+    ) -> nn.Module | None:
         """The bare student, or its average; None without one."""
         if module is None and hasattr(self, "eval_model") and not ema:
             return self.eval_model  # pyright: ignore[reportReturnType]

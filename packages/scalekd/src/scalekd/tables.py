@@ -1,0 +1,138 @@
+"""Accuracies as rows, claims and figures."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean, stdev
+
+from effml_common.logging import say
+from effml_common.report import Claim, Row
+from scalekd.comparison import BASELINES, SCALEKD
+
+# (arm, kind of student, teacher) -> seed -> top-1 in percent.
+Table = Mapping[tuple[str, str, str], Mapping[int, float]]
+MAIN = "w32"
+ORDER = (*BASELINES, *SCALEKD)
+# (id, better, worse): what the paper's ablation claims, arm against arm.
+PARTS = (
+    ("cap", "cap", "fitnet"),
+    ("dfm", "cap+dfm", "cap"),
+    ("tpp", "cap+tpp", "cap"),
+    ("both", "cap+dfm+tpp", "cap"),
+    ("logits", "scalekd", "cap+dfm+tpp"),
+)
+
+
+def rows_of(table: Table) -> list[Row]:
+    """One row per arm, student and teacher."""
+    keys = sorted(table, key=lambda key: (key[1], ORDER.index(key[0]), key[2]))
+    return [
+        Row(arm, f"{kind}, teacher {teacher}", {"top1": _values(table, (arm, kind, teacher))})
+        for arm, kind, teacher in keys
+    ]
+
+
+def claims_of(table: Table) -> list[Claim]:
+    """ScaleKD against every baseline and the best, part against part, and the controls."""
+    claims: list[Claim] = []
+    for kind in sorted({kind for _, kind, _ in table}):
+        rivals = [arm for arm in BASELINES if (arm, kind, MAIN) in table]
+        if rivals and ("scalekd", kind, MAIN) in table:
+            best = max(rivals, key=lambda arm: mean(_values(table, (arm, kind, MAIN))))
+            _add(claims, table, kind, f"best-{kind}", "scalekd", best, " (the best baseline)")
+            for arm in rivals:
+                _add(claims, table, kind, f"{arm}-{kind}", "scalekd", arm, "")
+        for name, better, worse in PARTS:
+            _add(claims, table, kind, f"{name}-{kind}", better, worse, "")
+        _untrained(claims, table, kind)
+        _sizes(claims, table, kind)
+    return claims
+
+
+def _untrained(claims: list[Claim], table: Table, kind: str) -> None:
+    key, alone = ("cap+dfm+tpp", kind, "untrained"), ("alone", kind, MAIN)
+    if key in table and alone in table:
+        gaps = _gaps(table, key, alone)
+        claims.append(Claim(f"untrained-{kind}", f"{kind}: an untrained teacher helps", gaps))
+
+
+def _sizes(claims: list[Claim], table: Table, kind: str) -> None:
+    widths = [t for a, k, t in table if a == "scalekd" and k == kind and t.startswith("w")]
+    widths.sort(key=lambda teacher: int(teacher[1:]))
+    for small, large in zip(widths, widths[1:], strict=False):
+        gaps = _gaps(table, ("scalekd", kind, large), ("scalekd", kind, small))
+        text = f"{kind}: a teacher of width {large[1:]} helps more than one of {small[1:]}"
+        claims.append(Claim(f"size-{kind}-{large}", text, gaps))
+
+
+def _add(
+    claims: list[Claim], table: Table, kind: str, name: str, better: str, worse: str, extra: str
+) -> None:
+    one, two = (better, kind, MAIN), (worse, kind, MAIN)
+    if one in table and two in table:
+        text = f"{kind}: {better} is above {worse}{extra}"
+        claims.append(Claim(name, text, _gaps(table, one, two)))
+
+
+def _gaps(table: Table, one: tuple[str, str, str], two: tuple[str, str, str]) -> list[float]:
+    return [table[one][seed] - table[two][seed] for seed in table[one] if seed in table[two]]
+
+
+def _values(table: Table, key: tuple[str, str, str]) -> list[float]:
+    return list(table[key].values())
+
+
+def plot(table: Table, folder: Path) -> list[Path]:
+    """Accuracy by method and student, and by teacher width; nothing without matplotlib."""
+    if find_spec("matplotlib") is None:
+        say("no picture: install scalekd[plot]")
+        return []
+    from matplotlib.figure import Figure
+
+    kinds = sorted({kind for _, kind, _ in table})
+    arms = [arm for arm in ORDER if any(key[0] == arm and key[2] == MAIN for key in table)]
+    figure = Figure(figsize=(3.4 * len(kinds) + 1.5, 0.32 * len(arms) + 1.6), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for panel, kind in zip(panels, kinds, strict=True):
+        for row, arm in enumerate(reversed(arms)):
+            if (arm, kind, MAIN) not in table:
+                continue
+            values = _values(table, (arm, kind, MAIN))
+            colour = "tab:orange" if arm == "scalekd" else "tab:blue"
+            panel.errorbar(mean(values), row, xerr=_error(values), fmt="o", color=colour, capsize=3)
+        panel.set(title=f"{kind} student", xlabel="top-1, %")
+        panel.set_yticks(range(len(arms)), labels=list(reversed(arms)))
+        panel.grid(axis="x", alpha=0.3)
+    path = folder / "scalekd-methods.png"
+    figure.savefig(path, dpi=120)
+    return [path, *_plot_sizes(table, folder)]
+
+
+def _plot_sizes(table: Table, folder: Path) -> list[Path]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    panel = figure.subplots()
+    drawn = False
+    for kind in sorted({kind for _, kind, _ in table}):
+        found = sorted(
+            (int(t[1:]), _values(table, (a, k, t)))
+            for a, k, t in table
+            if a == "scalekd" and k == kind and t.startswith("w")
+        )
+        if len(found) > 1:
+            drawn = True
+            widths = [width for width, _ in found]
+            means, errors = [mean(v) for _, v in found], [_error(v) for _, v in found]
+            panel.errorbar(widths, means, yerr=errors, marker="o", capsize=3, label=kind)
+    if not drawn:
+        return []
+    panel.set(xlabel="width of the teacher", ylabel="top-1 of the student, %")
+    panel.legend()
+    path = folder / "scalekd-teachers.png"
+    figure.savefig(path, dpi=120)
+    return [path]
+
+
+def _error(values: list[float]) -> float:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0

@@ -1,0 +1,149 @@
+"""Bad input through the command line: one line that says what was wrong and what to do, exit code 2."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from scalekd_runs import WORDS, make_photos, scalekd
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("photos"), per_class=4)
+
+
+def refused(capsys, *words: object) -> str:
+    capsys.readouterr()
+    assert scalekd(*words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def without(words: list[str], flag: str, values: int = 1) -> list[str]:
+    at = words.index(flag)
+    return words[:at] + words[at + 1 + values :]
+
+
+TABLE = [
+    (["--num-classes", "2"], "has label 2, but there are 2 classes; set --num-classes"),
+    (
+        ["--data-dir", "nowhere"],
+        "nowhere is no folder; give one with train and class folders in it",
+    ),
+    (["--dataset", "zip/x"], "dataset zip/x is not known; start it with hfds/"),
+    (["--teacher", "swin_large"], "timm has no model swin_large; did you mean swin_large"),
+    (["--student", "resnet51"], "timm has no model resnet51; did you mean resnet5"),
+    (
+        ["--batch-size", "64"],
+        "12 images are fewer than one batch of 64; lower --batch-size or add images",
+    ),
+    (["--batch-size", "7", "--grad-accum", "2"], "a batch of 7 cannot be split over 1 processes"),
+    (["--teacher-checkpoint", "no.pt"], "there is no file no.pt; check the path"),
+    (["--student-args", "{"], "is no JSON"),
+    (["--student-args", "[1]"], "is no JSON object"),
+    (["--student-args", '{"wings": 2}'], "timm cannot build vit_tiny_patch16_224"),
+    (
+        ["--heads", "5", "7"],
+        "5 heads do not divide the 24 channels of s3; use one of 1, 2, 3, 4, 6",
+    ),
+    (["--heads", "4"], "1 head counts were given; give two, for stages 3 and 4"),
+    (["--tail-blocks", "3"], "tail_blocks is 3 but VisionTransformer has 3 blocks; use 1 to 2"),
+    (["--kd-alpha", "1"], "kd_alpha must be in [0, 1), got 1.0; use 0.5"),
+    (["--tau", "-1"], "tau must be finite and 0 or more, got -1.0"),
+    (["--w-full", "inf"], "--w-full got inf; give float or none"),
+    (["--kd-t", "0"], "kd_t must be above 0, got 0.0; use 1"),
+    (["--epochs", "0"], "epochs is 0; give 1 or more"),
+    (["--recipe", "fast"], "--recipe got"),
+    (["--kd-alhpa", "0"], "there is no flag --kd-alhpa; did you mean --kd-alpha?"),
+    (["--cache", "nowhere"], "nowhere is no cache of scalekd; make one with scalekd cache"),
+    (["--cache", "x", "--mixup", "1"], "cached teacher outputs do not fit mixed images"),
+    (["--min-crop", "0"], "min_crop is 0.0; use 0.08"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), TABLE, ids=lambda value: str(value)[:30])
+def test_train_refuses(change, message, photos, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--data-dir", photos, *WORDS, "--out", out, *change]
+    assert message in refused(capsys, *words)
+    assert not out.exists() or not list(out.rglob("*.safetensors"))
+
+
+def test_cuda_that_is_not_there_is_refused_before_anything_is_built(
+    photos, tmp_path, capsys
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    words = ["train", "--data-dir", photos, *WORDS, "--out", tmp_path / "run", "--device", "cuda"]
+    assert "there is no CUDA device; use --device cpu" in refused(capsys, *words)
+    assert "no CUDA device" in refused(
+        capsys, "eval", "x", "--data-dir", photos, "--device", "cuda"
+    )
+
+
+def test_a_teacher_without_learned_weights_is_refused(photos, tmp_path, capsys) -> None:
+    words = ["train", "--data-dir", photos, *without(WORDS, "--allow-random-teacher", 0)]
+    message = refused(capsys, *words, "--teacher", "mixer_s16_224", "--out", tmp_path / "run")
+    assert "timm has no weights for mixer_s16_224; give --teacher-checkpoint" in message
+    assert "--allow-random-teacher" in message
+
+
+def test_no_data_is_refused(capsys) -> None:
+    assert "no data given; add --data-dir DIR" in refused(capsys, "train")
+
+
+def test_an_empty_class_folder_is_named(tmp_path, capsys) -> None:
+    photos = make_photos(tmp_path / "photos", per_class=4)
+    (photos / "train" / "dog").mkdir()
+    message = refused(capsys, "train", "--data-dir", photos, *WORDS, "--out", tmp_path / "run")
+    assert "dog is empty; add images or remove it" in message
+
+
+def test_an_unreadable_image_is_named_or_left_out_on_request(tmp_path, capsys) -> None:
+    photos = make_photos(tmp_path / "photos", per_class=4)
+    (photos / "train" / "bee" / "1.png").write_bytes(b"no image")
+    words = ["train", "--data-dir", photos, *WORDS, "--epochs", "1"]
+    message = refused(capsys, *words, "--out", tmp_path / "one")
+    assert "1.png cannot be read" in message
+    assert "replace it, or --skip-bad" in message
+    assert scalekd(*words, "--skip-bad", "--out", tmp_path / "two") == 0
+    assert "1.png, 1 so far in this process" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_name_and_exit_code_3(
+    photos, tmp_path, capsys
+) -> None:
+    words = ["train", "--data-dir", photos, *WORDS, "--lr", "1e30", "--epochs", "3"]
+    assert scalekd(*words, "--out", tmp_path / "run") == 3
+    error = capsys.readouterr().err
+    assert "task_loss" in error or "gradient norm is" in error
+    assert "lower the learning rate" in error
+
+
+def test_a_term_under_one_percent_of_the_loss_is_warned_about(photos, tmp_path, capsys) -> None:
+    words = ["train", "--data-dir", photos, *WORDS, "--epochs", "1", "--w-ac", "1e-4"]
+    assert scalekd(*words, "--out", tmp_path / "run") == 0
+    assert "ac_s3 is 0.00 % of the loss; check the weights" in capsys.readouterr().err
+
+
+def test_eval_and_export_refuse_what_is_no_run(tmp_path, photos, capsys) -> None:
+    assert "is no run of train; give its --out folder" in refused(
+        capsys, "eval", tmp_path, "--data-dir", photos
+    )
+    assert "is no run of train" in refused(capsys, "export", tmp_path)
+    assert "out is x.pt; end it in .safetensors" in refused(
+        capsys, "export", tmp_path, "--out", "x.pt"
+    )
+
+
+def test_the_cache_folder_must_be_empty(tmp_path, photos, capsys) -> None:
+    (tmp_path / "file").write_text("x")
+    words = ["cache", "--data-dir", photos, *WORDS, "--out", tmp_path]
+    assert "is not empty; choose another --out" in refused(capsys, *words)
+
+
+def test_the_demo_refuses_students_it_does_not_have(capsys) -> None:
+    assert "student ['rnn'] is not known; use cnn, mlp, vit" in refused(
+        capsys, "demo", "--students", "rnn"
+    )
