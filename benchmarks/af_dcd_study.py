@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
 
-from af_dcd.comparison import ARMS, FULL, Arm, Training, run_arm
+from af_dcd.comparison import ARMS, FULL, MIMICKING, Arm, Training, run_arm
 from af_dcd.config import BenchConfig, PairConfig
 from af_dcd.demo import MATCHED, claims_of, matched_steps, notes_of, rows_of
 from af_dcd.demo_data import draw
@@ -29,6 +30,7 @@ from effml_common.report import Report, Row, environment, write_report
 
 PROG = "python benchmarks/af_dcd_study.py"
 EXAMPLES = (PROG, f"{PROG} --phases cost", f"{PROG} --report")
+CENTRAL = ("alone", "KD", MIMICKING, FULL)
 RATES = (3e-3, 8e-3)
 DEVELOPMENT = 100  # seed of what is tuned
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
@@ -91,12 +93,19 @@ def cell(
     if not path.exists():
         pair = pair or PairConfig()
         training = Training(
-            arm, pair, demo_teacher(pair), draw(pair.scenes, SEEDS["students"]), seed, arm.rate, steps
+            arm,
+            pair,
+            demo_teacher(pair),
+            draw(pair.scenes, SEEDS["students"]),
+            seed,
+            arm.rate,
+            steps,
         )
         done = run_arm(training, draw(config.tests, SEEDS[scenes]))
         atomic_write(path, json.dumps({"name": name, "seed": seed, **done.metrics}) + "\n")
         if seed == 1:
-            torch.save(done.student.state_dict(), path.with_suffix(".pt"))
+            weights = {k: v.contiguous() for k, v in done.student.state_dict().items()}
+            atomic_write(path.with_suffix(".safetensors"), save(weights))
         shown = {k: round(done.metrics[k], 2) for k in ("mIoU", "boundary F", "seconds")}
         print(name, seed, shown, flush=True)
     return json.loads(path.read_text())
@@ -122,9 +131,12 @@ def rated(folder: Path, arm: Arm) -> Arm:
 
 
 def arms(config: StudyConfig, folder: Path) -> None:
-    for seed in range(1, config.seeds + 1):
-        for arm in ARMS:
-            cell(config, folder, f"arm {arm.name}", rated(folder, arm), seed, config.steps)
+    """What the main claims need first, on all seeds, then the other arms."""
+    for wanted in (True, False):
+        for seed in range(1, config.seeds + 1):
+            for arm in ARMS:
+                if (arm.name in CENTRAL) is wanted:
+                    cell(config, folder, f"arm {arm.name}", rated(folder, arm), seed, config.steps)
 
 
 def equal_time(config: StudyConfig, folder: Path) -> None:
@@ -146,14 +158,12 @@ def variants(config: StudyConfig, folder: Path) -> None:
     for name, (method, pair) in VARIANTS.items():
         for arm in ARMS:
             # A change of the setting, not of the method, needs mimicking without contrast beside it.
-            wanted = (FULL, "KD + mimicking") if pair or "mask_ratio" in method else (FULL,)
+            wanted = (FULL, MIMICKING) if pair or "mask_ratio" in method else (FULL,)
             if arm.name in wanted:
                 changed = replace(rated(folder, arm), method={**arm.method, **method})
                 told = f"variant {name}: {arm.name}"
                 where = PairConfig(**pair)
-                cell(
-                    config, folder, told, changed, DEVELOPMENT, config.steps, where, "development"
-                )
+                cell(config, folder, told, changed, DEVELOPMENT, config.steps, where, "development")
 
 
 def cost(config: StudyConfig, folder: Path) -> None:
@@ -227,11 +237,11 @@ def write_report_of(
 def student_of(folder: Path, name: str, pair: PairConfig) -> Any:
     from af_dcd.demo_model import Segmenter
 
-    path = folder / f"arm_{name.replace(' ', '_')}-1.pt"
+    path = folder / f"arm_{name.replace(' ', '_')}-1.safetensors"
     if not path.exists():
         return None
     student = Segmenter(pair.student_width)
-    student.load_state_dict(torch.load(path, weights_only=True))
+    student.load_state_dict(load_file(path))
     return student
 
 

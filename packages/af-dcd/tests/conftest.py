@@ -41,5 +41,7 @@ def pair(tmp_path_factory) -> Pair:
     data = write_images(folder / "data")
     student = write_config(folder / "student.py", data, fcn(2))
     teacher = write_config(folder / "teacher.py", data, fcn(4))
-    weights = save_weights(teacher, folder / "teacher.pth", dataset_meta={"classes": ("a", "b", "c")})
+    weights = save_weights(
+        teacher, folder / "teacher.pth", dataset_meta={"classes": ("a", "b", "c")}
+    )
     return Pair(student, teacher, weights, data)

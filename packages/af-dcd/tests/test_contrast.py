@@ -71,9 +71,7 @@ def test_spatial_contrast_compares_whole_vectors_of_other_positions() -> None:
 
 def test_features_are_max_pooled_before_the_patches_are_cut() -> None:
     s, t = maps(c=4, h=4, w=4)
-    pooled = [
-        x.detach().reshape(1, 4, 2, 2, 2, 2).amax(dim=(3, 5)) for x in (s, t)
-    ]
+    pooled = [x.detach().reshape(1, 4, 2, 2, 2, 2).amax(dim=(3, 5)) for x in (s, t)]
     settings = {"groups": 2, "patch": (2, 2), "tau": 0.5, "p": 1, "negatives": "cross_group"}
     value = omni_contrastive_loss(s, t, pool=2, **settings)
     assert value.item() == pytest.approx(by_hand(*pooled, **settings), rel=1e-10)
@@ -149,7 +147,11 @@ def test_crop_to_fit_drops_the_right_and_bottom_rest() -> None:
     [
         ((1, 10, 8, 8), {"groups": 4, "pool": 1}, r"10 channels .* \[1, 2, 5, 10\]"),
         ((1, 8, 20, 24), {"groups": 4, "pool": 4}, "gives a 16x32 feature map"),
-        ((1, 8, 12, 12), {"groups": 4, "pool": 4}, "smaller than one 4x4 patch; use a smaller pool"),
+        (
+            (1, 8, 12, 12),
+            {"groups": 4, "pool": 4},
+            "smaller than one 4x4 patch; use a smaller pool",
+        ),
         ((1, 8, 3, 3), {"groups": 4, "pool": 4}, "smaller than pool 4"),
         ((1, 8, 8, 8), {"groups": 1, "pool": 1}, "no negatives"),
         ((1, 8, 8, 8), {"groups": 1, "patch": 1, "pool": 1, "negatives": "all"}, "no negatives"),
@@ -165,5 +167,5 @@ def test_what_does_not_fit_is_refused_with_what_would(shape, settings, message) 
 
 
 def test_maps_of_two_shapes_are_refused() -> None:
-    with pytest.raises(InputError, match="two .* maps of one shape"):
+    with pytest.raises(InputError, match=r"two .* maps of one shape"):
         omni_contrastive_loss(torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 5))

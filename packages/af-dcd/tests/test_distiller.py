@@ -16,7 +16,9 @@ SMALL = DistillConfig(lambda_fd=1e-3, groups=4, pool=1, patch=2)
 class Net(nn.Module):
     def __init__(self, width: int, classes: int = 3, stride: int = 2) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU()
+        )
         self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +84,9 @@ def test_the_teacher_moves_with_the_module() -> None:
 def test_a_teacher_with_nan_features_stops_with_its_name() -> None:
     teacher = Net(8)
     nn.init.constant_(teacher.body[0].weight, float("nan"))
-    with pytest.raises(NonFiniteError, match="teacher's features are not finite; check its weights"):
+    with pytest.raises(
+        NonFiniteError, match="teacher's features are not finite; check its weights"
+    ):
         distiller(teacher=teacher)(torch.randn(2, 3, 16, 16))
 
 

@@ -83,7 +83,9 @@ def test_the_papers_generator_has_as_many_weights_as_counted_from_its_shapes() -
 
 def test_mimicking_sums_over_the_map_and_averages_over_images() -> None:
     a, b = noise(2, 3, 4, 5), noise(2, 3, 4, 5, seed=1)
-    by_hand = sum((x - y) ** 2 for x, y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True))
+    by_hand = sum(
+        (x - y) ** 2 for x, y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)
+    )
     assert feature_loss(a, b).item() == pytest.approx(by_hand / 2)
     assert feature_loss(a, b, "mean").item() == pytest.approx(by_hand / 120)
 
@@ -94,9 +96,7 @@ def test_logits_kd_is_the_kl_divergence_from_the_teacher_per_pixel() -> None:
     for b in range(2):
         for y in range(3):
             for x in range(2):
-                s, p = (
-                    [math.exp(v / t) for v in z[b, :, y, x].tolist()] for z in (zs, zt)
-                )
+                s, p = ([math.exp(v / t) for v in z[b, :, y, x].tolist()] for z in (zs, zt))
                 total += sum(
                     u / sum(p) * math.log((u / sum(p)) / (v / sum(s)))
                     for u, v in zip(p, s, strict=True)
@@ -217,13 +217,13 @@ def test_maps_of_two_sizes_need_a_side_to_resize() -> None:
     a, b = noise(1, 2, 4, 4), noise(1, 2, 8, 8)
     assert same_size(a, b, "student")[0].shape == b.shape
     assert same_size(a, b, "teacher")[1].shape == a.shape
-    with pytest.raises(InputError, match="4x4 and the teacher's 8x8; .*resize"):
+    with pytest.raises(InputError, match=r"4x4 and the teacher's 8x8; .*resize"):
         same_size(a, b, "none")
 
 
 def test_class_counts_that_differ_are_refused_unless_kd_is_off() -> None:
     a, b = noise(1, 3, 2, 2), noise(1, 4, 2, 2)
-    with pytest.raises(InputError, match="3 classes and the teacher 4; .*lambda_kd=0"):
+    with pytest.raises(InputError, match=r"3 classes and the teacher 4; .*lambda_kd=0"):
         kd_term(a, b, DistillConfig())
     assert kd_term(a, b, DistillConfig(lambda_kd=0)) == {}
 

@@ -9,7 +9,6 @@ pytest.importorskip("mmseg")
 
 from mmengine.config import ConfigDict
 from mmengine.structures import PixelData
-from mmseg.structures import SegDataSample
 
 from af_dcd.mm.shims import build_model
 from effml_common.errors import InputError
@@ -244,7 +243,9 @@ def test_a_batch_of_ignored_pixels_gives_no_nan() -> None:
         (deeplab(resnet(18, 4), 32), deeplab(resnet(18, 4), 32), {"tau": 0.0}, "tau is 0.0"),
     ],
 )  # fmt: skip
-def test_pairs_and_settings_that_do_not_fit_are_refused(student, teacher, settings, message) -> None:
+def test_pairs_and_settings_that_do_not_fit_are_refused(
+    student, teacher, settings, message
+) -> None:
     with pytest.raises(InputError, match=message):
         distilling(student, teacher, **settings)
 
@@ -253,7 +254,7 @@ def test_class_counts_that_differ_need_kd_off() -> None:
     student, teacher, _, _ = PAIRS["DeepLabV3-R101 to R18"]
     teacher = copy.deepcopy(teacher)
     teacher.decode_head.num_classes = 7
-    with pytest.raises(InputError, match="student has 4 classes and the teacher 7; .*lambda_kd=0"):
+    with pytest.raises(InputError, match=r"student has 4 classes and the teacher 7; .*lambda_kd=0"):
         distilling(student, teacher)
     losses = distilling(student, teacher, lambda_kd=0.0).train().loss(*batch())
     assert "loss_kd" not in losses
@@ -265,7 +266,7 @@ def test_heads_of_mask_classification_are_refused() -> None:
 
     net = torch.nn.Module()
     net.decode_head = torch.nn.Identity()
-    with pytest.raises(InputError, match="Identity does not classify pixels .*Mask2Former"):
+    with pytest.raises(InputError, match=r"Identity does not classify pixels .*Mask2Former"):
         last_head(net)
 
 
@@ -275,7 +276,9 @@ def test_labels_out_of_range_name_the_file() -> None:
     inputs, data = batch()
     data[1].gt_sem_seg.data[0, 0, 0] = 9
     data[1].set_metainfo({"seg_map_path": "labels/b.png"})
-    with pytest.raises(InputError, match=r"labels/b.png has label 9, and the model 4 classes; use labels 0 to 3"):
+    with pytest.raises(
+        InputError, match=r"labels/b.png has label 9, and the model 4 classes; use labels 0 to 3"
+    ):
         pair.loss(inputs, data)
 
 

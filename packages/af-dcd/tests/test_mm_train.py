@@ -13,9 +13,8 @@ import torch
 
 pytest.importorskip("mmseg")
 
-from effml_common.cli import main
-
 from af_dcd.cli import COMMANDS
+from effml_common.cli import main
 
 METHOD = ["--method", "groups=4", "pool=1"]
 
@@ -25,7 +24,18 @@ def run(*words: object, code: int = 0) -> None:
 
 
 def train(pair, out: Path, *words: object, code: int = 0) -> Path:
-    run("train", *pair.words(), *METHOD, "--out", out, "--save-every", 3, "--quiet", *words, code=code)
+    run(
+        "train",
+        *pair.words(),
+        *METHOD,
+        "--out",
+        out,
+        "--save-every",
+        3,
+        "--quiet",
+        *words,
+        code=code,
+    )
     return out
 
 
@@ -228,7 +238,9 @@ def test_two_processes_on_gloo_train_what_one_does(pair, tmp_path) -> None:
     from dcd_tiny import SIDE, write_images
 
     data = write_images(tmp_path / "data", count=8, side=SIDE)
-    still = "[{'type': 'LoadImageFromFile'}, {'type': 'LoadAnnotations'}, {'type': 'PackSegInputs'}]"
+    still = (
+        "[{'type': 'LoadImageFromFile'}, {'type': 'LoadAnnotations'}, {'type': 'PackSegInputs'}]"
+    )
     options = [
         f"train_dataloader.dataset.pipeline={still}", f"train_dataloader.dataset.data_root={data}",
         "model.decode_head.dropout_ratio=0.0", "model.backbone.norm_eval=True",

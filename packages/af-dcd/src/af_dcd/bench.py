@@ -1,4 +1,4 @@
-"""The ``bench`` command: what the contrast costs, chunked and naive, and where the rest of a step goes."""
+"""The ``bench`` command: what the contrast costs, chunked and naive, and where a step's time goes."""
 
 import subprocess
 import sys

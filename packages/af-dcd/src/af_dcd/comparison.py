@@ -1,4 +1,4 @@
-"""Arms of the comparison: one student, one teacher, equal crops, different terms beside the task loss."""
+"""Arms of the comparison: one student, one teacher, equal crops, different terms."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -129,7 +129,7 @@ class Training:
         check_finite(loss, step=self.done, term=" + ".join(terms))
         self.optimizer.step()
         self.done += 1
-        return {name: float(value) for name, value in terms.items()}
+        return {name: float(value.detach()) for name, value in terms.items()}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class PairConfig:
 class DemoConfig(PairConfig):
     """Distil a small segmenter on drawn scenes and compare with other ways to train it."""
 
-    steps: int = setting(500, "updates of a student")
+    steps: int = setting(400, "updates of a student")
     seeds: int = setting(1, "seeds of init, crops and masks; claims need 3")
     tests: int = setting(80, "scenes that everything is measured on")
     out: str | None = setting(None, "folder; default runs/demo-<time>")
@@ -74,7 +74,9 @@ class TrainConfig:
         require(self.iters is None or self.iters >= 1, f"iters is {self.iters}", "give 1 or more")
         for name in ("lambda_kd", "lambda_fd", "lambda_ctr"):
             value = getattr(self, name)
-            require(value is None or 0 <= value < float("inf"), f"{name} is {value}", "give 0 or more")
+            require(
+                value is None or 0 <= value < float("inf"), f"{name} is {value}", "give 0 or more"
+            )
         require(
             self.out is not None or self.resume == "never",
             "resume without a folder",

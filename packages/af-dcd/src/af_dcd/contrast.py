@@ -10,8 +10,8 @@ A patch gives K = n*M vectors; vector i = pixel*M + group. q counts patches over
     d_ij = |s_i - t_j|_p / tau
     L    = sum_i ( log sum_{j in {i} and negatives of i} exp(-d_ij)  +  d_ii ) / (number of pixels)
 
-``cross_group`` negatives (the released code): all j of the patch whose group differs. ``all`` (the paper's
-figure): every j other than i. One group and ``all`` is spatial contrast, patches of one pixel are
+``cross_group`` negatives (the released code): all j of the patch whose group differs. ``all`` (the
+paper's figure): every j other than i. One group and ``all`` is spatial contrast, patches of one pixel are
 channel contrast.
 """
 
@@ -202,7 +202,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _blocks(s: Tensor) -> list[tuple[slice, slice]]:
-    """Patches and rows whose differences, [patches, rows, k, d], fit the budget (on CUDA cdist makes them)."""
+    """Patches and rows whose differences [patches, rows, k, d] fit the budget; cdist makes them on CUDA."""
     q, k, d = s.shape
     row = k * d * s.element_size()
     patches = max(1, BUDGET // (k * row))

@@ -1,4 +1,4 @@
-"""The ``demo`` command: one student, nine ways to train it, equal steps; and alone and KD at equal time."""
+"""The ``demo`` command: one student trained in several ways, at equal steps and at equal time."""
 
 import sys
 import time

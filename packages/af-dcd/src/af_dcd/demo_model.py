@@ -1,4 +1,4 @@
-"""The demo's segmenters, built from mmsegmentation's own classes, and the teacher that is trained once."""
+"""The demo's segmenters, of mmsegmentation's own classes, and the teacher that is trained once."""
 
 import hashlib
 import json

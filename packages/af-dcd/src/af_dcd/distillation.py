@@ -1,6 +1,6 @@
 """The three terms of Af-DCD on one pair of feature maps and one pair of class scores.
 
-    L = L_task + lambda_kd L_kd + lambda_fd L_fd + lambda_ctr L_ctr
+L = L_task + lambda_kd L_kd + lambda_fd L_fd + lambda_ctr L_ctr
 """
 
 import torch

@@ -34,8 +34,8 @@ class Distilled:
 class Distiller(nn.Module):
     """A student, a frozen teacher and the branch between them.
 
-    The student and the branch are submodules: ``parameters()`` is what an optimizer needs. The teacher is
-    held aside: it stays in eval mode, moves with the module and is in no state dict. The branch's widths
+    The student and the branch are submodules: ``parameters()`` is what an optimizer needs. The teacher
+    is held aside: it stays in eval mode, moves with the module and is in no state dict. The branch's widths
     come from the first call, or from ``prepare``, which must precede the making of the optimizer.
 
     Args:
@@ -98,7 +98,9 @@ class Distiller(nn.Module):
         with torch.no_grad():
             _, ft, zt = self._run(self.teacher, 1, *args, **kwargs)
         if not torch.isfinite(ft).all():
-            raise NonFiniteError("the teacher's features are not finite; check its weights, or bf16")
+            raise NonFiniteError(
+                "the teacher's features are not finite; check its weights, or bf16"
+            )
         losses = kd_term(zs, zt, self.config)
         if self.branch is not None:
             losses |= self.branch(fs, ft)

@@ -27,7 +27,9 @@ def evaluate(config: EvalConfig) -> Report:
         command=sys.argv,
         seeds=[],
         seconds=time.monotonic() - began,
-        rows=[Row(Path(config.checkpoint).name, config.model, {k: [v] for k, v in metrics.items()})],
+        rows=[
+            Row(Path(config.checkpoint).name, config.model, {k: [v] for k, v in metrics.items()})
+        ],
         environment=environment(LIBRARIES),
     )
     (out / "run").mkdir(parents=True, exist_ok=True)

@@ -34,4 +34,6 @@ def export(config: ExportConfig) -> Facts:
     text = (run / "student.py").read_text(encoding="utf-8")
     write_student(weights, metainfo_of(run / "student.py"), target)
     atomic_write(target.with_suffix(".py"), text)
-    return Facts({"weights": str(target), "config": str(target.with_suffix(".py")), "iteration": found.step})
+    return Facts(
+        {"weights": str(target), "config": str(target.with_suffix(".py")), "iteration": found.step}
+    )

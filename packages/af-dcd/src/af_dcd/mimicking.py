@@ -31,7 +31,7 @@ def center_mask(like: Float[Tensor, "b c h w"]) -> Float[Tensor, "1 1 h w"]:
 
 
 class Generator(nn.Module):
-    """Two 3x3 convolutions with a ReLU between them; ``hidden`` below ``channels`` makes it cheap (ours)."""
+    """Two 3x3 convolutions, a ReLU between; a ``hidden`` below ``channels`` makes it cheap (ours)."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()

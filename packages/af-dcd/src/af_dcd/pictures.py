@@ -15,7 +15,7 @@ COLUMNS = ("image", "truth", "alone", "full Af-DCD", "errors alone", "errors ful
 def bar_chart(
     cells: Mapping[str, Sequence[Mapping[str, float]]], teacher: float, path: Path
 ) -> list[Path]:
-    """mIoU and boundary F of each arm, with standard errors; returns the file."""
+    """MIoU and boundary F of each arm, with standard errors; returns the file."""
     if find_spec("matplotlib") is None:
         say("no pictures: install af-dcd[plot]")
         return []
@@ -23,7 +23,9 @@ def bar_chart(
 
     names = list(cells)
     figure = Figure(figsize=(11, 0.42 * len(names) + 1.4), layout="constrained")
-    for panel, metric in zip(figure.subplots(1, 2, sharey=True), ("mIoU", "boundary F"), strict=True):
+    for panel, metric in zip(
+        figure.subplots(1, 2, sharey=True), ("mIoU", "boundary F"), strict=True
+    ):
         values = [[cell[metric] for cell in cells[name]] for name in names]
         means = [mean(v) for v in values]
         errors = [stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in values]
@@ -54,7 +56,9 @@ def maps_picture(
         gray = images[row].mean(0)
         panels[0].imshow(gray, cmap="gray", vmin=-2.5, vmax=2.5)
         for panel, labels in zip(panels[1:4], (truth, *maps), strict=True):
-            panel.imshow(labels[row], cmap="tab20", vmin=0, vmax=len(CLASSES), interpolation="nearest")
+            panel.imshow(
+                labels[row], cmap="tab20", vmin=0, vmax=len(CLASSES), interpolation="nearest"
+            )
         for panel, labels in zip(panels[4:], maps, strict=True):
             wrong = labels[row] != truth[row]
             panel.imshow(wrong, cmap="Reds", vmin=0, vmax=1.3, interpolation="nearest")

@@ -42,7 +42,9 @@ class DistillConfig:
         "cross_group", "released code, or the paper's figure (omni, channel)"
     )
     crop_to_fit: bool = setting(False, "drop what patches leave over")
-    resize: Side = setting("none", "side that is resized when feature or score maps differ in size")
+    resize: Literal["none", "student", "teacher"] = setting(
+        "none", "side that is resized when feature or score maps differ in size"
+    )
     impl: Literal["chunked", "naive"] = setting("chunked", "how the contrast is computed")
 
     def __post_init__(self) -> None:

@@ -1,9 +1,9 @@
 """Where features are read: the tap grammar.
 
-    feat:<i>         entry i of the list of feature maps (mmsegmentation); feat:-1 is the last stage
-    pre_cls          what enters the classifier of the last head (mmsegmentation)
-    module:<path>    output of a module of any model, by its dotted path
-    module:<path>:<i>  entry i (a number or a key) of an output that is a tuple or a mapping
+feat:<i>         entry i of the list of feature maps (mmsegmentation); feat:-1 is the last stage
+pre_cls          what enters the classifier of the last head (mmsegmentation)
+module:<path>    output of a module of any model, by its dotted path
+module:<path>:<i>  entry i (a number or a key) of an output that is a tuple or a mapping
 """
 
 import re
@@ -72,7 +72,9 @@ def as_map(value: Any, tap: Tap, what: str = "") -> Tensor:
                 list(value.values()) if isinstance(value, Mapping) else value
             )[int(tap.entry)]  # fmt: skip
         except (KeyError, IndexError, ValueError, TypeError) as error:
-            raise InputError(f"{where} has no entry {tap.entry}; it has {_entries(value)}") from error
+            raise InputError(
+                f"{where} has no entry {tap.entry}; it has {_entries(value)}"
+            ) from error
     if isinstance(value, Mapping | list | tuple):
         raise InputError(f"{where} returns several things; append :<entry>, of {_entries(value)}")
     if not isinstance(value, Tensor) or value.dim() != 4:

@@ -105,4 +105,6 @@ def _claim(out: Path, config: TrainConfig) -> None:
     try:
         (out / "run").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{out} cannot be made: {error.strerror}; choose another --out") from error
+        raise ConfigError(
+            f"{out} cannot be made: {error.strerror}; choose another --out"
+        ) from error

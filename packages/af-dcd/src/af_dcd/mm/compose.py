@@ -1,14 +1,13 @@
 """From two mmseg configs to one that distils."""
 
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
 from af_dcd.config import TrainConfig
 from af_dcd.mm.reading import read_config
-from af_dcd.presets import options
 from af_dcd.mm.teacher import plain, without_downloads
+from af_dcd.presets import options
 from effml_common.errors import ConfigError, InputError
 from effml_common.parsing import one_line
 
@@ -60,7 +59,9 @@ def model_config(whole: Config, config: TrainConfig) -> ConfigDict:
         "checkpoint": config.teacher_checkpoint,
         "allow_untrained": config.allow_untrained_teacher,
     }
-    return ConfigDict({**model, "type": f"AfDCD{model.type}", "teacher": teacher, "distill": distill})
+    return ConfigDict(
+        {**model, "type": f"AfDCD{model.type}", "teacher": teacher, "distill": distill}
+    )
 
 
 def preset_of(whole: Config, config: TrainConfig) -> str:

@@ -99,9 +99,8 @@ def _tap(tap: Any) -> str:
 
 def dry_run(whole: Config) -> Row:
     """One batch of noise through both models: the size of every weighted term."""
-    from mmseg.structures import SegDataSample
-
     from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
 
     model = build_model(whole.model)
     size = crop_of(whole, model)

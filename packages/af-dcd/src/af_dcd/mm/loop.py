@@ -1,4 +1,4 @@
-"""mmengine's iteration loop with this house's checkpoints: exact resuming, clean stops, metrics.jsonl."""
+"""mmengine's iteration loop with our checkpoints: exact resuming, clean stops, metrics.jsonl."""
 
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,9 @@ class AfDCDTrainLoop(IterBasedTrainLoop):
         found = self._restore() if self.resume else None
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
-        for _ in range(self._iter):  # the sampler's order is replayed, the random states put back after
+        for _ in range(
+            self._iter
+        ):  # the sampler's order is replayed, the random states put back after
             next(self.dataloader_iterator)
         if found is not None and get_world_size() == 1:
             set_rng_state(found.state["rng"])

@@ -39,7 +39,9 @@ def read_config(name: str) -> Config:
     except InputError:
         raise
     except Exception as error:  # a config is a program: anything may be wrong in it
-        raise InputError(f"config {name} cannot be read: {one_line(str(error))}; see mmseg's") from error
+        raise InputError(
+            f"config {name} cannot be read: {one_line(str(error))}; see mmseg's"
+        ) from error
     if "data" in config and "train_dataloader" not in config:
         raise InputError(f"config {name} is of mmseg 0.x; convert it to 1.x, or take mmseg's own")
     if "model" not in config:

@@ -54,11 +54,18 @@ def train(runner: Runner) -> None:
             runner.train()
     except (InputError, NonFiniteError):
         raise
-    except (FileNotFoundError, KeyError, AssertionError, ValueError, RuntimeError, TypeError) as error:
+    except (
+        FileNotFoundError,
+        KeyError,
+        AssertionError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+    ) as error:
         if ours := _ours(error):
             raise ours from error
         text = str(error)
-        if "size" in text and "1 value per channel" in text or "more than 1 value" in text:
+        if ("size" in text and "1 value per channel" in text) or "more than 1 value" in text:
             raise InputError(
                 "batch normalisation over a pooled map of one image has nothing to average; "
                 "use a batch size of 2 or more (mmseg's image pooling in ASPP and PSP needs it)"

@@ -101,6 +101,7 @@ def plain(model: ConfigDict) -> ConfigDict:
 
 def without_downloads(model: ConfigDict) -> ConfigDict:
     """A copy that fetches no pretrained weights, for models that get a checkpoint."""
+
     def strip(node: Any) -> None:
         if isinstance(node, dict):
             for name in ("pretrained", "init_cfg"):

@@ -8,7 +8,9 @@ train_pipeline = [
     *load,
     dict(
         type="RandomChoice",
-        transforms=[[dict(type="Resize", scale_factor=k / 10, keep_ratio=True)] for k in range(5, 21)],
+        transforms=[
+            [dict(type="Resize", scale_factor=k / 10, keep_ratio=True)] for k in range(5, 21)
+        ],
     ),
     dict(type="RandomCrop", crop_size=crop_size),
     dict(type="RandomFlip", prob=0.5),
