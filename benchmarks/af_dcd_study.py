@@ -73,7 +73,7 @@ class StudyConfig:
 def main() -> None:
     words = [word for word in sys.argv[1:] if word not in COMMON_FLAGS]
     config = parse(StudyConfig, words, prog=PROG, examples=EXAMPLES)
-    folder = Path(config.cells)
+    folder = Path(config.cells) / f"{config.steps}-steps"
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if not config.report:
@@ -228,7 +228,7 @@ def write_report_of(
     figures = bar_chart(cells, teacher["mIoU"][0], out / "af-dcd-arms.png")
     students = [student_of(folder, name, pair) for name in ("alone", FULL)]
     if all(students):
-        figures += maps_picture(*students, tests, out / "af-dcd-maps.png")
+        figures += maps_picture(students[0], students[1], tests, out / "af-dcd-maps.png")
     write_report(report, staging, figures=figures)
     atomic_write(out / "af-dcd-study.json", (staging / "report.json").read_text())
     print(time.strftime("%H:%M"), *(f"{c.id} {c.gaps}" for c in report.claims), sep="\n")

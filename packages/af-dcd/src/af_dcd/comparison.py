@@ -150,7 +150,8 @@ def run_arm(training: Training, tests: Scenes) -> Trained:
     began = time.perf_counter()
     with progress(training.arm.name, training.steps) as bar:
         for _ in range(training.steps):
-            bar.advance(**training.step())
+            terms = training.step()
+            bar.advance(1, loss=sum(terms.values()))
     seconds = time.perf_counter() - began
     scores = score(training.student, tests)
     metrics = {"mIoU": scores.mean_iou(), "boundary F": scores.boundary_f()}

@@ -11,11 +11,11 @@ A patch gives K = n*M vectors; vector i = pixel*M + group. q counts patches over
     L    = sum_i ( log sum_{j in {i} and negatives of i} exp(-d_ij)  +  d_ii ) / (number of pixels)
 
 ``cross_group`` negatives (the released code): all j of the patch whose group differs. ``all`` (the
-paper's figure): every j other than i. One group and ``all`` is spatial contrast, patches of one pixel are
-channel contrast.
+paper's figure): every j other than i. One group and ``all`` is spatial contrast, patches of one
+pixel are channel contrast.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +178,7 @@ class _Chunked(torch.autograd.Function):
     """Sum of all row losses, block by block; keeps nothing but its inputs for the backward pass."""
 
     @staticmethod
-    def forward(ctx, s: Tensor, t: Tensor, allowed: Tensor, tau: float, p: int) -> Tensor:  # noqa: ANN001 -- torch's
+    def forward(ctx: Any, s: Tensor, t: Tensor, allowed: Tensor, tau: float, p: int) -> Tensor:
         ctx.save_for_backward(s, t, allowed)
         ctx.tau, ctx.p = tau, p
         total = s.new_zeros(())
@@ -189,7 +189,9 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         s, t, allowed = ctx.saved_tensors
         result = torch.empty_like(s)
         for patches, rows in _blocks(s):
@@ -198,11 +200,11 @@ class _Chunked(torch.autograd.Function):
                 part = own, t[patches], allowed[rows]
                 loss = row_losses(*part, ctx.tau, ctx.p, rows.start, pairwise=False).sum()
             (result[patches, rows],) = torch.autograd.grad(loss, own)
-        return result * grad, None, None, None, None
+        return result * grad_outputs[0], None, None, None, None
 
 
 def _blocks(s: Tensor) -> list[tuple[slice, slice]]:
-    """Patches and rows whose differences [patches, rows, k, d] fit the budget; cdist makes them on CUDA."""
+    """Patches and rows whose differences fit the budget (on CUDA, cdist makes them all)."""
     q, k, d = s.shape
     row = k * d * s.element_size()
     patches = max(1, BUDGET // (k * row))

@@ -3,6 +3,8 @@
 L = L_task + lambda_kd L_kd + lambda_fd L_fd + lambda_ctr L_ctr
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -98,8 +100,8 @@ def _resized(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
 
 
-def check_fit(shape: tuple[int, int, int], config: DistillConfig) -> None:
-    """See, without any data, that a [c, h, w] teacher map can be contrasted.
+def check_fit(shape: Sequence[int], config: DistillConfig) -> None:
+    """See, without any data, that a teacher map of shape [c, h, w] can be contrasted.
 
     Raises:
         InputError: As ``omni_contrastive_loss`` would at the first step.

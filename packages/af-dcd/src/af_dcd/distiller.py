@@ -35,8 +35,8 @@ class Distiller(nn.Module):
     """A student, a frozen teacher and the branch between them.
 
     The student and the branch are submodules: ``parameters()`` is what an optimizer needs. The teacher
-    is held aside: it stays in eval mode, moves with the module and is in no state dict. The branch's widths
-    come from the first call, or from ``prepare``, which must precede the making of the optimizer.
+    is held aside: it stays in eval mode, moves with the module and is in no state dict. The branch's
+    widths come from the first call, or from ``prepare``, which must precede making the optimizer.
 
     Args:
         student: Any module that returns class scores [b, k, h, w]: as a tensor, under "out"

@@ -23,9 +23,8 @@ def bar_chart(
 
     names = list(cells)
     figure = Figure(figsize=(11, 0.42 * len(names) + 1.4), layout="constrained")
-    for panel, metric in zip(
-        figure.subplots(1, 2, sharey=True), ("mIoU", "boundary F"), strict=True
-    ):
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, metric in zip(panels, ("mIoU", "boundary F"), strict=True):
         values = [[cell[metric] for cell in cells[name]] for name in names]
         means = [mean(v) for v in values]
         errors = [stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in values]
@@ -35,7 +34,7 @@ def bar_chart(
         panel.set_yticks(range(len(names)), names)
         title = f"mIoU (teacher {teacher:.1f})" if metric == "mIoU" else metric
         panel.set_xlabel(f"{title}, %")
-    panel.invert_yaxis()
+    panels[0].invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return [path]

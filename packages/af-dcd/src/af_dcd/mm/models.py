@@ -52,8 +52,8 @@ class AfDCDMixin:
         self.distill = changed(PRESETS[preset], given)
         last_head(self)  # type: ignore[arg-type]
         self.teacher = Teacher(**teacher)
-        size = tuple(size or getattr(self.data_preprocessor, "size", None) or (512, 512))  # type: ignore[attr-defined]
-        self.taps = self._join(size, *taps)
+        height, width = size or getattr(self.data_preprocessor, "size", None) or (512, 512)  # type: ignore[attr-defined]
+        self.taps = self._join((height, width), *taps)
         self._first = True
 
     def _join(self, size: tuple[int, int], *taps: str | None) -> tuple[Tap, Tap]:

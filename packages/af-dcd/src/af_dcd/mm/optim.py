@@ -19,9 +19,9 @@ class BranchClip:
         self.branch_clip = branch_clip
         self._branch: list[nn.Parameter] = []
 
-    def initialize_count_status(self, model: nn.Module, *args: Any) -> None:
+    def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         """Find the branch; mmengine calls this once, before the first iteration."""
-        super().initialize_count_status(model, *args)  # type: ignore[misc]
+        super().initialize_count_status(model, init_counts, max_counts)  # type: ignore[misc]
         branch = getattr(getattr(model, "module", model), "afdcd", None)
         self._branch = list(branch.parameters()) if branch is not None else []
 
