@@ -201,7 +201,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     if name == "betas":
         if not isinstance(value, list | tuple) or len(value) != 2:
             raise ConfigError(f"betas are {value!r}; give two numbers, such as [0.9, 0.98]")
-        return tuple(_converted(name, item, float) for item in value)
+        return tuple(_converted("a beta", item, float) for item in value)
     for kind in (float, int):
         if kind in allowed and value is not None:
             try:

@@ -272,9 +272,12 @@ def make_accelerator(precision: str) -> Any:
         ConfigError: If the device cannot do it.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     if precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("precision fp16 needs a GPU; use bf16 or fp32")
+    # It keeps the first precision of a process and refuses another; its process group stays.
+    AcceleratorState._reset_state()
     return Accelerator(mixed_precision=AMP[precision])
 
 

@@ -125,10 +125,11 @@ def read_table(path: Path, images: str | None) -> tuple[list[Place], list[list[s
         InputError: If a line has another number of columns, no caption or a missing image.
     """
     root = Path(images) if images else path.parent
-    tabs = path.suffix.lower() in (".tsv", ".tab") or "\t" in path.open(encoding="utf-8").readline()
     places: list[Place] = []
     texts: list[list[str]] = []
     with open(path, encoding="utf-8", newline="") as file:
+        tabs = path.suffix.lower() in (".tsv", ".tab") or "\t" in file.readline()
+        file.seek(0)
         rows = csv.reader(file, delimiter="\t" if tabs else ",")
         columns = len(next(rows, []))
         if columns < 2:
