@@ -1,4 +1,4 @@
-"""The views and the logit term against a real DCT, a sum over tokens and a Kullback-Leibler divergence."""
+"""The views against a real DCT and a sum over tokens, the logit term against a divergence."""
 
 import math
 

@@ -99,7 +99,7 @@ def test_parameter_count_of_the_published_projectors(
 
 def test_heads_that_do_not_divide_are_refused_with_those_that_do() -> None:
     with pytest.raises(
-        ValueError, match="5 heads do not divide the 8 channels .* use one of 1, 2, 4, 8"
+        ValueError, match=r"5 heads do not divide the 8 channels .* use one of 1, 2, 4, 8"
     ):
         CAP(6, 8, (4, 4), (2, 2), num_heads=5)
 

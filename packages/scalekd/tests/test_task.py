@@ -127,7 +127,7 @@ def test_a_teacher_of_one_size_gets_resized_images() -> None:
     assert task.teacher_input(x).shape[-2:] == (32, 32)
     assert torch.isfinite(task(x, y)["loss"])
     with pytest.raises(
-        ConfigError, match="the teacher takes 32x32 pixels .* 64x64; use --teacher-resize"
+        ConfigError, match=r"the teacher takes 32x32 pixels .* 64x64; use --teacher-resize"
     ):
         ScaleKDTask(
             STUDENTS["resnet"](), tiny_teacher("vit"), img_size=(64, 64), teacher_resize="none"

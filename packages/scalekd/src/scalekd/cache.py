@@ -24,6 +24,7 @@ from effml_common.files import atomic_write
 from effml_common.logging import progress, say, warn
 from scalekd.adapters.data import CheckedImages, dataset_of, training_loader
 from scalekd.adapters.models import build_student, build_teacher, fingerprint
+from scalekd.adapters.pairing import normalisation
 from scalekd.adapters.tail import TeacherOut, TeacherSplit
 from scalekd.adapters.task import ScaleKDTask
 from scalekd.config import CacheConfig, TrainConfig
@@ -136,9 +137,7 @@ def identity(config: TrainConfig, task: ScaleKDTask, loader: Any) -> dict[str, s
         "transform": str(loader.dataset.transform),
         "seed": str(config.seed),
         "images": f"{len(loader.dataset)} of {shape['dataset'] or 'folder'} {config.train_split}",
-        "student normalisation": str(
-            (task.mean_s.flatten().tolist(), task.std_s.flatten().tolist())
-        ),  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
+        "student normalisation": str(normalisation(task.export_student())),
     }
 
 

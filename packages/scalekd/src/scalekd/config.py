@@ -5,9 +5,6 @@ from typing import Literal
 
 from effml_common.settings import require, setting
 
-RECIPES = ("traditional", "adv-r50", "adv-vit", "adv-mixer", "mbv1")
-RecipeName = Literal["traditional", "adv-r50", "adv-vit", "adv-mixer", "mbv1"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleKDConfig:
@@ -108,7 +105,9 @@ class TrainConfig(PairConfig, DataConfig):
     teacher_resize: Literal["auto", "none"] = setting(
         "auto", "resize images for a teacher that takes one size only"
     )
-    recipe: RecipeName = setting("traditional", "optimisation of the paper")
+    recipe: Literal["traditional", "adv-r50", "adv-vit", "adv-mixer", "mbv1"] = setting(
+        "traditional", "optimisation of the paper"
+    )
     epochs: int | None = setting(None, "default: the recipe's")
     batch_size: int | None = setting(None, "images per update over all processes; the recipe's")
     lr: float | None = setting(None, "peak learning rate; the recipe's")

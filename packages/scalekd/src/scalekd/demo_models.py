@@ -1,11 +1,10 @@
-"""Networks of the demo, from timm's own classes: a Swin teacher with a convolutional patch embedding,
-and three small students."""
+"""Networks of the demo, from timm's own classes: a Swin teacher and three small students."""
 
 from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models.byobnet import ByoBlockCfg, ByoModelCfg, ByobNet
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -22,9 +21,11 @@ class ConvEmbed(PatchEmbed):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        width = self.proj.out_channels
+        channels, width = self.proj.in_channels, self.proj.out_channels
+        assert isinstance(channels, int)
+        assert isinstance(width, int)
         self.proj = nn.Sequential(  # pyright: ignore[reportAttributeAccessIssue]
-            nn.Conv2d(self.proj.in_channels, width // 2, 3, padding=1),
+            nn.Conv2d(channels, width // 2, 3, padding=1),
             nn.BatchNorm2d(width // 2),
             nn.ReLU(),
             nn.Conv2d(width // 2, width, 3, stride=2, padding=1),

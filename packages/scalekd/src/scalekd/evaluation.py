@@ -98,10 +98,11 @@ def load_run(path: str, use_ema: bool) -> tuple[nn.Module, TrainConfig, str]:
     found = checkpoint.load(folder) if one else checkpoint.latest(run / "checkpoints")
     if found is None:
         raise InputError(f"{folder} holds no good checkpoint; train it first")
-    ema = found.state["extra"]["ema"]
+    ema: Any = found.state["extra"]["ema"]
     averaged = use_ema and ema is not None
+    weights: Any = ema if averaged else found.tensors
     student = build_student(_bare(settings))
-    student.load_state_dict(student_weights(ema if averaged else found.tensors))
+    student.load_state_dict(student_weights(weights))
     return student.eval(), settings, "averaged weights" if averaged else "last weights"
 
 

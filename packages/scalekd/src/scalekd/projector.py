@@ -17,9 +17,9 @@ StemNorm = Literal["bn", "ln"]
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of a map [b, c, h, w]."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Normalise each position."""
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class CAP(nn.Module):

@@ -44,7 +44,7 @@ class DistTask(TrainingTask):
         super().__init__(verbose=False)
         self.trainable_module, self._split = student, [teacher]
 
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002
         """Loss and logits."""
         with torch.no_grad():
             teacher: Any = self._split[0].model(input)
@@ -77,9 +77,9 @@ class FeatureImitationTask(TrainingTask):
 
     def __init__(self, student: nn.Module, teacher: TeacherSplit, weight: float) -> None:
         super().__init__(verbose=False)
-        size = student.pretrained_cfg["input_size"]  # pyright: ignore[reportIndexIssue]
+        cfg: Any = student.pretrained_cfg
         with torch.no_grad():
-            x = torch.zeros(2, *size)
+            x = torch.zeros(2, *cfg["input_size"])
             out = teacher.forward(x)
             channels = StudentTap(student)(x)[2].shape[1]
         self.trainable_module = FeatureImitator(student, channels, out.tokens.shape[-1])
@@ -89,7 +89,7 @@ class FeatureImitationTask(TrainingTask):
         """The student."""
         return self.trainable_module.student
 
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002
         """Loss and logits."""
         out = self._split[0].forward(input)
         output, projected = self.trainable_module(input)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -59,7 +60,7 @@ def _untrained(claims: list[Claim], table: Table, kind: str) -> None:
 def _sizes(claims: list[Claim], table: Table, kind: str) -> None:
     widths = [t for a, k, t in table if a == "scalekd" and k == kind and t.startswith("w")]
     widths.sort(key=lambda teacher: int(teacher[1:]))
-    for small, large in zip(widths, widths[1:], strict=False):
+    for small, large in pairwise(widths):
         gaps = _gaps(table, ("scalekd", kind, large), ("scalekd", kind, small))
         text = f"{kind}: a teacher of width {large[1:]} helps more than one of {small[1:]}"
         claims.append(Claim(f"size-{kind}-{large}", text, gaps))

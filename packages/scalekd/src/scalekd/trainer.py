@@ -1,12 +1,13 @@
 """The loop of ``train``: updates, averages, checkpoints. It knows no command line."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
@@ -80,7 +81,7 @@ class Trainer:
             momentum=recipe.momentum,
             filter_bias_and_bn=not recipe.decay_all,
         )
-        self.scheduler, _ = create_scheduler_v2(
+        scheduler, _ = create_scheduler_v2(
             self.optimizer,
             recipe.schedule,
             num_epochs=recipe.epochs,
@@ -92,6 +93,8 @@ class Trainer:
             step_on_epochs=False,
             updates_per_epoch=self.updates,
         )
+        assert scheduler is not None
+        self.scheduler: Any = scheduler
         self.scaler = torch.amp.GradScaler(task.device.type, enabled=config.amp == "fp16")
         if recipe.ema:
             task.setup_ema(decay=recipe.ema, use_warmup=True)
@@ -149,9 +152,7 @@ class Trainer:
         """The batches of each update of an epoch, after ``skip`` updates that are done already."""
         seed = self.config.seed * 1_000_003 + epoch * 1009 + self.processes.rank
         torch.manual_seed(seed)
-        numpy.random.seed(seed % 2**32)  # noqa: NPY002 (timm's augmentations draw from it)
-        import random
-
+        np.random.seed(seed % 2**32)  # noqa: NPY002 (timm's augmentations draw from it)
         random.seed(seed)
         if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
             self.loader.sampler.set_epoch(epoch)

@@ -6,7 +6,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
@@ -153,7 +153,7 @@ def repeatable(*key: int) -> Iterator[None]:
     before = rng_state()
     seed = hash(key) % 2**32
     random.seed(seed)
-    numpy.random.seed(seed)  # noqa: NPY002 (timm's augmentations draw from it)
+    np.random.seed(seed)  # noqa: NPY002 (timm's augmentations draw from it)
     torch.manual_seed(seed)
     try:
         yield
@@ -170,7 +170,7 @@ def training_loader(
     device: torch.device,
     distributed: bool,
 ) -> Any:
-    """timm's loader with the recipe's augmentation, normalised for the student."""
+    """The loader of timm with the recipe's augmentation, normalised for the student."""
     mean, std = normalisation(student)
     return create_loader(
         dataset,

@@ -36,7 +36,7 @@ class Plan:
 
 
 def architecture(model: nn.Module) -> str:
-    """timm's name of a model without its tag, or the class name."""
+    """The name that timm has for a model without its tag, or the class name."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return cfg.get("architecture") or type(model).__name__.lower().replace("mlpmixer", "mixer_")
 

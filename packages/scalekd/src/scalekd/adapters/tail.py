@@ -83,7 +83,8 @@ class TeacherSplit:
         classes: bool = True,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.modules, self.layout, self.prefix_tokens = tuple(tail), layout, prefix_tokens
+        self.modules, self.prefix_tokens = tuple(tail), prefix_tokens
+        self.layout: Layout = layout
         self.prefix: Prefix = prefix
         self.has_classes = classes
         self._replay = self._run
@@ -110,7 +111,7 @@ class TeacherSplit:
         modules = _find_tail(model, tail_blocks) if tail == "auto" else list(tail)
         attrs: Any = model
         plain = hasattr(model, "blocks")
-        layout = "NLC" if plain else getattr(model, "output_fmt", "NCHW")
+        layout: Layout = "NLC" if plain else str(getattr(model, "output_fmt", "NCHW"))  # pyright: ignore[reportAssignmentType]
         return cls(
             model,
             modules,
@@ -130,7 +131,7 @@ class TeacherSplit:
         """Run the whole teacher on images normalised for it, [b, 3, h, w], and record."""
         assert not self.model.training, "the teacher must stay in evaluation mode"
         inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        outputs: list[Tensor] = []
+        outputs: list[Any] = []
         with ExitStack() as hooks:
             for i, module in enumerate(self.modules):
                 handle = module.register_forward_pre_hook(
@@ -164,8 +165,9 @@ class TeacherSplit:
         """Replay the tail on other tokens; gradients flow to them.
 
         Args:
-            tokens: [m b, n3, d3] on the grid of the tail's input, where b is the batch of
-                ``context``; several views of one batch go in one call.
+            tokens: [m b, n3, d3] on the grid of the tail's input; several views of one batch of b
+                images go in one call.
+            context: What ``forward`` recorded for those b images.
 
         Returns:
             [m b, n, d].

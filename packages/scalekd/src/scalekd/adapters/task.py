@@ -47,7 +47,8 @@ class ScaleKDTrainable(nn.Module):
         import copy
 
         tap = self._tap[0]
-        twin = StudentTap(copy.deepcopy(self.student, memo), tap.taps, tap.prefix_tokens)
+        student = copy.deepcopy(self.student, memo)
+        twin = StudentTap(student, tap.taps, tap.prefix_tokens)  # pyright: ignore[reportArgumentType]
         new = ScaleKDTrainable(twin, copy.deepcopy(self.projectors, memo))
         new.train(self.training)
         return new
@@ -173,7 +174,10 @@ class ScaleKDTask(TrainingTask):
             return self.split.forward(self.teacher_input(x))
 
     def forward(
-        self, input: Tensor, target: Tensor, teacher: TeacherOut | None = None
+        self,
+        input: Tensor,  # noqa: A002 (timm's name)
+        target: Tensor,
+        teacher: TeacherOut | None = None,
     ) -> dict[str, Tensor]:
         """One training pass.
 
