@@ -169,16 +169,10 @@ def variants(config: StudyConfig, folder: Path) -> None:
 def cost(config: StudyConfig, folder: Path) -> None:
     from af_dcd.bench import bench
 
-    shapes = {"cityscapes": (64, 128), "voc": (64, 64), "camvid": (45, 45)}
-    for name, (height, width) in shapes.items():
-        path = folder / f"cost-{name}-{config.device}.json"
-        if not path.exists():
-            out = str(folder / f"bench-{name}")
-            asked = BenchConfig(
-                preset=name, height=height, width=width, device=config.device, repeats=3, out=out
-            )
-            atomic_write(path, json.dumps(bench(asked).to_json()) + "\n")
-            print("cost", name, flush=True)
+    path = folder.parent / f"cost-cityscapes-{config.device}.json"
+    if not path.exists():
+        asked = BenchConfig(device=config.device, repeats=3, out=str(folder.parent / "bench"))
+        atomic_write(path, json.dumps(bench(asked).to_json(), indent=1) + "\n")
 
 
 def write(config: StudyConfig, folder: Path) -> None:
@@ -194,7 +188,7 @@ def write(config: StudyConfig, folder: Path) -> None:
             cells[name.removeprefix("arm ")] = numbers
     if cells:
         write_report_of(config, folder, cells, kept, out)
-    for path in sorted(folder.glob("cost-*.json")):
+    for path in sorted(folder.parent.glob("cost-*.json")):
         atomic_write(out / f"af-dcd-{path.name}", path.read_text())
 
 

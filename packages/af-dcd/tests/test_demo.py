@@ -127,3 +127,12 @@ def test_bench_measures_both_forms_and_says_where_the_time_goes(tmp_path, capsys
     assert set(rows) == {"contrast, chunked", "contrast, naive", "generator and mimicking"}
     assert rows["contrast, naive"]["peak extra MB"]["mean"] > 0
     assert any("generator" in note for note in report["notes"])
+
+
+@pytest.mark.slow
+def test_at_cityscapes_shape_the_chunked_contrast_takes_under_a_fifth_of_the_memory() -> None:
+    from af_dcd.bench import peak_of
+    from af_dcd.config import BenchConfig
+
+    config = BenchConfig()
+    assert peak_of(config, "chunked") < peak_of(config, "naive") / 5

@@ -1,5 +1,6 @@
 """The ``bench`` command: what the contrast costs, chunked and naive, and where a step's time goes."""
 
+import re
 import subprocess
 import sys
 import time
@@ -124,7 +125,10 @@ def timed(run: Callable[[], Any], device: str) -> float:
 
 
 def peak_of(config: BenchConfig, impl: str) -> float:
-    """Bytes above the inputs that one forward and backward takes, in a process of its own."""
+    """Bytes above the inputs that one forward and backward takes, in a process of its own.
+
+    On a CPU from /proc, so on Linux only.
+    """
     words = [config.channels, config.height, config.width, config.batch, config.device, impl]
     words += [config.preset, *config.method]
     done = subprocess.run(
@@ -138,8 +142,6 @@ def peak_of(config: BenchConfig, impl: str) -> float:
 
 
 def _measure_here(words: list[str]) -> float:
-    import resource
-
     channels, height, width, batch = map(int, words[:4])
     device, impl, preset, *method = words[4:]
     torch.set_num_threads(1)
@@ -155,11 +157,17 @@ def _measure_here(words: list[str]) -> float:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _resident("VmRSS")
     omni_contrastive_loss(generated, teacher, **{**settings, "impl": impl}).backward()
     if device.startswith("cuda"):
         return float(torch.cuda.max_memory_allocated() - before)
-    return max(1.0, 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return max(1.0, _resident("VmHWM") - before)
+
+
+def _resident(name: str) -> float:
+    # Not getrusage, whose maximum a child takes over from the process that started it.
+    text = Path("/proc/self/status").read_text()
+    return 1024.0 * int(re.findall(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)[0])
 
 
 if __name__ == "__main__":
