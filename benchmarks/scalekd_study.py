@@ -34,7 +34,7 @@ from scalekd.demo_data import CLASSES
 from scalekd.demo_models import swin_teacher
 from scalekd.tables import claims_of, plot, rows_of
 
-KINDS = ("mlp", "cnn", "vit")
+KINDS = ("mlp", "vit", "cnn")
 DEVELOPMENT, SEEDS = 77, (1, 2, 3)
 COMPONENTS = ("cap", "cap+dfm", "cap+tpp", "cap+dfm+tpp")
 RESULTS = Path(__file__).parent / "results"
