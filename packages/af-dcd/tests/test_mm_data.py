@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("mmseg")
+
+from PIL import Image
 
 from af_dcd.mm.reading import CONFIGS, read_config
 

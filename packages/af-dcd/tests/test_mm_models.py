@@ -1,3 +1,4 @@
+# ruff: noqa: E501 -- one case a line
 """Pairs of mmsegmentation models build, distil a step and predict, at small width."""
 
 import copy
