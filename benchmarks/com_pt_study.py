@@ -70,9 +70,9 @@ def llama(width: int, depth: int) -> dict[str, Any]:
 FAMILIES = {
     "clip": Family(
         "com_pt.tasks.digits:DigitPairs", {},
-        {"N": pair_model(16, 16), "T": pair_model(32, 32), "S": pair_model(64, 64),
-         "B": pair_model(128, 64, 3)},
-        batch=64, lr=2e-3, alone=1000, stage={"T": 190, "S": 190, "B": 120}, longer=(360,),
+        {"N": pair_model(32, 32), "T": pair_model(64, 64), "S": pair_model(128, 64),
+         "B": pair_model(128, 64, 4)},
+        batch=64, lr=2e-3, alone=400, stage={"T": 76, "S": 76, "B": 48}, longer=(120,),
         metric="zero-shot top-1", gap=0.005,
     ),
     "vit": Family(
@@ -184,9 +184,10 @@ def write(family: Family, config: StudyConfig, folder: Path) -> None:
     report = Report(
         package="com-pt", version=version("com-pt"), command=sys.argv, seeds=list(config.seeds),
         seconds=sum(cell.seconds for cell in cells),
-        rows=[*rows_of(cells, family.metric), *family_rows(cells, names, config.start, family.metric)],
+        rows=[*rows_of(cells, family.metric),
+              *family_rows(cells, names, config.start, family.metric)],
         claims=claims,
-        notes=[f"{family.batch} samples an update, AdamW {family.lr:g}, a cosine of its own for every run",
+        notes=[f"{family.batch} samples an update, AdamW {family.lr:g}, a cosine for every run",
                "a seed varies initialisation and order of data; total GMAC counts all predecessors",
                "seconds are measured on a machine that other jobs used too"],
         environment=environment(("open-clip-torch", "timm", "transformers", "accelerate")),

@@ -29,7 +29,8 @@ def spec(width: int = 32, layers: Any = 2, *, text: int | None = None, text_laye
     text = text or width
     made = {
         "embed_dim": embed,
-        "vision_cfg": {"image_size": size if isinstance(size, int) else list(size), "layers": layers, "width": width,
+        "vision_cfg": {"image_size": size if isinstance(size, int) else list(size),
+                       "layers": layers, "width": width,
                        "patch_size": patch, "head_width": 16, **vision},
         "text_cfg": {"context_length": length, "vocab_size": vocab, "width": text,
                      "heads": text // 16, "layers": text_layers},

@@ -1,4 +1,4 @@
-"""Chains: repeated to the bit after an interruption, the same over processes, exported, accounted for."""
+"""Chains: repeated to the bit after a stop, the same over processes, exported, accounted for."""
 
 import json
 import os
@@ -133,35 +133,36 @@ def test_micro_batches_have_the_gradient_of_the_whole_contrastive_batch(pictures
     assert sum(small) / 4 < whole - 0.5
 
 
+def with_projector(pictures: Path, **more) -> dict:
+    # A key bias has no gradient but rounding noise, which a small eps would make an update of.
+    document = clip_chain(pictures, 32, 64, epochs=0.5, eps=1e-3, **more)
+    document["stages"][1]["model"]["embed_dim"] = 48
+    return document
+
+
 CHILD = """
 import sys; sys.path.insert(0, {here!r})
-import torch; torch.set_num_threads(1)
+import conftest
 from pathlib import Path
-from com_pt_tiny import clip_chain
+from test_training import with_projector
 from com_pt.chain import chain_of
 from com_pt.run import run_chain
-document = clip_chain(Path({data!r}), 32, 64, **{more!r})
-document["stages"][1]["model"]["embed_dim"] = 48  # so that there is a projector
-run_chain(chain_of(document), {out!r})
+run_chain(chain_of(with_projector(Path({data!r}), accum_freq=2)), {out!r})
 """
 
 
-@pytest.mark.parametrize("micro", [1, 2])
-def test_two_processes_train_what_one_trains_with_the_whole_batch(
-    pictures, tmp_path, micro
+def test_two_processes_with_micro_batches_train_what_one_trains_with_the_whole_batch(
+    pictures, tmp_path
 ) -> None:
-    for processes, out in ((1, "one"), (2, "two")):
-        # A key bias has no gradient but rounding noise, which a small eps would make an update of.
-        more = {"epochs": 0.5, "accum_freq": micro, "eps": 1e-3}
-        script = tmp_path / f"{out}.py"
-        script.write_text(
-            CHILD.format(here=str(HERE), data=str(pictures), out=str(tmp_path / out), more=more)
-        )
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run([*command, f"--nproc-per-node={processes}", str(script)], env=env,
-                              capture_output=True, text=True, timeout=240)  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+    run_chain(chain_of(with_projector(pictures)), tmp_path / "one")
+    script = tmp_path / "child.py"
+    script.write_text(CHILD.format(here=str(HERE), data=str(pictures), out=str(tmp_path / "two")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*command, str(script)], env=env, capture_output=True, text=True,
+                          timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "over 2 processes" in done.stderr
     for member in ("W32", "W64"):
         one, two = weights(tmp_path / "one" / member), weights(tmp_path / "two" / member)
         for name, value in one.items():

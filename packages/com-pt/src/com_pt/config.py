@@ -126,9 +126,9 @@ class DemoConfig:
     """Three small CLIP models on pairs of digits: chain, and its parts, against training alone."""
 
     seeds: int = setting(1, "seeds of initialisation and order; claims need 3")
-    steps: int = setting(500, "updates of the first member, and of individual training")
+    steps: int = setting(400, "updates of the first member, and of individual training")
     out: str | None = setting(None, "folder of the report; default runs/demo-<time>")
 
     def __post_init__(self) -> None:
         require(self.seeds >= 1, f"seeds must be 1 or more, got {self.seeds}", "use 3 for claims")
-        require(self.steps >= 20, f"steps must be 20 or more, got {self.steps}", "use 500")
+        require(self.steps >= 20, f"steps must be 20 or more, got {self.steps}", "use 400")

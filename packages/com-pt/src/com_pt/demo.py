@@ -19,7 +19,7 @@ from com_pt.tasks.digits import DigitPairs, pair_model
 from effml_common.logging import progress, say
 from effml_common.report import Report, Row, environment, write_report
 
-MEMBERS = {"T": pair_model(32, 32), "S": pair_model(64, 64), "B": pair_model(128, 64, 4)}
+MEMBERS = {"T": pair_model(64, 64), "S": pair_model(128, 64), "B": pair_model(128, 64, 4)}
 SHOWN = ("scratch", "feature only", "embed", "embed + feature", "lossless + feature")
 CHAIN = "lossless + feature"
 SHARES = {"S": 0.19, "B": 0.12}  # of the individual updates, as in the authors' scripts

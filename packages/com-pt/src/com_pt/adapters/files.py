@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from com_pt.adapters.llama_models import llama_config
 from com_pt.adapters.open_clip_models import CONFIG as CLIP_CONFIG
 from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip, save_clip
 from com_pt.adapters.timm_models import build_timm, load_timm, save_timm
@@ -76,8 +77,6 @@ def build_like(small: Loaded, large: str, seed: int) -> tuple[nn.Module, Any]:
     if small.library == "timm":
         return build_timm(spec, small.classes), spec
     from transformers import LlamaForCausalLM
-
-    from com_pt.tasks.causal_lm import llama_config
 
     return LlamaForCausalLM(llama_config(spec)), spec
 

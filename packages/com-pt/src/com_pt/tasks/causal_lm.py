@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from com_pt.adapters.llama_models import llama_config
 from com_pt.cost import llama_macs
 from com_pt.evaluate import perplexity
 from com_pt.tasks.base import Task
 from effml_common.errors import ConfigError, InputError
-from effml_common.parsing import one_line
 
 KNOWN = {"train", "val", "length", "tokenizer", "val_blocks"}
 BYTES = 257  # 256 bytes and an end of text
@@ -114,24 +114,6 @@ class CausalLMTask(Task):
         if not (Path(folder) / "config.json").is_file():
             raise InputError(f"{folder} is no transformers folder; give one with a config.json")
         return LlamaForCausalLM.from_pretrained(folder)
-
-
-def llama_config(spec: Any) -> Any:
-    """A ``LlamaConfig`` from its settings or a folder.
-
-    Raises:
-        ConfigError: If transformers refuses them.
-    """
-    from transformers import LlamaConfig
-
-    try:
-        if isinstance(spec, Mapping):
-            return LlamaConfig(**spec)
-        return LlamaConfig.from_pretrained(spec)
-    except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"transformers refuses the model {spec!r}: {one_line(str(error))}; give Llama settings"
-        ) from error
 
 
 def _encoder(tokenizer: str) -> Any:
