@@ -179,6 +179,56 @@ def test_another_dash_is_refused_naming_both(tmp_path) -> None:
     MorseDot.from_pretrained(str(tmp_path), other, strict=False)
 
 
+@torch.no_grad()
+def test_a_user_s_lora_beside_the_dash_s_weights_acts_as_if_it_were_merged(
+    tmp_path, capsys
+) -> None:
+    peft = pytest.importorskip("peft")
+    dash = tiny_conditional_unet()
+    torch.manual_seed(0)
+    lively(MorseDot.build(dash, m=1, channels=(8,), lora_rank=4)).save_pretrained(str(tmp_path))
+    dot = MorseDot.from_pretrained(str(tmp_path), dash)
+    lora = peft.LoraConfig(r=4, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+    dash.add_adapter(lora)
+    assert MorseDot.from_pretrained(str(tmp_path), dash).dash_fingerprint == fingerprint(dash)
+    dot.prepare(dash, ddim())
+    assert "has a LoRA" in capsys.readouterr().err
+    merged = tiny_conditional_unet()
+    for name, layer in dash.named_modules():
+        if hasattr(layer, "base_layer"):
+            merged.get_submodule(name).weight.add_(layer.get_delta_weight("default"))
+    other = MorseDot.from_pretrained(str(tmp_path), merged, strict=False)
+    given = inputs(channels=4)
+    cond = {"encoder_hidden_states": torch.randn(2, 7, 32)}
+    beside = dot(*given, cond)
+    torch.testing.assert_close(beside, other(*given, cond), atol=1e-5, rtol=1e-4)
+
+
+def test_weights_changed_after_loading_are_warned_about(tmp_path, capsys) -> None:
+    dash = tiny_unet()
+    build(dash).save_pretrained(str(tmp_path))
+    dot = MorseDot.from_pretrained(str(tmp_path), dash)
+    dot.prepare(dash, ddim())
+    assert capsys.readouterr().err == ""
+    with torch.no_grad():
+        dash.mid_block.resnets[0].conv1.weight.mul_(-1)
+    dot.prepare(dash, ddim())
+    assert "was not trained with" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_with_a_jump_scale_the_residual_is_the_network_s_slope_times_the_jump(tmp_path) -> None:
+    dash = tiny_unet()
+    plain, scaled = lively(build(dash)), lively(build(dash, jump_scale=250.0))
+    x_s, x_i, z_s, t_s, t_i = inputs()
+    t_i = torch.tensor([600.0, 790.0])
+    expected = plain(x_s, x_i, z_s, t_s, t_i) * torch.tensor([0.8, 0.04]).view(2, 1, 1, 1)
+    torch.testing.assert_close(scaled(x_s, x_i, z_s, t_s, t_i), expected)
+    scaled.save_pretrained(str(tmp_path))
+    loaded = MorseDot.from_pretrained(str(tmp_path), dash)
+    torch.testing.assert_close(loaded(x_s, x_i, z_s, t_s, t_i), expected)
+
+
 def test_the_same_dash_in_half_precision_is_the_same_dash() -> None:
     dash = tiny_unet()
     assert fingerprint(dash) == fingerprint(tiny_unet().to(torch.bfloat16))

@@ -143,6 +143,12 @@ def test_a_budget_is_measured_then_planned_and_told(sd_pipe, capsys) -> None:
     assert "Dash steps of" in str(summary)
 
 
+def test_full_steps_can_be_crowded_at_the_noisy_start(sd_pipe) -> None:
+    fast = MorsePipeline.from_pipe(sd_pipe, ZeroDot(), early=1.5, speed_ratio=5)
+    latent(fast, dash_steps=4, dot_steps=4)  # floor(8 (j / 4)^1.5) = 0, 1, 2.8, 5.2
+    assert fast.summary().plan.pattern == "DDDddDdd"
+
+
 def test_every_other_attribute_is_the_pipelines_own(sd_pipe) -> None:
     fast = MorsePipeline.from_pipe(sd_pipe, ZeroDot())
     assert fast.unet is sd_pipe.unet

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from morse_diffusion.errors import PlanError
-from morse_diffusion.plan import MorsePlan, make_plan
+from morse_diffusion.plan import MorsePlan, make_plan, spread_indices
 
 
 def test_the_paper_s_example_of_two_dash_and_four_dot_steps() -> None:
@@ -21,6 +21,27 @@ def test_dash_steps_are_spread_evenly_and_begin_the_run(dash: int, dots: int) ->
     gaps = [b - a for a, b in zip(plan.dash_indices, (*plan.dash_indices[1:], total), strict=True)]
     assert plan.dash_indices[0] == 0
     assert max(gaps) - min(gaps) <= 1
+
+
+def test_early_dash_steps_by_hand() -> None:
+    # 7 (j / 4)^1.5 = 0.875, 2.47, 4.55; the first would fall on index 0, which is taken.
+    assert spread_indices(4, 7, 1.5) == (0, 1, 2, 4)
+    assert MorsePlan.spread(4, 3, early=1.5).pattern == "DDDdDdd"
+    assert make_plan(5, 4.2, 1.5, early=1.5).pattern == "DDDdDdd"
+
+
+@given(st.integers(1, 60), st.integers(0, 300), st.floats(1, 4))
+def test_early_moves_every_dash_step_forward_and_keeps_their_number(dash, dots, early) -> None:
+    even, moved = (spread_indices(dash, dash + dots, e) for e in (1.0, early))
+    assert moved[0] == 0
+    assert len(set(moved)) == dash
+    assert all(a <= b for a, b in zip(moved, even, strict=True))
+
+
+@pytest.mark.parametrize("early", [0.5, float("nan"), float("inf")])
+def test_an_early_that_spreads_nothing_is_refused(early) -> None:
+    with pytest.raises(PlanError, match="early is"):
+        MorsePlan.spread(2, 3, early=early)
 
 
 def test_a_budget_splits_into_n_minus_k_dash_and_n_times_k_dot_steps() -> None:
@@ -58,7 +79,7 @@ def test_a_time_budget_counts_the_scheduler_in_both_kinds_of_step() -> None:
 
 
 def test_a_plan_survives_json_and_can_be_a_dictionary_key() -> None:
-    for plan in (make_plan(10, 6), MorsePlan.uniform(3, 5)):
+    for plan in (make_plan(10, 6), MorsePlan.uniform(3, 5), MorsePlan.spread(3, 5, early=2)):
         again = MorsePlan.from_json(json.loads(json.dumps(plan.to_json())))
         assert again == plan
         assert {plan: 1}[again] == 1
@@ -68,6 +89,8 @@ def test_a_shorter_run_keeps_the_share_of_dash_steps() -> None:
     plan = MorsePlan.uniform(7, 18).rescaled(10)
     assert (plan.n_total, plan.dash_steps) == (10, 3)
     assert plan.rescaled(1).pattern == "D"
+    early = MorsePlan.spread(7, 18, early=1.5).rescaled(10)
+    assert early.dash_indices == spread_indices(3, 10, 1.5)
 
 
 @pytest.mark.parametrize(

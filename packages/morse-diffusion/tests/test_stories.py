@@ -15,6 +15,7 @@ from PIL import Image
 from effml_common.cli import main
 from morse_diffusion import MorseDot, MorsePipeline
 from morse_diffusion.cli import COMMANDS
+from morse_diffusion.comparison import respaced, solver
 
 TRAIN = ["--m", "1", "--channels", "8", "--rank", "2", "--steps", "6", "--batch", "4"]
 TRAIN += ["--lr", "1e-3", "--save-every", "3"]
@@ -141,6 +142,16 @@ def test_plan_prints_the_pattern_of_a_budget(tmp_path, capsys) -> None:
     profile.write_text('{"t_dash": 9, "t_dot": 1, "t_sched": 1}')
     told = json.loads(run(capsys, "plan", "--budget-ms", 100, "--profile", profile, "--json"))
     assert told["N"] == 5
+    told = json.loads(run(capsys, "plan", "--budget-lsd", 10, "--n", 6, "--early", 2, "--json"))
+    # 25 steps, 7 of them Dash: floor(25 (j / 7)^2) = 0, 0, 2, 4, 8, 12, 18.
+    assert told["dash_indices"] == [0, 1, 2, 4, 8, 12, 18]
+
+
+def test_a_dot_scaled_by_the_jump_keeps_its_scale_on_disk(pixels, photos, tmp_path, capsys) -> None:
+    words = ["train-dot", pixels, photos, *TRAIN, "--by-jump", "--gap-max", "0.4"]
+    run(capsys, *words, "--out", tmp_path / "dot", "--quiet")
+    # Jumps of up to 0.4 of 1,000 times are 200 on average.
+    assert json.loads((tmp_path / "dot" / "config.json").read_text())["jump_scale"] == 200
 
 
 @pytest.mark.parametrize(
@@ -148,6 +159,7 @@ def test_plan_prints_the_pattern_of_a_budget(tmp_path, capsys) -> None:
     [
         (["plan", "--budget-lsd", "0.5", "--n", "6"], "at least 1 LSD"),
         (["plan", "--budget-lsd", "10", "--n", "1"], "N is 1.0"),
+        (["plan", "--budget-lsd", "10", "--n", "6", "--early", "0.5"], "early is 0.5"),
         (["plan", "--budget-lsd", "10"], "N is not given"),
         (["plan", "--budget-ms", "10"], "no profile given"),
         (["inspect"], "either a Dot or the published shape"),
@@ -241,3 +253,11 @@ def test_the_demo_writes_its_report(tmp_path) -> None:
     assert {"report.html", "quality.png", "samples.png"} <= {
         p.name for p in (out / "run").iterdir()
     }
+
+
+def test_a_respaced_run_takes_the_schedule_s_own_times_when_it_crowds_nothing() -> None:
+    scheduler = solver("ddim", ddim().config)
+    scheduler.set_timesteps(10)
+    assert respaced(10, 1.0, 1000) == scheduler.timesteps.tolist()
+    # 1000 (1 - (j / 4)^1.5) - 1 for j = 0 to 3.
+    assert respaced(4, 1.5, 1000) == [999, 874, 645, 349]

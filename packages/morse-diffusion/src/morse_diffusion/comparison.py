@@ -17,7 +17,7 @@ from morse_diffusion.adapters.pixels import PixelPipeline, as_images
 from morse_diffusion.plan import MorsePlan, make_plan
 from morse_diffusion.sampler import Dot, ExtrapolationDot
 
-Method = Literal["plain", "morse", "extrapolate", "deepcache"]
+Method = Literal["plain", "respaced", "morse", "extrapolate", "deepcache"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,17 @@ class Arm:
         name: For tables.
         solver: ``ddim``, ``dpmpp`` (DPM-Solver++ 2M) or ``unipc``.
         method: What happens between full evaluations.
+        early: Where those are; see ``plan.spread_indices``. A plain run that is ``respaced`` has its
+            times crowded in the same way.
     """
 
     name: str
     solver: str
     method: Method = "plain"
+    early: float = 1.0
 
 
+EARLY = 1.5
 ARMS = (
     Arm("DDIM", "ddim"),
     Arm("DPM-Solver++ 2M", "dpmpp"),
@@ -43,6 +47,11 @@ ARMS = (
     Arm("extrapolation on DDIM", "ddim", "extrapolate"),
     Arm("UniPC", "unipc"),
     Arm("DeepCache on DDIM", "ddim", "deepcache"),
+    Arm("DDIM, early", "ddim", "respaced", EARLY),
+    Arm("DPM-Solver++ 2M, early", "dpmpp", "respaced", EARLY),
+    Arm("Morse on DDIM, early", "ddim", "morse", EARLY),
+    Arm("Morse on 2M, early", "dpmpp", "morse", EARLY),
+    Arm("extrapolation on DDIM, early", "ddim", "extrapolate", EARLY),
 )
 DEEPCACHE_INTERVAL = 3
 FREE_EXPANSION = 2.5  # steps per Dash step of the extrapolation, which costs nothing
@@ -158,10 +167,10 @@ class Ran:
 def plan_for(arm: Arm, budget: float, times: Times, r: float | None = None) -> MorsePlan | int:
     """The plan, or the plain step count, that an arm can afford."""
     if arm.method == "morse":
-        return make_plan(budget, times.speed_ratio, r)
+        return make_plan(budget, times.speed_ratio, r, early=arm.early)
     if arm.method == "extrapolate":
         dash = round(budget)
-        return MorsePlan.uniform(dash, round(FREE_EXPANSION * budget) - dash)
+        return MorsePlan.spread(dash, round(FREE_EXPANSION * budget) - dash, early=arm.early)
     if arm.method == "deepcache":
         assert times.cached is not None
         cached = times.cached / times.dash
@@ -172,6 +181,11 @@ def plan_for(arm: Arm, budget: float, times: Times, r: float | None = None) -> M
                 return steps
             spent, steps = spent + cost, steps + 1
     return round(budget)
+
+
+def respaced(steps: int, early: float, train_steps: int) -> list[int]:
+    """Times of a plain run, crowded at the noisy start; ``early`` = 1 is trailing spacing."""
+    return [round(train_steps * (1 - (j / steps) ** early)) - 1 for j in range(steps)]
 
 
 def run_arm(
@@ -187,10 +201,14 @@ def run_arm(
     steps = plan if isinstance(plan, int) else plan.n_total
     images, seconds = [], 0.0
     chosen = dot if arm.method == "morse" else ExtrapolationDot()
+    schedule: dict[str, Any] = {"num_inference_steps": steps}
+    if arm.method == "respaced":
+        train = int(pipe.scheduler.config.num_train_timesteps)
+        schedule = {"timesteps": respaced(steps, arm.early, train)}
     for inputs in calls:
         with _method(arm, pipe, chosen, plan):
             began = time.perf_counter()
-            images.append(as_images(pipe(num_inference_steps=steps, **inputs)))
+            images.append(as_images(pipe(**schedule, **inputs)))
             seconds += time.perf_counter() - began
     return Ran(images=torch.cat(images), seconds=seconds, **_cost(arm, plan, times))
 

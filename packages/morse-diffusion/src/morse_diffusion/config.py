@@ -89,6 +89,9 @@ class TrainDotConfig:
     min_snr: bool = setting(
         False, "weigh errors near t = 0 down, where noise cannot be predicted; not in the paper"
     )
+    by_jump: bool = setting(
+        False, "multiply the Dot's residual by the length of the jump; not in the paper"
+    )
     cosine: bool = setting(False, "let the learning rate fall to 0 along a cosine; for short runs")
     precision: Literal["no", "bf16"] = setting("no", "bf16 runs the networks in bfloat16")
     checkpointing: bool = setting(False, "recompute shared blocks in the backward pass")
@@ -130,6 +133,10 @@ class SampleConfig:
     dot: str = field(metadata={"help": "folder of its Dot, as train-dot writes it"})
     budget_lsd: float = setting(10.0, "time for the denoising loop, in steps of the full network")
     speed_ratio: float | None = setting(None, "N; default measured by a short run")
+    early: float = setting(
+        1.0,
+        "1 spreads the full steps evenly, as the paper does; 1.5 crowds them at the noisy start",
+    )
     prompt: str = setting("", "text, for text-to-image pipelines")
     guidance_scale: float | None = setting(None, "guidance; default the pipeline's own")
     n: int = setting(4, "images")
@@ -181,6 +188,7 @@ class PlanConfig:
     budget_ms: float | None = setting(None, "budget in milliseconds, with --profile")
     n: float | None = setting(None, "N: how many Dot steps take the time of a Dash step")
     r: float | None = setting(None, "steps per LSD, 2 to 3; default 2.5, less for a small N")
+    early: float = setting(1.0, "1: full steps spread evenly; 1.5 crowds them at the noisy start")
     profile: str | None = setting(None, "JSON file with t_dash, t_dot and t_sched in ms")
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ def count_published() -> dict[str, Any]:
         dot = UNetDot(unet, DotShape(m=2, channels=(96, 160), layers=1, lora_rank=64))
     every = dict(unet.named_children())
     counts = {"linear": 0, "conv, PEFT": 0, "conv, loralib": 0}
-    for _, layer in targets(every):
+    for _, _, layer in targets(every):
         out, inputs = layer.weight.shape[:2]
         if isinstance(layer, nn.Linear):
             counts["linear"] += 64 * (out + inputs)
@@ -111,11 +111,11 @@ def plan(config: PlanConfig) -> Facts:
             raise InputError(
                 f"{path} is no profile ({error}); write t_dash, t_dot and t_sched as JSON numbers"
             ) from error
-        chosen = MorsePlan.from_latency(config.budget_ms, profile)
+        chosen = MorsePlan.from_latency(config.budget_ms, profile, config.early)
     else:
         assert config.budget_lsd is not None
         assert config.n is not None
-        chosen = make_plan(config.budget_lsd, config.n, config.r)
+        chosen = make_plan(config.budget_lsd, config.n, config.r, early=config.early)
     return Facts(
         {
             "pattern": chosen.pattern,

@@ -48,9 +48,9 @@ class LowRankResiduals(nn.Module):
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
         # ParameterDict refuses dots in names; the paths are kept beside it.
-        self.paths = [path for path, _ in targets(roots)]
+        self.paths = [path for path, _, _ in targets(roots)]
         down, up = {}, {}
-        for path, layer in targets(roots):
+        for path, _, layer in targets(roots):
             weight, key = layer.weight, path.replace(".", "/")
             ones = (1,) * (weight.ndim - 2)
             shape = (rank, *weight.shape[1:])
@@ -69,11 +69,12 @@ class LowRankResiduals(nn.Module):
     def folded(self, root: str, module: nn.Module) -> dict[str, Tensor]:
         """Weights of one root with the residual added, by their name inside that root."""
         weights = {}
-        for path, layer in targets({root: module}):
+        for path, name, layer in targets({root: module}):
             key = path.replace(".", "/")
             delta = low_rank_delta(self.down[key], self.up[key]) * self.scale
-            name = f"{path[len(root) + 1 :]}.weight" if path != root else "weight"
-            weights[name] = layer.weight + delta.to(layer.weight.dtype)
+            weights[f"{name}.weight" if name else "weight"] = layer.weight + delta.to(
+                layer.weight.dtype
+            )
         return weights
 
     def peft_state(self) -> dict[str, Tensor]:
@@ -99,9 +100,23 @@ class LowRankResiduals(nn.Module):
                 self.up[key].copy_(state[f"base_model.model.{path}.lora_B.weight"])
 
 
-def targets(roots: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    """Every layer below ``roots`` that gets a residual, with its full path."""
+def targets(
+    roots: Mapping[str, nn.Module],
+) -> Iterator[tuple[str, str, nn.Linear | nn.Conv2d]]:
+    """Every layer below ``roots`` that gets a residual: its full path, its name in the root, itself.
+
+    A LoRA of the user's own, as PEFT puts it in, changes names but not paths.
+    """
     for root, module in roots.items():
         for name, layer in module.named_modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d) and is_target(layer):
-                yield (f"{root}.{name}" if name else root), layer
+            path = path_without_adapters(name)
+            if path is not None and isinstance(layer, nn.Linear | nn.Conv2d) and is_target(layer):
+                yield (f"{root}.{path}" if path else root), name, layer
+
+
+def path_without_adapters(name: str) -> str | None:
+    """The name that PEFT found before it wrapped a layer; None for the layers it added."""
+    parts = name.split(".")
+    if any(part.startswith("lora_") for part in parts):
+        return None
+    return ".".join(part for part in parts if part != "base_layer")

@@ -23,6 +23,7 @@ class MorsePlan:
         n_total: Steps of the sampler.
         dash_indices: Steps that the Dash evaluates, ascending; the first is 0.
         speed_ratio: N, how many Dot steps take the time of a Dash step; infinite if unknown.
+        early: How ``dash_indices`` were spread, for ``rescaled``; see ``spread_indices``.
 
     Raises:
         PlanError: If the indices are empty, unsorted, repeated, out of range or do not begin at 0,
@@ -32,6 +33,7 @@ class MorsePlan:
     n_total: int
     dash_indices: tuple[int, ...]
     speed_ratio: float = math.inf
+    early: float = 1.0
 
     def __post_init__(self) -> None:
         indices = self.dash_indices
@@ -54,7 +56,14 @@ class MorsePlan:
 
     @staticmethod
     def uniform(dash_steps: int, dot_steps: int, speed_ratio: float = math.inf) -> "MorsePlan":
-        """Spread the Dash steps evenly, the first one first: index floor(j * n_total / d).
+        """Spread the Dash steps evenly, the first one first, as the paper does; see ``spread``."""
+        return MorsePlan.spread(dash_steps, dot_steps, speed_ratio)
+
+    @staticmethod
+    def spread(
+        dash_steps: int, dot_steps: int, speed_ratio: float = math.inf, early: float = 1.0
+    ) -> "MorsePlan":
+        """Place the Dash steps by ``spread_indices``.
 
         Warns when more than 0.7 of the Dash steps that the same time would buy are given up for Dot
         steps: past that the paper saw no gain.
@@ -64,8 +73,8 @@ class MorsePlan:
                 f"{dash_steps} Dash and {dot_steps} Dot steps; give at least 1 Dash step and 0 Dot"
             )
         total = dash_steps + dot_steps
-        indices = tuple(j * total // dash_steps for j in range(dash_steps))
-        plan = MorsePlan(total, indices, speed_ratio)
+        indices = spread_indices(dash_steps, total, early)
+        plan = MorsePlan(total, indices, speed_ratio, early)
         if plan.share > LARGEST_SHARE:
             warn(
                 f"{plan.share:.0%} of the budget goes to Dot steps; above {LARGEST_SHARE:.0%} "
@@ -74,13 +83,16 @@ class MorsePlan:
         return plan
 
     @staticmethod
-    def from_latency(milliseconds: float, profile: Mapping[str, float]) -> "MorsePlan":
+    def from_latency(
+        milliseconds: float, profile: Mapping[str, float], early: float = 1.0
+    ) -> "MorsePlan":
         """Make a plan that meets a time budget.
 
         Args:
             milliseconds: Time for the whole denoising loop.
             profile: Measured ``t_dash``, ``t_dot`` and ``t_sched`` in milliseconds per step; the
                 scheduler's time counts for both kinds of step.
+            early: See ``spread_indices``.
 
         Raises:
             PlanError: If the budget is below one Dash step, or a key is missing.
@@ -93,7 +105,7 @@ class MorsePlan:
         if not (t_dash > 0 and t_dot > 0 and rest >= 0):
             raise PlanError(f"times must be positive, got {dict(profile)}; measure them again")
         step = t_dash + rest
-        return make_plan(milliseconds / step, step / (t_dot + rest))
+        return make_plan(milliseconds / step, step / (t_dot + rest), early=early)
 
     @property
     def dash_steps(self) -> int:
@@ -131,8 +143,8 @@ class MorsePlan:
         if n_total == self.n_total:
             return self
         dash = min(n_total, max(1, round(self.dash_steps * n_total / self.n_total)))
-        indices = tuple(j * n_total // dash for j in range(dash))
-        return MorsePlan(n_total, indices, self.speed_ratio)
+        indices = spread_indices(dash, n_total, self.early)
+        return MorsePlan(n_total, indices, self.speed_ratio, self.early)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; N is null when unknown."""
@@ -141,6 +153,7 @@ class MorsePlan:
             "n_total": self.n_total,
             "dash_indices": list(self.dash_indices),
             "speed_ratio": self.speed_ratio if known else None,
+            "early": self.early,
         }
 
     @staticmethod
@@ -151,11 +164,38 @@ class MorsePlan:
             int(document["n_total"]),
             tuple(document["dash_indices"]),
             math.inf if ratio is None else float(ratio),
+            float(document.get("early", 1.0)),
         )
 
 
+def spread_indices(dash_steps: int, n_total: int, early: float = 1.0) -> tuple[int, ...]:
+    """Where d Dash steps go among n_total: floor(n_total (j / d)^early), each after the last.
+
+    Args:
+        dash_steps: d, 1 to ``n_total``.
+        n_total: Steps in all.
+        early: 1 spreads them evenly, as the paper does. Above 1 they crowd at the noisy start, where a
+            Dash estimate says little about the next one; not in the paper.
+
+    Raises:
+        PlanError: If ``early`` is below 1 or not finite.
+    """
+    if not 1 <= early < math.inf:
+        raise PlanError(f"early is {early:g}; give 1 for an even spread, or more, such as 1.5")
+    indices = [0]
+    for j in range(1, dash_steps):
+        # A hair of tolerance, or 0.7 * 10 would lose a step to rounding.
+        wanted = math.floor(n_total * (j / dash_steps) ** early + 1e-9)
+        indices.append(max(indices[-1] + 1, wanted))
+    return tuple(indices)
+
+
 def make_plan(
-    budget: float, speed_ratio: float, r: float | None = None, min_dash: int = 1
+    budget: float,
+    speed_ratio: float,
+    r: float | None = None,
+    min_dash: int = 1,
+    early: float = 1.0,
 ) -> MorsePlan:
     """Split a budget of n LSD into n - k Dash steps and N k Dot steps.
 
@@ -167,6 +207,7 @@ def make_plan(
         r: Steps per LSD. Default 2.5 (the paper: 2 to 3), less when N is small, so that at most half
             of the budget goes to Dot steps.
         min_dash: Fewest Dash steps.
+        early: See ``spread_indices``.
 
     Raises:
         PlanError: If the budget is below one LSD, or N is not above 1.
@@ -192,4 +233,4 @@ def make_plan(
     affordable = math.floor((budget - dash) * speed_ratio + 1e-9)
     wanted = math.floor(r * budget + 1e-9) - dash
     dots = max(0, min(affordable, wanted))
-    return MorsePlan.uniform(dash, dots, speed_ratio)
+    return MorsePlan.spread(dash, dots, speed_ratio, early)

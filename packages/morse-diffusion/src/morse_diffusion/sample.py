@@ -42,7 +42,7 @@ def sample(config: SampleConfig) -> Sampled:
     """
     pipe = load_pipeline(config.pipe, config.device)
     dot = MorseDot.from_pretrained(config.dot, denoiser_of(pipe))
-    fast = MorsePipeline.from_pipe(pipe, dot, speed_ratio=config.speed_ratio)
+    fast = MorsePipeline.from_pipe(pipe, dot, speed_ratio=config.speed_ratio, early=config.early)
     inputs = call_inputs(pipe, config.prompt, config.n, config.guidance_scale)
     generator = torch.Generator().manual_seed(config.seed)
     result = fast(budget_lsd=config.budget_lsd, generator=generator, **inputs)

@@ -14,6 +14,7 @@ from effml_common.logging import warn
 from morse_diffusion.adapters.dot import DotShape, MorseDot
 from morse_diffusion.adapters.schedulers import family_of, prediction_of
 from morse_diffusion.errors import DotMismatchError
+from morse_diffusion.lora import path_without_adapters
 
 FORMAT = 1
 BLOCKS, RESIDUALS = "dot_blocks.safetensors", "adapter_model.safetensors"
@@ -23,10 +24,12 @@ _RESIDUAL_PREFIX = "residuals."
 def fingerprint(dash: nn.Module) -> str:
     """Identity of a Dash: its class, the names and shapes of its weights, and a sample of their signs.
 
-    Signs, because a Dash loaded in half precision is the same Dash.
+    Signs, because a Dash loaded in half precision is the same Dash. A LoRA in PEFT's form beside the
+    weights does not count; one that was fused into them does.
     """
     sha = hashlib.sha256(type(dash).__name__.encode())
-    for name, weight in sorted(dash.named_parameters()):
+    named = ((path_without_adapters(name), weight) for name, weight in dash.named_parameters())
+    for name, weight in sorted((n, w) for n, w in named if n is not None):
         values = weight.detach().flatten()
         some = values[:: max(1, len(values) // 64)][:64]
         # bfloat16 has the range of float32, so no sign is lost; float16 flushes below 6e-8.
@@ -55,6 +58,7 @@ def save_dot(dot: MorseDot, path: str | Path, training: Mapping[str, Any]) -> No
         "lora_rank": shape.lora_rank,
         "lora_conv_form": "k x k down, 1 x 1 up",
         "guidance": list(shape.guidance) if shape.guidance else None,
+        "jump_scale": shape.jump_scale,
         "training": {**dot.trained, **training},
     }
     blocks = {
@@ -112,6 +116,7 @@ def load_dot(path: str | Path, dash: nn.Module, *, strict: bool = True) -> Morse
         layers=config["layers"],
         lora_rank=config["lora_rank"],
         guidance=tuple(config["guidance"]) if config["guidance"] else None,
+        jump_scale=config["jump_scale"],
     )
     _compare(
         {"dash_class": config["dash_class"], "dash_fingerprint": config["dash_fingerprint"]},
@@ -130,7 +135,7 @@ def load_dot(path: str | Path, dash: nn.Module, *, strict: bool = True) -> Morse
         raise DotMismatchError(
             f"the weights in {folder} do not fit this Dash ({error}); train a Dot for it"
         ) from error
-    dot.trained = config["training"]
+    dot.trained, dot.dash_fingerprint = config["training"], config["dash_fingerprint"]
     return dot.eval()
 
 
@@ -140,9 +145,14 @@ def check_fits(dot: MorseDot, denoiser: nn.Module, scheduler: Any, *, strict: bo
     Raises:
         DotMismatchError: Naming what differs; with ``strict=False`` a warning.
     """
+    found = fingerprint(denoiser)
     if dot.dash is not denoiser:
-        saved = {"Dash": fingerprint(dot.dash)}
-        _compare(saved, {"Dash": fingerprint(denoiser)}, strict)
+        _compare({"Dash": fingerprint(dot.dash)}, {"Dash": found}, strict)
+    if dot.dash_fingerprint not in (None, found) or getattr(denoiser, "peft_config", None):
+        warn(
+            "the Dash has a LoRA or other weights that the Dot was not trained with: its residuals "
+            "fit less well, so give it fewer steps"
+        )
     ours = {
         "family": family_of(scheduler),
         "prediction": prediction_of(scheduler),

@@ -25,13 +25,21 @@ class MorsePipeline:
         pipe: A diffusers pipeline.
         dot: What fills in the Dot steps.
         speed_ratio: N on this device; measured by a short run when first needed.
+        early: Where the Dash steps are, for plans made here; see ``plan.spread_indices``.
         options: Passed on to ``apply_morse``.
     """
 
     def __init__(
-        self, pipe: Any, dot: Dot, *, speed_ratio: float | None = None, **options: Any
+        self,
+        pipe: Any,
+        dot: Dot,
+        *,
+        speed_ratio: float | None = None,
+        early: float = 1.0,
+        **options: Any,
     ) -> None:
         self._pipe, self._dot, self._ratio, self._options = pipe, dot, speed_ratio, options
+        self._early = early
         self._summary: Summary | None = None
 
     @classmethod
@@ -107,16 +115,17 @@ class MorsePipeline:
     def _plan(
         self, given: dict[str, Any], dot_steps: int | None, args: Any, kwargs: Any
     ) -> MorsePlan:
+        known = self._ratio or float("inf")
         if given["dash_steps"] is not None:
             assert dot_steps is not None
-            plan = MorsePlan.uniform(given["dash_steps"], dot_steps, self._ratio or float("inf"))
+            plan = MorsePlan.spread(given["dash_steps"], dot_steps, known, self._early)
         elif given["num_inference_steps"] is not None:
             total = given["num_inference_steps"]
             dash = max(1, round(DASH_SHARE * total))
-            plan = MorsePlan.uniform(dash, total - dash, self._ratio or float("inf"))
+            plan = MorsePlan.spread(dash, total - dash, known, self._early)
         else:
             ratio = self._ratio or self.measure_speed_ratio(*args, **kwargs)
-            plan = make_plan(given["budget_lsd"], ratio)
+            plan = make_plan(given["budget_lsd"], ratio, early=self._early)
         fits = fitted(plan, self._pipe.scheduler)
         if fits != plan:
             say(f"{plan.n_total} steps rounded to {fits.n_total}, which this scheduler can space")
