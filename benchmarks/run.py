@@ -26,7 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PROG = "python benchmarks/run.py"
 EXAMPLES = (PROG, f"{PROG} --only sliderquant --seeds 3 --out report")
 # Warm seconds per seed on two CPU cores, for the estimate only; the house allows a demo 180.
-USUAL = {"af-dcd": 200, "com-pt": 120, "fis-dit": 75, "morse-diffusion": 150, "scalekd": 150, "sliderquant": 150}
+USUAL = {
+    "af-dcd": 200,
+    "com-pt": 120,
+    "fis-dit": 75,
+    "morse-diffusion": 150,
+    "scalekd": 150,
+    "sliderquant": 150,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
