@@ -25,7 +25,8 @@ from effml_common.files import atomic_write
 from effml_common.report import Report, environment, write_report
 
 PROG = "python benchmarks/com_pt_study.py"
-MIDDLE = ("scratch", "feature only", "lossless", "lossless + feature")  # arms of the second member
+# Arms of the largest member, which costs most.
+LARGEST = ("scratch", "feature only", "lossless", "lossless + feature")
 EXAMPLES = (PROG, f"{PROG} --family vit --seeds 1 2 3")
 
 
@@ -134,15 +135,15 @@ def order(
     """(cell, member, arm, predecessor's cell, updates, seed), what later ones need first."""
     smallest, first, second, third = family.members
     for seed in config.seeds:
-        for member in (first, second, third):
+        yield f"{first} alone", first, "scratch", None, family.alone, seed
+        for arm in config.arms:
+            yield f"{second} {arm}", second, arm, f"{first} alone", family.stage[second], seed
+    for seed in config.seeds:
+        for arm in (arm for arm in config.arms if arm in LARGEST):
+            before = f"{second} {config.start}"
+            yield f"{third} {arm}", third, arm, before, family.stage[third], seed
+        for member in (second, third):
             yield f"{member} alone", member, "scratch", None, family.alone, seed
-        pairs = (
-            (second, f"{first} alone", [arm for arm in config.arms if arm in MIDDLE]),
-            (third, f"{second} {config.start}", config.arms),
-        )
-        for member, small, arms in pairs:
-            for arm in arms:
-                yield f"{member} {arm}", member, arm, small, family.stage[member], seed
     for seed in config.seeds if config.lengths else ():
         for steps in family.longer:
             yield f"{third} alone {steps}", third, "scratch", None, steps, seed
