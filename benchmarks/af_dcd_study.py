@@ -127,7 +127,8 @@ def rated(folder: Path, arm: Arm) -> Arm:
         path = folder / f"{name}-{DEVELOPMENT}.json"
         if path.exists():
             found[rate] = json.loads(path.read_text())["mIoU"]
-    return replace(arm, rate=max(found, key=lambda rate: found[rate])) if found else arm
+    # Half a comparison chooses nothing: then the rate that was better for those that were compared.
+    return replace(arm, rate=max(found, key=lambda r: found[r])) if len(found) == len(RATES) else arm
 
 
 def arms(config: StudyConfig, folder: Path) -> None:

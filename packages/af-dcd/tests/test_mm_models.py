@@ -10,6 +10,7 @@ pytest.importorskip("mmseg")
 
 from mmengine.config import ConfigDict
 from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
 
 from af_dcd.mm.shims import build_model
 from effml_common.errors import InputError
