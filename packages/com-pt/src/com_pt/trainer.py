@@ -108,7 +108,7 @@ class StageTrainer:
         self._capped = False
 
     def _feature_loss(self, model: nn.Module) -> InverseFeatureLoss:
-        batch = self.task.collate([self.task[i] for i in range(2)])
+        batch = self.task.collate([self.batches.readable[0, i][0] for i in range(2)])
         widths = []
         for one in (model.cpu().eval(), self.predecessor):
             assert one is not None

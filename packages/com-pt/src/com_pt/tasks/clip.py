@@ -29,7 +29,7 @@ class ClipTask(Task):
     """CLIP on image-caption pairs.
 
     Data settings: ``train`` and ``val`` (CSV, TSV or WebDataset tars), ``images`` (folder that paths
-    are relative to), ``captions`` (K, drawn anew each time), ``tokenizer`` (``simple``, ``bytes`` or
+    are relative to), ``captions`` (K, drawn anew each time), ``tokenizer`` (``simple``, a list of words or
     a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``, ``context_length``,
     ``zero_shot`` (``images``: CSV of path and class; ``classes``; ``templates`` with ``{}``).
     """
@@ -110,12 +110,11 @@ class ClipTask(Task):
     def _zero_shot(self, model: Any, settings: Mapping[str, Any], batch: int) -> dict[str, float]:
         classes, templates = _lines(settings["classes"]), _lines(settings["templates"])
         held_out = CaptionData.open({**self.data, "val": settings["images"]}, "val", captions=None)
-        images, texts = held_out.for_retrieval()
+        images = torch.stack([held_out.image(i) for i in range(len(held_out))])
         names = [line[0] for line in held_out.texts]
         missing = sorted(set(names) - set(classes))
         if missing:
             raise ConfigError(f"class {missing[0]} is not listed; add it to zero_shot classes")
-        del texts
         labels = torch.tensor([classes.index(name) for name in names])
         prompts = [
             held_out.tokenize([template.format(name) for template in templates]) for name in classes
