@@ -83,7 +83,7 @@ def test_features_are_max_pooled_before_the_patches_are_cut() -> None:
     ("shape", "groups", "patch"),
     [((1, 6, 5, 7), 3, None), ((2, 15, 3, 9), 5, (3, 3)), ((3, 7, 4, 2), 7, (2, 1))],
 )
-@pytest.mark.parametrize("budget", [1, 3000, 2**26])
+@pytest.mark.parametrize("budget", [1, 3000])
 def test_chunked_equals_naive_in_value_and_gradient(
     shape, groups, patch, negatives, p, budget, monkeypatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_a_shipped_config_has_the_papers_crop_schedule_and_width(path) -> None:
     assert scales == [k / 10 for k in range(5, 21)]
 
 
+@pytest.mark.slow
 def test_every_shipped_pair_fits_the_papers_preset() -> None:
     """Shapes only: nothing is computed at these sizes."""
     from af_dcd.config import InspectConfig

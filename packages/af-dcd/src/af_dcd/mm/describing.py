@@ -111,4 +111,5 @@ def dry_run(whole: Config) -> Row:
         sample = SegDataSample(gt_sem_seg=PixelData(data=labels))
         samples.append(sample)
     _, logged = model.train().parse_losses(model.loss(torch.randn(2, 3, *size), samples))
-    return Row("one batch of noise", "weighted terms", {k: [float(v)] for k, v in logged.items()})
+    values = {name: [float(torch.as_tensor(value).detach())] for name, value in logged.items()}
+    return Row("one batch of noise", "weighted terms", values)
