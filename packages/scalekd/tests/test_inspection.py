@@ -62,7 +62,8 @@ def test_a_pair_of_the_paper_has_its_shapes_settings_and_projector_size(row) -> 
     teacher, student, extra, size = row
     key = next(k for k in SETTINGS if teacher.startswith(k[0]) and student.startswith(k[1]))
     facts = facts_of(
-        InspectConfig(teacher=teacher, student=student, student_args=extra, img_size=size)
+        InspectConfig(teacher=teacher, student=student, student_args=extra, img_size=size),
+        with_cost=False,
     )
     s3, s4, split, final, heads, tau, summed, norm = SETTINGS[key]
     assert facts["pair of the paper"]
@@ -98,7 +99,7 @@ def test_rules_stand_in_where_the_paper_has_no_pair() -> None:
         ("swin_tiny_patch4_window7_224", "convnext_atto"): ([6, 12], 1, (3.92, 2.94)),
     }
     for (teacher, student), (heads, tau, weights) in pairs.items():
-        facts = facts_of(InspectConfig(teacher=teacher, student=student))
+        facts = facts_of(InspectConfig(teacher=teacher, student=student), with_cost=False)
         assert not facts["pair of the paper"]
         assert (facts["heads"], facts["tau"]) == (heads, tau)
         assert (facts["weights"]["s3_full"], facts["weights"]["s3_ac"]) == weights

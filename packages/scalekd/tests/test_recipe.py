@@ -35,6 +35,19 @@ def test_the_command_line_wins_over_the_recipe_and_steps_scale_with_the_epochs()
     assert recipe.milestones == (3, 6, 9)
 
 
+@pytest.mark.parametrize("name", ["adv-r50", "adv-vit", "adv-mixer", "mbv1"])
+def test_no_magnitude_that_a_recipe_can_draw_breaks_the_augmentation(name: str) -> None:
+    from PIL import Image
+    from timm.data.auto_augment import rand_augment_transform
+
+    drawn = rand_augment_transform(load_recipe(name).auto_augment, {})
+    posterize = next(op for op in drawn.ops if op.name == "PosterizeIncreasing")
+    posterize.prob = 1.0
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    for _ in range(300):
+        posterize(image)
+
+
 def test_the_rate_scales_with_the_batch_only_when_asked() -> None:
     plain = TrainConfig(data_dir="x", batch_size=64)
     scaled = TrainConfig(data_dir="x", batch_size=64, scale_lr=True)
@@ -57,4 +70,6 @@ def test_smoothing_is_the_recipes() -> None:
     logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 9])
     smooth = TaskLoss(load_recipe("adv-vit"))(logits, labels)
     target = 0.9 * F.one_hot(labels, 10) + 0.01
-    assert smooth.item() == pytest.approx(-(target * logits.log_softmax(-1)).sum(1).mean().item(), rel=1e-5)
+    assert smooth.item() == pytest.approx(
+        -(target * logits.log_softmax(-1)).sum(1).mean().item(), rel=1e-5
+    )

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from scalekd.comparison import (
     training_images,
 )
 from scalekd.config import DemoConfig
-from scalekd.tables import MAIN, claims_of, plot, rows_of
+from scalekd.tables import MAIN, Table, claims_of, plot, rows_of
 
 ARMS = ("alone", "kd", "timm features", "fitnet", "scalekd")
 
@@ -61,12 +62,23 @@ def demo(config: DemoConfig) -> Report:
                     if arm == "alone":
                         check_gate(best, score)
     figures = plot(table, out / "run")
-    report = Report(
+    report = report_of(config, table, best, figures, time.monotonic() - started)
+    atomic_write(out / "run" / "config.yaml", dump_config(config))
+    write_report(report, out / "run", figures)
+    say(f"report: {out / 'run' / 'report.html'}")
+    return report
+
+
+def report_of(
+    config: DemoConfig, table: Table, best: float, figures: Sequence[Path], seconds: float
+) -> Report:
+    """All that the demo measured; ``best`` is the teacher's accuracy."""
+    return Report(
         package="scalekd",
         version=version("scalekd"),
         command=sys.argv,
         seeds=list(range(1, config.seeds + 1)),
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         rows=rows_of(table),
         claims=claims_of(table),
         notes=[
@@ -77,7 +89,3 @@ def demo(config: DemoConfig) -> Report:
         files=[path.name for path in figures],
         environment=environment(("timm",)),
     )
-    atomic_write(out / "run" / "config.yaml", dump_config(config))
-    write_report(report, out / "run", figures)
-    say(f"report: {out / 'run' / 'report.html'}")
-    return report

@@ -101,8 +101,8 @@ def meta_pair(config: PairConfig) -> tuple[TeacherSplit, StudentTap]:
     return split, StudentTap(student)
 
 
-def facts_of(config: PairConfig) -> dict[str, Any]:
-    """Shapes, tail, projectors, weights and cost of one pair."""
+def facts_of(config: PairConfig, with_cost: bool = True) -> dict[str, Any]:
+    """Shapes, tail, projectors, weights and, if wanted, cost of one pair."""
     split, tap = meta_pair(config)
     size = (config.img_size, config.img_size)
     out, logits, s3, s4 = dry_run(split, tap, size, size)
@@ -110,8 +110,7 @@ def facts_of(config: PairConfig) -> dict[str, Any]:
     shape = plan.shape
     with torch.device("meta"):
         projectors = Projectors(shape).eval()
-    cost = costs(split, tap, projectors, size, size)
-    return {
+    facts = {
         "teacher": config.teacher,
         "student": config.student,
         "image": f"{config.img_size}x{config.img_size}",
@@ -132,8 +131,8 @@ def facts_of(config: PairConfig) -> dict[str, Any]:
         "student parameters": _count(tap),
         "projector parameters": _count(projectors),
         **{f"projector {n}": _count(m) for n, m in projectors.named_children()},
-        **cost,
     }
+    return facts | costs(split, tap, projectors, size, size) if with_cost else facts
 
 
 def summed(shape: MimicShape) -> dict[str, float]:

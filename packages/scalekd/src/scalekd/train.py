@@ -91,19 +91,7 @@ def make_trainer(
             f"a batch of {recipe.batch_size} cannot be split over {processes.world} processes "
             f"and {config.grad_accum} accumulated batches; use a multiple of their product"
         )
-    images = dataset_of(config, config.train_split, training=True, seed=config.seed, batch=share)
-    if not hasattr(images, "__getitem__") or isinstance(images, torch.utils.data.IterableDataset):
-        if config.cache:
-            raise ConfigError("a cache needs images with an index; use a folder or hfds/")
-        dataset = images
-    else:
-        views = TeacherCache.views_of(config.cache) if config.cache else None
-        dataset = CheckedImages(images, config.num_classes, config.skip_bad, views, config.seed)
-        if len(dataset) < recipe.batch_size:
-            raise ConfigError(
-                f"{len(dataset)} images are fewer than one batch of {recipe.batch_size}; lower "
-                "--batch-size or add images"
-            )
+    dataset = training_set(config, recipe, share)
     torch.manual_seed(config.seed)
     teacher = TeacherSplit.from_timm(
         build_teacher(config), tail_blocks=config.tail_blocks, prefix=config.tpp_prefix
@@ -129,6 +117,27 @@ def make_trainer(
     trainer = Trainer(task, loader, config, recipe, processes, cached)
     say(estimate(trainer))
     return trainer
+
+
+def training_set(config: TrainConfig, recipe: Recipe, share: int) -> Any:
+    """The images to train on; ``share`` of them per batch of this process.
+
+    Raises:
+        InputError: If they are not there, or too few.
+    """
+    images = dataset_of(config, config.train_split, training=True, seed=config.seed, batch=share)
+    if not hasattr(images, "__getitem__") or isinstance(images, torch.utils.data.IterableDataset):
+        if config.cache:
+            raise ConfigError("a cache needs images with an index; use a folder or hfds/")
+        return images
+    views = TeacherCache.views_of(config.cache) if config.cache else None
+    dataset = CheckedImages(images, config.num_classes, config.skip_bad, views, config.seed)
+    if len(dataset) < recipe.batch_size:
+        raise ConfigError(
+            f"{len(dataset)} images are fewer than one batch of {recipe.batch_size}; lower "
+            "--batch-size or add images"
+        )
+    return dataset
 
 
 def estimate(trainer: Trainer) -> str:

@@ -71,30 +71,7 @@ class Trainer:
                 f"{len(loader)} batches do not fill one update of {config.grad_accum}; lower "
                 "--batch-size or --grad-accum, or add images"
             )
-        inner = task.inner()
-        # timm's rule leaves out biases and norms; the SGD and LAMB recipes decay all.
-        self.optimizer = create_optimizer_v2(
-            inner,
-            recipe.optimizer,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            momentum=recipe.momentum,
-            filter_bias_and_bn=not recipe.decay_all,
-        )
-        scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            recipe.schedule,
-            num_epochs=recipe.epochs,
-            decay_milestones=list(recipe.milestones),
-            decay_rate=0.1,
-            warmup_epochs=recipe.warmup_epochs,
-            warmup_lr=recipe.lr * recipe.warmup_factor,
-            min_lr=recipe.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.updates,
-        )
-        assert scheduler is not None
-        self.scheduler: Any = scheduler
+        self.optimizer, self.scheduler = self._optimizer()
         self.scaler = torch.amp.GradScaler(task.device.type, enabled=config.amp == "fp16")
         if recipe.ema:
             task.setup_ema(decay=recipe.ema, use_warmup=True)
@@ -109,6 +86,32 @@ class Trainer:
             if config.mixup or config.cutmix
             else None
         )
+
+    def _optimizer(self) -> tuple[Any, Any]:
+        recipe = self.recipe
+        # timm's rule leaves out biases and norms; the SGD and LAMB recipes decay all.
+        optimizer = create_optimizer_v2(
+            self.task.inner(),
+            recipe.optimizer,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
+            filter_bias_and_bn=not recipe.decay_all,
+        )
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            recipe.schedule,
+            num_epochs=recipe.epochs,
+            decay_milestones=list(recipe.milestones),
+            decay_rate=0.1,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_lr=recipe.lr * recipe.warmup_factor,
+            min_lr=recipe.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates,
+        )
+        assert scheduler is not None
+        return optimizer, scheduler
 
     def run(self, out: Path | None, settings: dict[str, Any], resume: bool = False) -> None:
         """Train to the end.

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,19 +126,27 @@ class CheckedImages(torch.utils.data.Dataset[Any]):
                     f"image {self._name(at)} has label {label}, but there are {self.num_classes} "
                     "classes; set --num-classes"
                 )
-            return (image, label) if self.views is None else (image, label, at)
+            if self.views is None:
+                return self.transform(image), label
+            with repeatable(self.seed, self.view, at):
+                return self.transform(image), label, at
         raise InputError("no image of the data set can be read; check the files")
 
-    def _read(self, index: int) -> Any:
+    def _read(self, index: int) -> tuple[Any, Any]:
+        """Image and label, without the transform.
+
+        Not ``dataset[index]``: that takes the next image in place of one that it cannot read.
+        """
         reader = getattr(self.dataset, "reader", None)
-        if reader is None:  # torchvision's
-            return self.dataset[index]
-        # Not dataset[index]: it takes the next image in place of one that it cannot read.
+        if reader is None:  # torchvision's own
+            keep, self.dataset.transform = self.dataset.transform, None
+            try:
+                return self.dataset[index]
+            finally:
+                self.dataset.transform = keep
         opened, label, *_ = reader[index]
         with closing(opened):
-            image = Image.open(opened).convert("RGB")
-        with nullcontext() if self.views is None else repeatable(self.seed, self.view, index):
-            return self.transform(image), label
+            return Image.open(opened).convert("RGB"), label
 
     def _name(self, index: int) -> str:
         try:
