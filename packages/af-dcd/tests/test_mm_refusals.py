@@ -217,6 +217,22 @@ def test_a_batch_of_one_under_image_pooling_is_explained(pair, tmp_path, capsys)
     assert "batch size of 2 or more" in refused(capsys, "train", *words, *METHOD, *more)
 
 
+def test_a_pretrained_backbone_out_of_reach_is_one_line(
+    pair, tmp_path, capsys, monkeypatch
+) -> None:
+    from urllib.error import URLError
+
+    def unreachable(*_args: object, **_kwargs: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr("mmengine.runner.checkpoint.load_url", unreachable)
+    more = ["--cfg-options", "model.pretrained=open-mmlab://resnet18_v1c"]
+    line = refused(capsys, "train", *train_words(pair, out=tmp_path / "a"), *METHOD, *more)
+    assert "cannot be fetched (no network); give --student-init FILE, or --no-pretrained" in line
+    words = [*train_words(pair, out=tmp_path / "b", iters=1), *METHOD, *more, "--no-pretrained"]
+    assert main("af-dcd", "af-dcd", COMMANDS, ["train", *map(str, words), "--quiet"]) == 0
+
+
 def test_student_and_teacher_must_be_named(pair, capsys) -> None:
     assert "no student is given; add --student" in refused(capsys, "train")
     line = refused(capsys, "train", "--student", pair.student)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from mmengine.config import Config
@@ -47,13 +48,18 @@ def train(runner: Runner) -> None:
     """Run the loop.
 
     Raises:
-        InputError: If the data or a pretrained backbone cannot be read.
+        InputError: If the data cannot be read or a pretrained backbone cannot be fetched.
     """
     try:
         with quiet():
             runner.train()
     except (InputError, NonFiniteError):
         raise
+    except URLError as error:
+        raise InputError(
+            f"the pretrained backbone cannot be fetched ({error.reason}); give --student-init FILE, "
+            "or --no-pretrained"
+        ) from error
     except (
         FileNotFoundError,
         KeyError,
