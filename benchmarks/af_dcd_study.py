@@ -102,7 +102,9 @@ def cell(
             steps,
         )
         done = run_arm(training, draw(config.tests, SEEDS[scenes]))
-        atomic_write(path, json.dumps({"name": name, "seed": seed, **done.metrics}) + "\n")
+        atomic_write(
+            path, json.dumps({"name": name, "seed": seed, "rate": arm.rate, **done.metrics}) + "\n"
+        )
         if seed == 1:
             weights = {k: v.contiguous() for k, v in done.student.state_dict().items()}
             atomic_write(path.with_suffix(".safetensors"), save(weights))
@@ -128,7 +130,9 @@ def rated(folder: Path, arm: Arm) -> Arm:
         if path.exists():
             found[rate] = json.loads(path.read_text())["mIoU"]
     # Half a comparison chooses nothing: then the rate that was better for those that were compared.
-    return replace(arm, rate=max(found, key=lambda r: found[r])) if len(found) == len(RATES) else arm
+    return (
+        replace(arm, rate=max(found, key=lambda r: found[r])) if len(found) == len(RATES) else arm
+    )
 
 
 def arms(config: StudyConfig, folder: Path) -> None:
@@ -185,7 +189,9 @@ def write(config: StudyConfig, folder: Path) -> None:
     for name in names:
         found = sorted((c for c in kept if c["name"] == name), key=lambda c: c["seed"])
         if found:
-            numbers = [{k: v for k, v in c.items() if k not in ("name", "seed")} for c in found]
+            numbers = [
+                {k: v for k, v in c.items() if k not in ("name", "seed", "rate")} for c in found
+            ]
             cells[name.removeprefix("arm ")] = numbers
     if cells:
         write_report_of(config, folder, cells, kept, out)
