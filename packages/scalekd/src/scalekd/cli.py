@@ -29,7 +29,7 @@ COMMANDS = (
         examples=(
             "scalekd train --data-dir photos --teacher vit_base_patch14_dinov2.lvd142m "
             "--teacher-checkpoint teacher.safetensors --num-classes 12 --student resnet18 --out run",
-            "torchrun --nproc-per-node 8 -m scalekd train --data-dir imagenet --student resnet50 "
+            "scalekd train --data-dir imagenet --student resnet50 "
             "--recipe adv-r50 --amp bf16 --channels-last --compile --out run",
         ),
     ),

@@ -94,7 +94,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(PairConfig, DataConfig):
-    """Train a student of timm beside a strong teacher; the result is a plain timm checkpoint."""
+    """Train a student of timm beside a strong teacher; the result is a plain timm checkpoint.
+
+    Several processes: torchrun --nproc-per-node 8 -m scalekd train ...
+    """
 
     teacher: str = setting("swin_large_patch4_window7_224.ms_in22k_ft_in1k", "timm name")
     student: str = setting("resnet50", "timm name of the student")
