@@ -188,6 +188,8 @@ def write(config: StudyConfig, folder: Path) -> None:
     names = [f"arm {arm.name}" for arm in ARMS] + [f"arm {name}, equal time" for name in MATCHED]
     for name in names:
         found = sorted((c for c in kept if c["name"] == name), key=lambda c: c["seed"])
+        # Claims pair seeds by their place: nothing after a missing one counts.
+        found = [c for place, c in enumerate(found, 1) if c["seed"] == place]
         if found:
             numbers = [
                 {k: v for k, v in c.items() if k not in ("name", "seed", "rate")} for c in found
