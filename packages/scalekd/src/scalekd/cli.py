@@ -61,8 +61,8 @@ COMMANDS = (
         examples=(
             "scalekd cache --data-dir photos --teacher swin_tiny_patch4_window7_224.ms_in1k "
             "--views 8 --out cached",
-            "scalekd train --data-dir photos --teacher swin_tiny_patch4_window7_224.ms_in1k "
-            "--cache cached --out run",
+            "scalekd cache --dataset hfds/my/photos --teacher vit_small_patch16_224.augreg_in1k "
+            "--views 16 --top-k 20 --out cached",
         ),
     ),
 )
