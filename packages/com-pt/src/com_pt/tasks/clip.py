@@ -29,8 +29,8 @@ class ClipTask(Task):
     """CLIP on image-caption pairs.
 
     Data settings: ``train`` and ``val`` (CSV, TSV or WebDataset tars), ``images`` (folder that paths
-    are relative to), ``captions`` (K, drawn anew each time), ``tokenizer`` (``simple``, a list of words or
-    a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``, ``context_length``,
+    are relative to), ``captions`` (K, drawn anew each time), ``tokenizer`` (``simple``, a list of
+    words or a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``, ``context_length``,
     ``zero_shot`` (``images``: CSV of path and class; ``classes``; ``templates`` with ``{}``).
     """
 
