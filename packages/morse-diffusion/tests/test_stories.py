@@ -121,13 +121,23 @@ def test_bench_measures_every_arm_or_says_that_the_dot_is_too_slow(
     assert not (tmp_path / "slow").exists()
     fast = Times(dash=4.0, dot=1.0, cached=None)
     monkeypatch.setattr(bench, "measure_times", lambda *a, **k: fast)
-    told = json.loads(run(capsys, *words, "--out", tmp_path / "fast"))
+    told = json.loads(run(capsys, *words, "--early", 2, "--out", tmp_path / "fast"))
     names = {row["name"] for row in told["rows"]}
     assert names == {
         "DDIM", "DPM-Solver++ 2M", "UniPC", "extrapolation on DDIM", "Morse on DDIM", "Morse on 2M",
     }  # fmt: skip
     assert len(told["rows"]) == 12
     assert (tmp_path / "fast" / "run" / "quality.png").is_file()
+
+
+def test_bench_crowds_the_full_steps_of_morse_alone() -> None:
+    from morse_diffusion.bench import arms_of
+    from morse_diffusion.config import BenchConfig
+
+    arms = arms_of(BenchConfig(pipe="p", dot="d", data="i", early=1.5))
+    assert {arm.name: arm.early for arm in arms if arm.early > 1} == {
+        "Morse on DDIM": 1.5, "Morse on 2M": 1.5,
+    }  # fmt: skip
 
 
 def test_inspect_describes_a_dot(trained, capsys) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def arms_of(config: BenchConfig) -> list[Arm]:
     """The baselines asked for, and Morse on the same solvers."""
     wanted = [NAMES[name] for name in config.baselines]
     morse = [f"Morse on {'DDIM' if name == 'ddim' else '2M'}" for name in ("ddim", "dpmpp")]
-    return [arm for arm in ARMS if arm.name in (*wanted, *morse)]
+    chosen = [arm for arm in ARMS if arm.name in (*wanted, *morse)]
+    return [replace(a, early=config.early) if a.method == "morse" else a for a in chosen]
 
 
 def times_of(pipe: Any, dot: MorseDot, config: BenchConfig, inputs: dict[str, Any]) -> Times:

@@ -160,6 +160,7 @@ class BenchConfig:
     baselines: tuple[str, ...] = setting(
         ("ddim", "dpmpp", "unipc", "extrapolate"), f"some of {', '.join(BASELINES)}"
     )
+    early: float = setting(1.0, "placement of Morse's full steps, as for sample")
     prompt: str = setting("", "text, for text-to-image pipelines")
     samples: int = setting(256, "images per cell")
     batch: int = setting(64, "images per call")

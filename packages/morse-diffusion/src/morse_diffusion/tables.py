@@ -103,13 +103,16 @@ def curves(table: Table, path: Path, floor: Mapping[str, float] | None) -> list[
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, len(METRICS))
+    kinds = list(dict.fromkeys(arm.name.removesuffix(", early") for arm in ARMS))
     for panel, metric in zip(panels, METRICS, strict=True):
         for arm in ARMS:
             budgets = sorted(b for name, b in table if name == arm.name)
             cost = [mean(table[arm.name, b], "lsd") for b in budgets]
             values = [mean(table[arm.name, b], metric) for b in budgets]
             if budgets:
-                panel.plot(cost, values, "-o" if arm.method == "morse" else "--s", label=arm.name)
+                color = f"C{kinds.index(arm.name.removesuffix(', early'))}"
+                style = ("-" if arm.method == "morse" else "--") + ("s" if arm.early == 1 else "^")
+                panel.plot(cost, values, style, color=color, label=arm.name)
         if floor is not None:
             panel.axhline(floor[metric], color="grey", linestyle=":", label="real images")
         panel.set(xscale="log", yscale="log", xlabel="cost in Dash steps (LSD)", ylabel=metric)
