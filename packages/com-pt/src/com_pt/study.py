@@ -235,12 +235,15 @@ def curve(cells: Sequence[Cell], member: str, metric: str, path: Path) -> list[P
         )
         for name, group in points.items()
     }
-    scratch = sorted(means[n] for n in names if "alone" in n)
+    complete = [n for n in names if "alone" in n or n == f"{member} scratch"]
+    scratch = sorted(means[n] for n in complete)
     if scratch:
-        axes.plot(*zip(*scratch, strict=True), "k.-", label="scratch, complete schedules")
+        # Two points are no curve: a line would claim what was not measured.
+        style = "k.-" if len(scratch) > 2 else "k."
+        axes.plot(*zip(*scratch, strict=True), style, label="scratch, complete schedules")
     marks = iter("osD^v<>PX*hd")
     for name in names:
-        if "alone" in name:
+        if name in complete:
             continue
         group = points[name]
         label = name.removeprefix(f"{member} ").replace("of 2", "chain of 2").replace(
