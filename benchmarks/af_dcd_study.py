@@ -222,7 +222,7 @@ def write_report_of(
         seconds=sum(c["seconds"] for c in kept),
         rows=[Row("teacher", "trained on more labels", teacher), *rows_of(cells), *tried],
         claims=claims_of(cells),
-        notes=[*notes_of(pair), "rates: each arm tried at 0.003 and 0.008 on development scenes"],
+        notes=[*notes_of(pair), rates_note(kept)],
         files=["af-dcd-arms.png", "af-dcd-maps.png"],
         environment=environment(("mmsegmentation",)),
     )
@@ -235,6 +235,14 @@ def write_report_of(
     write_report(report, staging, figures=figures)
     atomic_write(out / "af-dcd-study.json", (staging / "report.json").read_text())
     print(time.strftime("%H:%M"), *(f"{c.id} {c.gaps}" for c in report.claims), sep="\n")
+
+
+def rates_note(kept: list[dict[str, Any]]) -> str:
+    """Which arms had both rates tried on development scenes; the others took 0.008."""
+    tried = [{c["name"] for c in kept if c["name"].startswith(f"rate {rate:g} ")} for rate in RATES]
+    ends = [{name.split(" ", 2)[2] for name in names} for names in tried]
+    both = [arm.name for arm in ARMS if all(arm.name in names for names in ends)]
+    return f"both rates, 0.003 and 0.008, were tried for: {', '.join(both) or 'no arm'}"
 
 
 def student_of(folder: Path, name: str, pair: PairConfig) -> Any:
