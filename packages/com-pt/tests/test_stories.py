@@ -184,7 +184,10 @@ def test_the_demo_compares_arms_and_draws_them(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     from com_pt.config import DemoConfig
     from com_pt.demo import demo
+    from com_pt.tasks.digits import DigitPairs
 
+    small = DigitPairs({"held_out": 60})
+    monkeypatch.setattr("com_pt.demo.DigitPairs", lambda data: small)
     report = demo(DemoConfig(steps=20, out=str(tmp_path / "out")))
     names = [row.name for row in report.rows]
     assert {"T alone", "S lossless + feature", "B embed", "chain of T, S, B"} <= set(names)

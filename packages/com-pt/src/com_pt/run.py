@@ -89,7 +89,11 @@ def run_chain(
     out = Path(out)
     task = task or task_class(chain.task)(chain.data)
     accelerator = make_accelerator(chain.precision)
-    _open_run(chain, out, resume=resume, force=force, main=accelerator.is_main_process)
+    _check_run(chain, out, resume=resume, force=force)
+    # A slower process must not find what the first one writes.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _open_run(chain, out)
     accelerator.wait_for_everyone()
     cost = plan_chain(chain, task)
     sizes = [_size(task, stage) for stage in chain.stages]
@@ -204,7 +208,7 @@ def _publish(task: Task, model: nn.Module, stage: StageConfig, out: Path, accele
     os.rename(staging, target)
 
 
-def _open_run(chain: ChainConfig, out: Path, *, resume: bool, force: bool, main: bool) -> None:
+def _check_run(chain: ChainConfig, out: Path, *, resume: bool, force: bool) -> None:
     frozen = out / "run" / FROZEN
     if frozen.exists():
         if not resume:
@@ -214,12 +218,15 @@ def _open_run(chain: ChainConfig, out: Path, *, resume: bool, force: bool, main:
             raise ConfigError(
                 f"the settings differ from those of {out}; resume with the same, or add --force"
             )
-    if main:
-        for dead in out.glob(".tmp-*"):
-            shutil.rmtree(dead, ignore_errors=True)
-        frozen.parent.mkdir(parents=True, exist_ok=True)
-        document = {"digest": chain.digest(), **asdict(chain)}
-        atomic_write(frozen, json.dumps(document, indent=1, default=str) + "\n")
+
+
+def _open_run(chain: ChainConfig, out: Path) -> None:
+    for dead in out.glob(".tmp-*"):
+        shutil.rmtree(dead, ignore_errors=True)
+    frozen = out / "run" / FROZEN
+    frozen.parent.mkdir(parents=True, exist_ok=True)
+    document = {"digest": chain.digest(), **asdict(chain)}
+    atomic_write(frozen, json.dumps(document, indent=1, default=str) + "\n")
 
 
 def _write_state(chain: ChainConfig, out: Path, members: list[Member]) -> None:
