@@ -23,7 +23,7 @@ from morse_diffusion.adapters.pixels import PixelPipeline
 from morse_diffusion.comparison import ARMS, Arm, Times, measure_times, plan_for, run_arm, solver
 from morse_diffusion.config import DemoDotConfig
 from morse_diffusion.demo_data import images_of
-from morse_diffusion.demo_model import CHANNELS, SCHEDULE, demo_pair
+from morse_diffusion.demo_model import CHANNELS, demo_pair, schedule_of
 from morse_diffusion.evaluation import Reference, frechet_distance, sliced_wasserstein
 from morse_diffusion.tables import Table, claims_of, curves, rows_of, speed_up_notes
 
@@ -71,7 +71,7 @@ def measure_all(config: StudyConfig, folder: Path, reference: Reference) -> None
         from morse_diffusion import MorseDot
 
         dot = MorseDot.from_pretrained(config.dot, dash)
-    pipe = PixelPipeline(dash, solver("ddim", SCHEDULE))
+    pipe = PixelPipeline(dash, solver("ddim", schedule_of(config.data)))
     times = times_of(pipe, dot, folder)
     print(f"N {times.speed_ratio:.2f}", times, flush=True)
     channels = CHANNELS[config.data]

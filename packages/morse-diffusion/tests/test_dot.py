@@ -216,19 +216,6 @@ def test_weights_changed_after_loading_are_warned_about(tmp_path, capsys) -> Non
     assert "was not trained with" in capsys.readouterr().err
 
 
-@torch.no_grad()
-def test_with_a_jump_scale_the_residual_is_the_network_s_slope_times_the_jump(tmp_path) -> None:
-    dash = tiny_unet()
-    plain, scaled = lively(build(dash)), lively(build(dash, jump_scale=250.0))
-    x_s, x_i, z_s, t_s, t_i = inputs()
-    t_i = torch.tensor([600.0, 790.0])
-    expected = plain(x_s, x_i, z_s, t_s, t_i) * torch.tensor([0.8, 0.04]).view(2, 1, 1, 1)
-    torch.testing.assert_close(scaled(x_s, x_i, z_s, t_s, t_i), expected)
-    scaled.save_pretrained(str(tmp_path))
-    loaded = MorseDot.from_pretrained(str(tmp_path), dash)
-    torch.testing.assert_close(loaded(x_s, x_i, z_s, t_s, t_i), expected)
-
-
 def test_the_same_dash_in_half_precision_is_the_same_dash() -> None:
     dash = tiny_unet()
     assert fingerprint(dash) == fingerprint(tiny_unet().to(torch.bfloat16))

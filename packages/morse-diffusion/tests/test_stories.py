@@ -157,13 +157,6 @@ def test_plan_prints_the_pattern_of_a_budget(tmp_path, capsys) -> None:
     assert told["dash_indices"] == [0, 1, 2, 4, 8, 12, 18]
 
 
-def test_a_dot_scaled_by_the_jump_keeps_its_scale_on_disk(pixels, photos, tmp_path, capsys) -> None:
-    words = ["train-dot", pixels, photos, *TRAIN, "--by-jump", "--gap-max", "0.4"]
-    run(capsys, *words, "--out", tmp_path / "dot", "--quiet")
-    # Jumps of up to 0.4 of 1,000 times are 200 on average.
-    assert json.loads((tmp_path / "dot" / "config.json").read_text())["jump_scale"] == 200
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -89,9 +89,6 @@ class TrainDotConfig:
     min_snr: bool = setting(
         False, "weigh errors near t = 0 down, where noise cannot be predicted; not in the paper"
     )
-    by_jump: bool = setting(
-        False, "multiply the Dot's residual by the length of the jump; not in the paper"
-    )
     cosine: bool = setting(False, "let the learning rate fall to 0 along a cosine; for short runs")
     precision: Literal["no", "bf16"] = setting("no", "bf16 runs the networks in bfloat16")
     checkpointing: bool = setting(False, "recompute shared blocks in the backward pass")

@@ -18,7 +18,7 @@ from morse_diffusion.adapters.pixels import PixelPipeline
 from morse_diffusion.comparison import ARMS, Ran, measure_times, plan_for, run_arm, solver
 from morse_diffusion.config import DemoConfig, DemoDotConfig
 from morse_diffusion.demo_data import images_of
-from morse_diffusion.demo_model import SCHEDULE, demo_pair
+from morse_diffusion.demo_model import demo_pair, schedule_of
 from morse_diffusion.evaluation import Reference, frechet_distance, sliced_wasserstein
 from morse_diffusion.tables import Table, claims_of, curves, rows_of, speed_up_notes
 
@@ -48,7 +48,7 @@ def demo(config: DemoConfig) -> Report:
     torch.set_num_threads(1)
     own = {name: getattr(config, name) for name in DemoDotConfig.__dataclass_fields__}
     dash, dot = demo_pair(DemoDotConfig(**own))
-    pipe = PixelPipeline(dash, solver("ddim", SCHEDULE))
+    pipe = PixelPipeline(dash, solver("ddim", schedule_of(config.data)))
     times = measure_times(pipe, dot, BATCH)
     say(f"N = {times.speed_ratio:.2f}: a Dot step takes 1/{times.speed_ratio:.2f} of a Dash step")
     images, _ = images_of(config.data)

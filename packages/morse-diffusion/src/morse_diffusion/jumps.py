@@ -117,11 +117,6 @@ class Process:
             todo &= ~good
         return self._times(t_s), self._times(t_o)
 
-    def mean_jump(self, gap_max: float = 1.0) -> float:
-        """Half of the longest jump that ``draw_pair`` draws, in the network's units of time."""
-        ends = self._times(torch.tensor([0.0, float(self.steps)], dtype=torch.float64))
-        return gap_max * float(ends[1] - ends[0]) / 2
-
     def _times(self, t: Tensor) -> Tensor:
         if self.family != "edm":
             return t.float()

@@ -53,7 +53,6 @@ def train_dot(config: TrainDotConfig) -> Report:
         layers=config.layers,
         lora_rank=config.rank,
         guidance=guidance,
-        jump_scale=process.mean_jump(config.gap_max) if config.by_jump else None,
     )
     check_sides(denoiser, config.m, data.clean.shape[-2:])
     dot.gradient_checkpointing = config.checkpointing

@@ -37,8 +37,6 @@ class DotShape:
         layers: Residual blocks per extra down block; an up block has one more.
         lora_rank: Rank of the residuals on the shared weights (paper, SD v1.4: 64).
         guidance: Range of guidance scales that the Dot is trained on; None without guidance.
-        jump_scale: The residual is multiplied by (t_s - t_i) / jump_scale, so that it vanishes with the
-            jump and the network learns a slope; None leaves it as it is, which is the paper's Dot.
     """
 
     m: int = 2
@@ -46,7 +44,6 @@ class DotShape:
     layers: int = 1
     lora_rank: int = 64
     guidance: tuple[float, float] | None = None
-    jump_scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.m < 1 or self.layers < 1 or self.lora_rank < 1:
@@ -161,13 +158,6 @@ class MorseDot(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._copies = {}
         return super()._apply(*args, **kwargs)
-
-    def _of_jump(self, residual: Tensor, t_s: Tensor, t_i: Tensor) -> Tensor:
-        """The network's output, times the length of the jump if the shape says so."""
-        if self.shape.jump_scale is None:
-            return residual
-        length = ((t_s - t_i) / self.shape.jump_scale).to(residual.dtype)
-        return residual * length.view(-1, *(1,) * (residual.ndim - 1))
 
     def _run(self, root: str, *args: Any, **kwargs: Any) -> Any:
         """Call one shared module with the residuals on its weights."""
@@ -284,8 +274,7 @@ class UNetDot(MorseDot):
             n = self.shape.layers + 1
             h, skips = block(h, tuple(skips[-n:]), emb), skips[:-n]
         assert not skips
-        residual = self.conv_out(nn.functional.silu(self.norm_out(h)))
-        return self._of_jump(residual, t_s, t_i)
+        return self.conv_out(nn.functional.silu(self.norm_out(h)))
 
     def _embed(
         self, x: Tensor, t_s: Tensor, t_i: Tensor, cond: dict[str, Any]

@@ -113,7 +113,7 @@ class TransformerDot(MorseDot):
         for layer in self.up:
             large = nn.functional.interpolate(h, scale_factor=2, mode="nearest")
             h = layer(nn.functional.silu(torch.cat([large, skips.pop()], dim=1)))
-        residual = self._of_jump(self.conv_out(nn.functional.silu(h)), t_s, t_i)
+        residual = self.conv_out(nn.functional.silu(h))
         return pack(residual) if grid else residual
 
     def _whole(self, low: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:

@@ -58,7 +58,6 @@ def save_dot(dot: MorseDot, path: str | Path, training: Mapping[str, Any]) -> No
         "lora_rank": shape.lora_rank,
         "lora_conv_form": "k x k down, 1 x 1 up",
         "guidance": list(shape.guidance) if shape.guidance else None,
-        "jump_scale": shape.jump_scale,
         "training": {**dot.trained, **training},
     }
     blocks = {
@@ -116,7 +115,6 @@ def load_dot(path: str | Path, dash: nn.Module, *, strict: bool = True) -> Morse
         layers=config["layers"],
         lora_rank=config["lora_rank"],
         guidance=tuple(config["guidance"]) if config["guidance"] else None,
-        jump_scale=config["jump_scale"],
     )
     _compare(
         {"dash_class": config["dash_class"], "dash_fingerprint": config["dash_fingerprint"]},
