@@ -109,7 +109,8 @@ def as_patches(
     require(ph >= 1 and pw >= 1, f"patch is {ph}x{pw}", "give 1 or more pixels each way")
     if h < ph or w < pw:
         raise InputError(
-            f"the pooled map is {h}x{w}, smaller than one {ph}x{pw} patch; use a smaller pool or patch"
+            f"the pooled map is {h}x{w}, smaller than one {ph}x{pw} patch; use a smaller pool "
+            f"(now pool={pool}), a smaller patch, or larger crops"
         )
     if h % ph or w % pw:
         if not crop_to_fit:

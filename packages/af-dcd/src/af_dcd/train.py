@@ -1,5 +1,6 @@
 """The ``train`` command: a mmsegmentation pair through mmengine's Runner."""
 
+import shutil
 import sys
 import time
 from dataclasses import fields
@@ -38,8 +39,14 @@ def train(config: TrainConfig) -> Report:
         from af_dcd.mm.describing import dry_run
 
         return report_of(config, began, [dry_run(whole)])
+    fresh = not out.exists()
     _claim(out, config)
-    runner = running.make_runner(whole, config)
+    try:
+        runner = running.make_runner(whole, config)
+    except InputError:
+        if fresh:  # mmengine opens its log before it looks at the models
+            shutil.rmtree(out, ignore_errors=True)
+        raise
     if config.student_init is not None:
         running.start_from(runner, config.student_init)
     if rank() == 0:

@@ -1,5 +1,6 @@
 """mmengine's Runner, made and run so that what goes wrong is one line."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,26 @@ def make_runner(whole: Config, config: TrainConfig) -> Runner:
     return build(whole)
 
 
+class TerseRunner(Runner):
+    """Lists the machine and the whole config in its log file, not on the console."""
+
+    def _log_env(self, env_cfg: dict[str, Any]) -> None:
+        consoles = [h for h in self.logger.handlers if not isinstance(h, logging.FileHandler)]
+        levels = [handler.level for handler in consoles]
+        for handler in consoles:
+            handler.setLevel(logging.WARNING)
+        try:
+            super()._log_env(env_cfg)
+        finally:
+            for handler, level in zip(consoles, levels, strict=True):
+                handler.setLevel(level)
+
+
 def build(whole: Config) -> Runner:
     """A Runner; see ``make_runner``."""
     try:
         with quiet():
-            return Runner.from_cfg(whole)
+            return TerseRunner.from_cfg(whole)
     except InputError:
         raise
     except Exception as error:  # registries wrap any error of a constructor
