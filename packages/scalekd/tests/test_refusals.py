@@ -6,6 +6,9 @@ import pytest
 import torch
 from scalekd_runs import WORDS, make_photos, scalekd
 
+from effml_common.errors import InputError
+from scalekd.adapters.data import CheckedImages
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
@@ -26,7 +29,9 @@ def without(words: list[str], flag: str, values: int = 1) -> list[str]:
 
 
 TABLE = [
-    (["--num-classes", "2"], "has label 2, but there are 2 classes; set --num-classes"),
+    (["--num-classes", "2"], "has 3 class folders, but there are 2 classes; set --num-classes"),
+    (["--val-split", "test"], "has no folder test; add it, or name another split"),
+    (["--device", "tpu"], "--device got"),
     (
         ["--data-dir", "nowhere"],
         "nowhere is no folder; give one with train and class folders in it",
@@ -98,6 +103,30 @@ def test_an_empty_class_folder_is_named(tmp_path, capsys) -> None:
     (photos / "train" / "dog").mkdir()
     message = refused(capsys, "train", "--data-dir", photos, *WORDS, "--out", tmp_path / "run")
     assert "dog is empty; add images or remove it" in message
+
+
+def test_a_class_that_one_split_lacks_is_refused_before_it_shifts_labels(tmp_path, capsys) -> None:
+    photos = make_photos(tmp_path / "photos", per_class=4)
+    (photos / "val" / "ant").rename(tmp_path / "ant")
+    message = refused(capsys, "train", "--data-dir", photos, *WORDS, "--out", tmp_path / "run")
+    assert "ant of" in message
+    assert "is in train but not in val; both need the same class folders" in message
+
+
+def test_a_label_beyond_the_head_is_refused_with_the_name_of_the_image() -> None:
+    class Labelled(list):
+        transform = staticmethod(lambda image: image)
+
+    images = CheckedImages(Labelled([("one", 0), ("two", 3)]), 3, skip_bad=False)
+    with pytest.raises(InputError, match="number 1 has label 3, but there are 3 classes"):
+        images[1]
+
+
+def test_a_damaged_teacher_file_is_refused(photos, tmp_path, capsys) -> None:
+    (tmp_path / "teacher.safetensors").write_bytes(b"0" * 99)
+    words = ["train", "--data-dir", photos, *WORDS, "--out", tmp_path / "run"]
+    message = refused(capsys, *words, "--teacher-checkpoint", tmp_path / "teacher.safetensors")
+    assert "timm cannot build vit_tiny_patch16_224" in message
 
 
 def test_an_unreadable_image_is_named_or_left_out_on_request(tmp_path, capsys) -> None:

@@ -40,7 +40,7 @@ from scalekd.rivals import DistTask, FeatureImitationTask
 BATCH = 50
 TEST_SEED, TEST_IMAGES = 1_000_000, 2000
 GATE = 3.0  # points that a teacher must be above the student alone
-RATES = (8e-3, 2e-2)
+RATES = (8e-3, 2e-2, 5e-2)
 RATE = 2e-2  # of the demo, which does not tune
 
 # The released weights are for a hundred epochs of a million images. On a few hundred updates they drown

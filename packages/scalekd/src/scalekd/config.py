@@ -127,7 +127,7 @@ class TrainConfig(PairConfig, DataConfig):
     compile: bool = setting(False, "torch.compile student, projectors and tail")
     channels_last: bool = setting(False, "channels-last memory, faster for CNNs on GPUs")
     cache: str | None = setting(None, "folder that scalekd cache wrote, instead of the live trunk")
-    device: str = setting("auto", "auto, cpu or cuda")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA if it is there")
     seed: int = setting(0, "seed of the start, the order and the augmentation")
     log_every: int = setting(50, "updates between lines of metrics.jsonl")
     save_every: int = setting(0, "updates between checkpoints; 0: every epoch")
@@ -158,7 +158,7 @@ class EvalConfig(DataConfig):
     checkpoint: str = field(metadata={"help": "out folder of train, or a checkpoint in it"})
     use_ema: bool = setting(True, "the averaged weights where there are some")
     batch_size: int = setting(256, "images per batch")
-    device: str = setting("auto", "auto, cpu or cuda")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA if it is there")
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)

@@ -36,7 +36,7 @@ def demo(config: DemoConfig) -> Report:
     """
     started = time.monotonic()
     say(
-        "about 2 minutes a seed on two quiet CPU cores, 4 MiB of disk; the first run trains the "
+        "about 2.5 minutes a seed on two quiet CPU cores, 4 MiB of disk; the first run trains the "
         "teacher too, 2 minutes more"
     )
     # Layers this small gain nothing from a second thread.

@@ -1,4 +1,4 @@
-"""Images of the demo: drawn ones, of which there is no end, and scikit-learn's digits.
+"""Images of the demo: drawn ones, of which there is no end.
 
 A drawn image shows a lobed figure filled with stripes of one of four directions, on a ground striped
 in one of three. The class is the pair of directions; outline, place, colours, stripe widths and noise

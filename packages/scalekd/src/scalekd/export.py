@@ -54,7 +54,7 @@ def export(config: ExportConfig) -> Exported:
         file=str(out),
         weights=which,
         parameters=sum(p.numel() for p in student.parameters()),
-        load_with=load_line(settings, out.name),
+        load_with=load_line(settings, str(out)),
         largest_gap=gap,
     )
 

@@ -215,6 +215,8 @@ def _where(model: nn.Module, module: nn.Module) -> str:
 def _words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {v:g}" for k, v in value.items())
-    if isinstance(value, int) and not isinstance(value, bool) and value > 99_999:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and value > 99_999:
         return f"{value / 1e6:.2f}M"
     return str(value)

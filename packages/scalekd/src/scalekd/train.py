@@ -19,7 +19,7 @@ from effml_common.errors import ConfigError
 from effml_common.files import atomic_write
 from effml_common.logging import say
 from effml_common.report import Report, Row, environment, write_report
-from scalekd.adapters.data import CheckedImages, dataset_of, training_loader
+from scalekd.adapters.data import CheckedImages, check_splits, dataset_of, training_loader
 from scalekd.adapters.models import build_student, build_teacher
 from scalekd.adapters.tail import TeacherSplit
 from scalekd.adapters.task import ScaleKDTask
@@ -125,6 +125,7 @@ def training_set(config: TrainConfig, recipe: Recipe, share: int) -> Any:
     Raises:
         InputError: If they are not there, or too few.
     """
+    check_splits(config)
     images = dataset_of(config, config.train_split, training=True, seed=config.seed, batch=share)
     if not hasattr(images, "__getitem__") or isinstance(images, torch.utils.data.IterableDataset):
         if config.cache:

@@ -20,6 +20,8 @@ from scalekd.adapters.pairing import normalisation
 from scalekd.config import DataConfig, TrainConfig
 from scalekd.recipe import Recipe
 
+# timm takes these for one another.
+SPELLINGS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 PREFIXES = ("hfds/", "hfids/", "wds/", "tfds/", "torch/")
 
 
@@ -60,15 +62,54 @@ def dataset_of(
 def _check_folder(root: Path, split: str) -> None:
     if not root.is_dir():
         raise InputError(f"{root} is no folder; give one with {split} and class folders in it")
-    folder = next((root / n for n in _spellings(split) if (root / n).is_dir()), root)
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
-    for path in classes:
+    folder = _split_folder(root, split)
+    for path in _classes(folder):
         if not any(child.is_file() or child.is_dir() for child in path.iterdir()):
             raise InputError(f"class folder {path} is empty; add images or remove it")
 
 
-def _spellings(split: str) -> tuple[str, ...]:
-    return (split, "validation", "val") if split.startswith("val") else (split,)
+def check_splits(config: TrainConfig) -> None:
+    """Both splits of a folder of images are there, with the same classes, not more than the head has.
+
+    timm numbers the classes of each split by itself: a class that one lacks would shift the labels.
+
+    Raises:
+        InputError: If not.
+    """
+    if config.dataset:
+        return
+    root = Path(config.data_dir)
+    for split in (config.train_split, config.val_split):
+        _check_folder(root, split)
+    train, val = (
+        {path.name for path in _classes(_split_folder(root, split))}
+        for split in (config.train_split, config.val_split)
+    )
+    if train != val:
+        odd = min(train ^ val)
+        here, there = config.train_split, config.val_split
+        here, there = (here, there) if odd in train else (there, here)
+        raise InputError(
+            f"class {odd} of {root} is in {here} but not in {there}; both need the same class folders"
+        )
+    if len(train) > config.num_classes:
+        raise InputError(
+            f"{root} has {len(train)} class folders, but there are {config.num_classes} classes; "
+            "set --num-classes"
+        )
+
+
+def _classes(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    # timm would read the folder above instead of one that is missing.
+    names = (split, *next((names for names in SPELLINGS if split in names), ()))
+    found = next((root / name for name in names if (root / name).is_dir()), None)
+    if found is None:
+        raise InputError(f"{root} has no folder {split}; add it, or name another split")
+    return found
 
 
 class CheckedImages(torch.utils.data.Dataset[Any]):

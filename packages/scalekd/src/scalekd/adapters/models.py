@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
@@ -19,6 +20,8 @@ from effml_common.parsing import did_you_mean, one_line
 LACKING: dict[str, Callable[..., nn.Module]] = {
     "mixer_b14_224": partial(MlpMixer, patch_size=14, num_blocks=12, embed_dim=768)
 }
+
+_REFUSALS = (TypeError, ValueError, RuntimeError, AssertionError, OSError, SafetensorError)
 
 
 def build(
@@ -54,7 +57,7 @@ def build(
                 if "img_size" not in str(error):
                     raise
         return timm.create_model(name, **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+    except _REFUSALS as error:
         raise InputError(
             f"timm cannot build {name}: {one_line(str(error))}; check the arguments and the weights"
         ) from error
