@@ -2,19 +2,22 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from com_pt_tiny import clip_chain, clip_data, llama_settings, spec, task_of
+from com_pt_tiny import clip, clip_chain, clip_data, llama_settings, spec, task_of
 
 from com_pt.chain import chain_of, load_chain
 from com_pt.data.captions import CaptionData
 from com_pt.data.loading import Batches
 from com_pt.errors import ChainOrderError, GrowthError
+from com_pt.growth import check_weights
 from com_pt.run import run_chain
 from com_pt.tasks.base import task_class
 from com_pt.tasks.clip import ClipTask
-from effml_common.errors import ConfigError, InputError
+from com_pt.trainer import StageTrainer
+from effml_common.errors import ConfigError, InputError, NonFiniteError
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,7 @@ def test_missing_epochs_follow_the_linear_rule() -> None:
 def test_a_chain_that_does_not_ascend_is_refused(pictures, tmp_path) -> None:
     with pytest.raises(ChainOrderError, match=r"W32 has .* fewer than W64 with"):
         run_chain(chain_of(clip_chain(pictures, 64, 32)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_width_that_is_no_multiple_of_its_heads_is_refused() -> None:
@@ -192,3 +196,48 @@ def test_labels_that_are_no_classes_are_refused(pictures) -> None:
     (pictures / "labels.csv").write_text("path,label\n0.png,0\n1.png,7\n")
     with pytest.raises(InputError, match="line 3: the label '7' is no number below 3"):
         len(ClassifyTask({"train": str(pictures / "labels.csv"), "classes": 3}))
+
+
+def test_a_quantised_source_is_refused_and_a_nan_in_given_weights_is_bad_input() -> None:
+    state = clip(32).state_dict()
+    check_weights(state)
+    name = "visual.conv1.weight"
+    with pytest.raises(GrowthError, match=f"{name} is torch.int8; grow from an unquantised"):
+        check_weights({**state, name: (state[name] * 100).to(torch.int8)})
+    with pytest.raises(InputError, match="holds NaN or infinity; use an earlier checkpoint"):
+        check_weights({**state, name: state[name] * float("inf")})
+
+
+def test_fp16_that_skips_three_updates_in_a_row_stops(pictures, tmp_path) -> None:
+    """The scaler of a GPU run is played by its one flag, and a good update resets it."""
+    chain = chain_of(clip_chain(pictures, 32))
+    task = task_of(pictures)
+    trainer = StageTrainer(task, chain, chain.stages[0], clip(32), None, 1)
+    trainer.accelerator = SimpleNamespace(scaler=object(), optimizer_step_was_skipped=True)
+    for step in (1, 2):
+        trainer._count_skips(step, tmp_path)
+    trainer.accelerator.optimizer_step_was_skipped = False
+    trainer._count_skips(3, tmp_path)
+    trainer.accelerator.optimizer_step_was_skipped = True
+    for step in (4, 5):
+        trainer._count_skips(step, tmp_path)
+    with pytest.raises(NonFiniteError, match="fp16 skipped 3 updates in a row at step 6"):
+        trainer._count_skips(6, tmp_path)
+    assert trainer.skipped == 5
+
+
+def test_sizes_of_data_come_from_the_models_and_must_agree_with_them(pictures) -> None:
+    data = {k: v for k, v in clip_data(pictures).items() if "size" not in k and "length" not in k}
+    task = ClipTask(data)
+    task.adopt({"A": spec(32), "B": spec(64)})
+    image, tokens = task[0]
+    assert image.shape == (3, 8, 16)
+    assert tokens.shape == (2, 8)
+    with pytest.raises(
+        ConfigError, match=r"image_size of A is .8, 16. and the data are made for 224"
+    ):
+        ClipTask({**data, "image_size": 224}).adopt({"A": spec(32)})
+    with pytest.raises(ConfigError, match="context_length of B is 9 and the data are made for 8"):
+        ClipTask(data).adopt({"B": spec(64, length=9), "A": spec(32)})
+    with pytest.raises(ConfigError, match="vocab_size of A is 8 and the tokenizer has 9 tokens"):
+        ClipTask(data).adopt({"A": spec(32, vocab=8)})

@@ -34,6 +34,8 @@ from effml_common.files import atomic_write
 from effml_common.logging import say
 from effml_common.report import Report, Row, environment, write_report
 
+DETAILS = ("R@5", "R@10", "rank")  # of retrieval: in the ledger, too many for a table
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -52,8 +54,16 @@ class Facts:
 
         table = Table("", "", show_header=False)
         for name, value in self.facts.items():
-            table.add_row(name, value if isinstance(value, str) else json.dumps(value)[:300])
+            table.add_row(name, _cell(value))
         return Group(table, self.note) if self.note else table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(item)}" for name, item in value.items())[:300]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)[:300]
 
 
 def grow_model(config: GrowConfig) -> Facts:
@@ -162,8 +172,6 @@ def _train(config: TrainConfig, chain: ChainConfig, command: str) -> Report:
     started = time.monotonic()
     out = Path(config.out or time.strftime(f"runs/{command}-%Y%m%d-%H%M%S"))
     task = task_class(chain.task)(chain.data)
-    if len(task) == 0:
-        raise InputError("there are no training data; give some under data: train")
     members = run_chain(chain, out, task=task, resume=config.resume == "auto", force=config.force)
     planned = plan_chain(chain, task)
     report = Report(
@@ -173,7 +181,7 @@ def _train(config: TrainConfig, chain: ChainConfig, command: str) -> Report:
         seeds=[chain.seed],
         seconds=time.monotonic() - started,
         rows=[_row(member, stage) for member, stage in zip(members, planned.stages, strict=True)],
-        notes=[f"planned: {planned.ratio:.2f}x cheaper than every member alone"],
+        notes=[f"planned: every member alone costs {planned.ratio:.2f} times as much"],
         files=[member.name for member in members],
         environment=environment(
             ("open-clip-torch", "timm", "transformers", "accelerate"),
@@ -187,7 +195,7 @@ def _train(config: TrainConfig, chain: ChainConfig, command: str) -> Report:
 
 def _row(member: Member, stage: StageCost) -> Row:
     numbers = {
-        **{name: [value] for name, value in member.metrics.items()},
+        **{name: [v] for name, v in member.metrics.items() if not name.endswith(DETAILS)},
         "GMAC": [member.macs / 1e9],
         "seconds": [member.seconds],
     }

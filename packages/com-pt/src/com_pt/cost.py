@@ -122,8 +122,8 @@ class ChainCost:
             cells = (f"{number:.4g}" for number in numbers)
             table.add_row(stage.name, f"{stage.epochs:g}", *cells, f"{part:.1%}")
         lines = (
-            f"family: {self.ratio:.2f}x cheaper than every member alone for "
-            f"{self.individual_epochs:g} epochs",
+            f"family: every member alone for {self.individual_epochs:g} epochs costs "
+            f"{self.ratio:.2f} times as much",
             f"largest member: {100 * self.share_of_largest:.1f} % of training it alone",
         )
         return Group(table, *lines)

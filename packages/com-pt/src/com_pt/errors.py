@@ -1,6 +1,6 @@
 """The errors of com-pt; each is one line for the user, and exit code 2 where the input is at fault."""
 
-from effml_common.errors import InputError, NonFiniteError
+from effml_common.errors import InputError
 
 
 class LayoutError(InputError):
@@ -15,5 +15,5 @@ class ChainOrderError(InputError):
     """A chain whose next member is not larger in every grown axis."""
 
 
-class NonFiniteWeightsError(NonFiniteError, FloatingPointError):
-    """NaN or infinity in a checkpoint that is to be grown."""
+class NonFiniteWeightsError(InputError, FloatingPointError):
+    """NaN or infinity in weights that were given; those met while training are ``NonFiniteError``."""

@@ -48,7 +48,7 @@ class Member:
 
 def plan_chain(chain: ChainConfig, task: Task | None = None) -> ChainCost:
     """What a chain costs, from its models' shapes alone."""
-    task = task or task_class(chain.task)(chain.data)
+    task = task_class(chain.task)(chain.data) if task is None else task  # its len may be costly
     macs = [task.macs(stage.model) for stage in chain.stages]
     stages = [
         StageCost(
@@ -87,7 +87,14 @@ def run_chain(
         NonFiniteError: If a loss or gradient becomes NaN or infinite.
     """
     out = Path(out)
-    task = task or task_class(chain.task)(chain.data)
+    task = task_class(chain.task)(chain.data) if task is None else task
+    trained = chain.stages[-1:] if chain.resize_pos else chain.stages
+    task.adopt({stage.name: stage.model for stage in trained})
+    if len(task) == 0:
+        raise InputError("there are no training data; give some under data: train")
+    cost = plan_chain(chain, task)
+    sizes = [_size(task, stage) for stage in chain.stages]
+    check_order([stage.name for stage in chain.stages], sizes)
     accelerator = make_accelerator(chain.precision)
     _check_run(chain, out, resume=resume, force=force)
     # A slower process must not find what the first one writes.
@@ -95,9 +102,6 @@ def run_chain(
     if accelerator.is_main_process:
         _open_run(chain, out)
     accelerator.wait_for_everyone()
-    cost = plan_chain(chain, task)
-    sizes = [_size(task, stage) for stage in chain.stages]
-    check_order([stage.name for stage in chain.stages], sizes)
     say(
         f"{len(task)} training samples; batches of "
         f"{', '.join(str(stage.batch_size) for stage in chain.stages)} over "

@@ -92,6 +92,6 @@ def load_timm(folder: Path | str) -> nn.Module:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(
-            f"{folder}: weights and settings differ: {one_line(str(error))}; export it again"
+            f"{folder}: weights and settings differ: {one_line(str(error))[:300]}; export it again"
         ) from error
     return model

@@ -243,6 +243,14 @@ def tokenizer(data: Mapping[str, Any]) -> Tokenizer:
     return lambda texts: loaded(texts)
 
 
+def vocabulary(data: Mapping[str, Any]) -> int:
+    """Number of token ids of a tokenizer, as far as it is known without loading it; else 0."""
+    kind = data.get("tokenizer", "simple")
+    if isinstance(kind, list | tuple):
+        return len(kind) + 2
+    return 49408 if kind == "simple" else 0
+
+
 class WordTokenizer:
     """Whole words of a closed vocabulary; the end token has the largest id, as CLIP pools there."""
 

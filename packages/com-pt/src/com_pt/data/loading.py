@@ -81,7 +81,7 @@ class Batches:
         """
         loader = DataLoader(
             self.readable,
-            batch_sampler=list(self.keys(start, stop)),
+            batch_sampler=self.keys(start, stop),  # lazily: a long run has many samples
             collate_fn=self._collate,
             num_workers=self.workers,
             persistent_workers=False,

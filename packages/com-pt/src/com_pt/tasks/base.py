@@ -39,6 +39,24 @@ class Task:
         """A freshly initialised model from a stage's ``model`` setting."""
         raise NotImplementedError
 
+    def adopt(self, specs: Mapping[str, Any]) -> None:
+        """Take the sizes of data that are not set from the stages' models, by stage; before reading.
+
+        Raises:
+            ConfigError: If a model and the data settings differ.
+        """
+
+    def adopt_size(self, key: str, sizes: Mapping[str, Any]) -> None:
+        """Set ``data[key]`` from the models' sizes, by stage, or check that it agrees with them."""
+        wanted = self.data.get(key, [*sizes.values()][-1])
+        for stage, size in sizes.items():
+            if both(size) != both(wanted):
+                raise ConfigError(
+                    f"{key} of {stage} is {size} and the data are made for {wanted}; "
+                    f"set data: {key} and the models alike"
+                )
+        self.data = {**self.data, key: wanted}
+
     def __len__(self) -> int:
         raise NotImplementedError
 
@@ -82,6 +100,11 @@ class Task:
     def load(self, folder: Path, spec: Any) -> nn.Module:
         """The model that ``save`` wrote."""
         raise NotImplementedError
+
+
+def both(size: int | Sequence[int]) -> tuple[int, ...]:
+    """Height and width of a size that may be one number."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def task_class(name: str) -> type[Task]:

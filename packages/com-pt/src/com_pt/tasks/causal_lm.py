@@ -45,6 +45,15 @@ class CausalLMTask(Task):
 
         return LlamaForCausalLM(llama_config(spec))
 
+    def adopt(self, specs: Mapping[str, Any]) -> None:
+        """Bytes need 257 token ids in every model."""
+        for name, spec in specs.items():
+            size = llama_config(spec).vocab_size
+            if self.data.get("tokenizer", "bytes") == "bytes" and size < BYTES:
+                raise ConfigError(
+                    f"vocab_size of {name} is {size} and bytes need {BYTES}; raise it"
+                )
+
     def blocks(self, part: str) -> Tensor:
         """Token ids [n, length] of ``data[part]``.
 

@@ -44,6 +44,17 @@ class ClassifyTask(Task):
         """A timm model; the classes are the data's unless the stage says otherwise."""
         return build_timm(spec, self.classes)
 
+    def adopt(self, specs: Mapping[str, Any]) -> None:
+        """The image size of the models, unless the data settings have it."""
+        sizes = {}
+        for name, spec in specs.items():
+            with torch.device("meta"):
+                model: Any = build_timm(spec, self.classes)
+            if hasattr(model, "patch_embed"):
+                sizes[name] = list(model.patch_embed.img_size)
+        if sizes:
+            self.adopt_size("image_size", sizes)
+
     def __len__(self) -> int:
         if self._samples is None:
             self._samples = labelled_images(self.data, "train", self.classes)

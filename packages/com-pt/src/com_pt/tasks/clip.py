@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip, save_clip
 from com_pt.cost import clip_macs
-from com_pt.data.captions import CaptionData
+from com_pt.data.captions import CaptionData, vocabulary
 from com_pt.evaluate import evaluate_retrieval, evaluate_zero_shot
 from com_pt.losses import multi_caption_clip_loss
-from com_pt.tasks.base import Task
+from com_pt.tasks.base import Task, both
 from effml_common.errors import ConfigError
 
 LARGEST_SCALE = math.log(100)
@@ -47,6 +47,22 @@ class ClipTask(Task):
             )
         self.captions = int(data.get("captions", 1))
         self._samples: CaptionData | None = None
+
+    def adopt(self, specs: Mapping[str, Any]) -> None:
+        """Image size and context length of the models, unless the data settings have them."""
+        configs = {name: clip_config(spec) for name, spec in specs.items()}
+        for key, section, usual in (
+            ("image_size", "vision_cfg", 224),
+            ("context_length", "text_cfg", 77),
+        ):
+            self.adopt_size(key, {n: c[section].get(key, usual) for n, c in configs.items()})
+        for name, config in configs.items():
+            given, needed = config["text_cfg"].get("vocab_size", 49408), vocabulary(self.data)
+            if given < needed:
+                raise ConfigError(
+                    f"vocab_size of {name} is {given} and the tokenizer has {needed} tokens; "
+                    "raise it or set data: tokenizer"
+                )
 
     @property
     def samples(self) -> CaptionData:
@@ -129,7 +145,7 @@ class ClipTask(Task):
             return clip_macs(config, self.captions)
         from com_pt.adapters.counting import counted_macs
 
-        image = torch.zeros(1, 3, *_pair(vision.get("image_size", 224)))
+        image = torch.zeros(1, 3, *both(vision.get("image_size", 224)))
         text = torch.zeros(1, self.captions, config["text_cfg"].get("context_length", 77)).long()
         return counted_macs(lambda: self.build(spec), partial(_call, self), (image, text))
 
@@ -144,10 +160,6 @@ class ClipTask(Task):
 
 def _call(task: ClipTask, model: nn.Module, batch: Any) -> Any:
     return task.features(model, batch)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _lines(value: str | Sequence[str]) -> list[str]:
