@@ -40,7 +40,8 @@ def claims_of(table: Table) -> list[Claim]:
         rivals = [arm for arm in BASELINES if (arm, kind, MAIN) in table]
         if rivals and ("scalekd", kind, MAIN) in table:
             best = max(rivals, key=lambda arm: mean(_values(table, (arm, kind, MAIN))))
-            _add(claims, table, kind, f"best-{kind}", "scalekd", best, " (the best baseline)")
+            if len(rivals) > 1:
+                _add(claims, table, kind, f"best-{kind}", "scalekd", best, " (the best baseline)")
             for arm in rivals:
                 _add(claims, table, kind, f"{arm}-{kind}", "scalekd", arm, "")
         for name, better, worse in PARTS:
