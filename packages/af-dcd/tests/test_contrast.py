@@ -150,7 +150,7 @@ def test_crop_to_fit_drops_the_right_and_bottom_rest() -> None:
         (
             (1, 8, 12, 12),
             {"groups": 4, "pool": 4},
-            "smaller than one 4x4 patch; use a smaller pool",
+            r"smaller than one 4x4 patch; use a smaller pool \(now pool=4\)",
         ),
         ((1, 8, 3, 3), {"groups": 4, "pool": 4}, "smaller than pool 4"),
         ((1, 8, 8, 8), {"groups": 1, "pool": 1}, "no negatives"),

@@ -8,6 +8,7 @@ from urllib.error import URLError
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
 from af_dcd.config import TrainConfig
@@ -35,29 +36,32 @@ def make_runner(whole: Config, config: TrainConfig) -> Runner:
 
 
 class TerseRunner(Runner):
-    """Lists the machine and the whole config in its log file, not on the console."""
+    """Lists the machine, the config and the hooks in its log file, not on the console."""
 
-    def _log_env(self, env_cfg: dict[str, Any]) -> None:
-        consoles = [h for h in self.logger.handlers if not isinstance(h, logging.FileHandler)]
-        levels = [handler.level for handler in consoles]
-        for handler in consoles:
-            handler.setLevel(logging.WARNING)
-        try:
-            super()._log_env(env_cfg)
-        finally:
-            for handler, level in zip(consoles, levels, strict=True):
-                handler.setLevel(level)
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """The logger, with its console muted until everything is built."""
+        logger = super().build_logger(*args, **kwargs)
+        _console(logger, logging.WARNING)
+        return logger
+
+
+def _console(logger: MMLogger, level: int) -> None:
+    for handler in logger.handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(level)
 
 
 def build(whole: Config) -> Runner:
     """A Runner; see ``make_runner``."""
     try:
         with quiet():
-            return TerseRunner.from_cfg(whole)
+            runner = TerseRunner.from_cfg(whole)
     except InputError:
         raise
     except Exception as error:  # registries wrap any error of a constructor
         raise _ours(error) or one_error_line(error) from error
+    _console(runner.logger, logging.INFO)
+    return runner
 
 
 def train(runner: Runner) -> None:
