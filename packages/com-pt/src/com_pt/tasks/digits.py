@@ -28,7 +28,7 @@ class DigitPairs(ClipTask):
     """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
-        super().__init__({})
+        super().__init__({"tokenizer": WORDS, "context_length": LENGTH, "image_size": [8, 16]})
         from sklearn.datasets import load_digits
 
         digits: Any = load_digits()
