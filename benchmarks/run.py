@@ -27,7 +27,7 @@ PROG = "python benchmarks/run.py"
 EXAMPLES = (PROG, f"{PROG} --only sliderquant --seeds 3 --out report")
 # Warm seconds per seed on two CPU cores, for the estimate only; the house allows a demo 180.
 USUAL = {
-    "af-dcd": 200,
+    "af-dcd": 150,
     "com-pt": 120,
     "fis-dit": 75,
     "morse-diffusion": 150,

@@ -27,7 +27,7 @@ class PairConfig:
 class DemoConfig(PairConfig):
     """Distil a small segmenter on drawn scenes and compare with other ways to train it."""
 
-    steps: int = setting(400, "updates of a student")
+    steps: int = setting(300, "updates of a student")
     seeds: int = setting(1, "seeds of init, crops and masks; claims need 3")
     tests: int = setting(80, "scenes that everything is measured on")
     out: str | None = setting(None, "folder; default runs/demo-<time>")
