@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import sys
+import time
 
 import pytest
 import torch
@@ -65,6 +66,18 @@ def test_a_wrong_teacher_checkpoint_is_refused(content, message, pair, tmp_path,
         torch.save({"empty": {"state_dict": {}}, "list": [1]}[content], path)
     words = train_words(pair, teacher_checkpoint=path, out=tmp_path / "out")
     assert message in refused(capsys, "train", *words, *METHOD)
+
+
+def test_two_runs_begun_in_one_second_do_not_share_a_folder(
+    pair, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1.7e9)
+    path = tmp_path / "teacher.pth"
+    path.write_bytes(b"no zip file")
+    for name in ("first", "second"):
+        words = train_words(pair, teacher_checkpoint=path, out=tmp_path / name)
+        assert "is refused" in refused(capsys, "train", *words, *METHOD)
+        assert not (tmp_path / name).exists()
 
 
 class Payload:

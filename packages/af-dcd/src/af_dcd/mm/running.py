@@ -1,5 +1,6 @@
 """mmengine's Runner, made and run so that what goes wrong is one line."""
 
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -19,6 +20,8 @@ from af_dcd.mm.shims import quiet
 from effml_common.errors import InputError, NonFiniteError
 from effml_common.files import atomic_write
 from effml_common.logging import rank
+
+_RUNS = itertools.count()
 
 
 def make_runner(whole: Config, config: TrainConfig) -> Runner:
@@ -53,6 +56,9 @@ def _console(logger: MMLogger, level: int) -> None:
 
 def build(whole: Config) -> Runner:
     """A Runner; see ``make_runner``."""
+    # mmengine names a run by the second and shares loggers and visualizers by that name, so two
+    # runs begun within a second in one process would write into the first one's folder.
+    whole.setdefault("experiment_name", f"af-dcd-{os.getpid()}-{next(_RUNS)}")
     try:
         with quiet():
             runner = TerseRunner.from_cfg(whole)
