@@ -256,7 +256,7 @@ def curve(cells: Sequence[Cell], member: str, metric: str, path: Path) -> list[P
     axes.set_xlabel("training GMAC, all predecessors included")
     axes.set_ylabel(metric)
     axes.set_title(
-        f"{member}: mean and range over {len({c.seed for c in cells})} seeds", loc="left"
+        f"{member}: mean and range over seeds ({len({c.seed for c in cells})})", loc="left"
     )
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
