@@ -138,6 +138,23 @@ def test_the_page_prints_in_a_terminal_too(tmp_path) -> None:
     assert "a note" in text
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_narrow_terminal_gets_whole_numbers_and_the_names_of_what_is_left_out(width) -> None:
+    metrics = {f"IoU {k}": [70.5 + k, 72.5 + k] for k in range(14)}
+    wide = Report(
+        package="p", version="1", command=["p"], seeds=[1, 2], seconds=1.0, environment={},
+        rows=[Row("an arm of a long name", "a setting of many words", metrics)], claims=[],
+    )  # fmt: skip
+    console = Console(width=width, file=io.StringIO())
+    console.print(wide)
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    shown = [k for k in range(14) if f"{71.5 + k} ± 1" in text]
+    assert 0 < len(shown) < 14
+    assert f"{14 - len(shown)} more columns in report.html: IoU {len(shown)}, " in text
+
+
 @pytest.mark.parametrize("values", [[math.nan, 1.0], [math.inf, 1.0, 2.0], [1e200, -1e200, 3.0]])
 def test_non_finite_and_huge_numbers_do_not_break_a_report(tmp_path, values) -> None:
     bad = replace(

@@ -1,5 +1,6 @@
 """The demo's pictures; nothing is drawn without matplotlib."""
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,10 +28,11 @@ def bar_chart(
     for panel, metric in zip(panels, ("mIoU", "boundary F"), strict=True):
         values = [[cell[metric] for cell in cells[name]] for name in names]
         means = [mean(v) for v in values]
-        errors = [stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in values]
+        # One seed has no error: NaN draws no bar.
+        errors = [stdev(v) / len(v) ** 0.5 if len(v) > 1 else math.nan for v in values]
         colors = ["tab:blue" if "Af-DCD" in name else "lightsteelblue" for name in names]
         panel.barh(range(len(names)), means, xerr=errors, color=colors, capsize=3)
-        panel.set_xlim(min(means) - 5, max(means) + 3)
+        panel.set_xlim(0, 1.1 * max(means))
         panel.set_yticks(range(len(names)), names)
         title = f"mIoU (teacher {teacher:.1f})" if metric == "mIoU" else metric
         panel.set_xlabel(f"{title}, %")

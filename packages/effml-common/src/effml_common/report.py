@@ -14,7 +14,7 @@ import operator
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -25,6 +25,7 @@ from effml_common.files import atomic_write
 from effml_common.logging import jsonable, rank
 
 SCHEMA = 1
+FEWEST_COLUMNS = 3  # of a table on the terminal: name, setting and one figure
 _PATH = re.compile(r"""(?<![\w/.~)\]}-])/(?=[^\s/])[^\s"'<>,;:|)\]}]*""")
 _CSS = """
 :root{color-scheme:light dark;--yes:#18794e;--no:#cd2b31;--open:#946800}
@@ -112,18 +113,25 @@ class Report:
             del document["notes"]
         return _without_paths(jsonable(document))
 
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.table import Table
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.text import Text
 
         document = self.to_json()
-        header, *rows = _cells(document["rows"])
-        table = Table(*header, title=f"{self.package} {self.version}")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        lines = [*map(_sentence, document["claims"]), *self.notes]
-        return Group(table, *map(Text, lines))
+        cells = _cells(document["rows"])
+        title, shown = f"{self.package} {self.version}", len(cells[0])
+        table = _terminal_table(title, cells)
+        # Cells cut to an ellipsis say nothing, so columns at the right that do not fit are left out.
+        while shown > FEWEST_COLUMNS and (
+            console.measure(table, options=options.update(max_width=10_000)).minimum
+            > options.max_width
+        ):
+            shown -= 1
+            table = _terminal_table(title, [row[:shown] for row in cells])
+        yield table
+        if left_out := cells[0][shown:]:
+            yield Text(f"{len(left_out)} more columns in report.html: {', '.join(left_out)}")
+        for line in (*map(_sentence, document["claims"]), *self.notes):
+            yield Text(line)
 
 
 @dataclass(frozen=True)
@@ -265,6 +273,21 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         numbers = [_number(**row["metrics"][n]) if n in row["metrics"] else "" for n in names]
         cells.append([row["name"], row["setting"], *numbers])
     return cells
+
+
+def _terminal_table(title: str, cells: Sequence[Sequence[str]]) -> Any:
+    """A table whose numbers keep their width; names and settings may wrap."""
+    from rich.table import Table
+    from rich.text import Text
+
+    header, *rows = cells
+    table = Table(title=title)
+    for i, name in enumerate(header):
+        longest = max(len(row[i]) for row in rows) if rows else 0
+        table.add_column(name, min_width=min(longest, 12) if i < 2 else longest)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _number(mean: Any, stderr: Any, **_: Any) -> str:
