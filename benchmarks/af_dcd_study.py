@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save
@@ -58,7 +58,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 class StudyConfig:
     """Compare ways to distil, and measure the contrast."""
 
-    phases: tuple[str, ...] = field(
+    phases: tuple[Literal["rates", "arms", "time", "variants", "cost"], ...] = field(
         default=("rates", "arms", "time", "variants", "cost"), metadata={"help": "in order"}
     )
     steps: int = field(default=500, metadata={"help": "updates of a student"})
