@@ -219,7 +219,7 @@ class DemoConfig(DemoDotConfig):
 
     seeds: int = setting(1, "seeds of the noise; claims need 3")
     budgets: tuple[int, ...] = setting((5, 10, 20), "budgets in steps of the full network")
-    samples: int = setting(96, "images per cell")
+    samples: int = setting(80, "images per cell")
     expansion: float = setting(
         1.5, "r, steps per LSD; the paper has 2 to 3, this Dot does less well there"
     )
@@ -231,7 +231,7 @@ class DemoConfig(DemoDotConfig):
             self.expansion >= 1, f"expansion must be 1 or more, got {self.expansion}", "use 1.5"
         )
         require(self.seeds >= 1, f"seeds must be 1 or more, got {self.seeds}", "use 3 for claims")
-        require(self.samples >= 32, f"samples must be 32 or more, got {self.samples}", "use 96")
+        require(self.samples >= 32, f"samples must be 32 or more, got {self.samples}", "use 80")
         require(
             bool(self.budgets) and min(self.budgets) >= 2,
             f"budgets must be 2 LSD or more, got {list(self.budgets)}",
