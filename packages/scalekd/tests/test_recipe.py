@@ -45,7 +45,10 @@ def test_no_magnitude_that_a_recipe_can_draw_breaks_the_augmentation(name: str) 
     posterize.prob = 1.0
     image = Image.new("RGB", (8, 8), (200, 100, 50))
     for _ in range(300):
-        posterize(image)
+        drawn_image = posterize(image)
+        assert drawn_image.size == image.size
+        # Four bits of a channel are kept at the most, so the lower four are zero.
+        assert all(low % 16 == 0 for band in drawn_image.getextrema() for low in band)
 
 
 def test_the_rate_scales_with_the_batch_only_when_asked() -> None:
