@@ -1,7 +1,9 @@
 """What the trainer asks of a paradigm."""
 
 import importlib
+import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +20,7 @@ BUILT_IN = {
 }
 
 
-class Task:
+class Task(ABC):
     """A paradigm: how models are built, fed, judged and saved.
 
     A task of your own derives from this and is named ``module:Class`` in the chain file. It is also
@@ -35,12 +37,14 @@ class Task:
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.data = data
 
+    @abstractmethod
     def build(self, spec: Any) -> nn.Module:
         """A freshly initialised model from a stage's ``model`` setting."""
-        raise NotImplementedError
 
-    def adopt(self, specs: Mapping[str, Any]) -> None:
+    def adopt(self, specs: Mapping[str, Any]) -> None:  # noqa: B027 (most need none)
         """Take the sizes of data that are not set from the stages' models, by stage; before reading.
+
+        Optional: a task whose data have one size has nothing to take.
 
         Raises:
             ConfigError: If a model and the data settings differ.
@@ -57,12 +61,13 @@ class Task:
                 )
         self.data = {**self.data, key: wanted}
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Number of samples."""
 
+    @abstractmethod
     def __getitem__(self, index: int) -> Any:
         """A sample; its randomness comes from torch's generator, which the loader seeds."""
-        raise NotImplementedError
 
     def collate(self, samples: Sequence[Any]) -> Any:
         """A batch of samples, as tensors in tuples, lists or dicts."""
@@ -70,16 +75,16 @@ class Task:
 
         return default_collate(list(samples))
 
+    @abstractmethod
     def features(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """Outputs of one forward pass: the streams, and whatever ``loss`` needs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Named loss terms; their sum is minimised."""
-        raise NotImplementedError
 
-    def after_step(self, model: nn.Module) -> None:
-        """Called after every update, with the unwrapped model."""
+    def after_step(self, model: nn.Module) -> None:  # noqa: B027 (most need none)
+        """Called after every update, with the unwrapped model; optional."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out metrics; empty without held-out data."""
@@ -89,17 +94,17 @@ class Task:
         """Value of the headline metric for a model that knows nothing."""
         return None
 
+    @abstractmethod
     def macs(self, spec: Any) -> int:
         """Forward MACs of one sample."""
-        raise NotImplementedError
 
+    @abstractmethod
     def save(self, model: nn.Module, spec: Any, folder: Path) -> None:
         """Write a model into a folder, as its host library loads it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, folder: Path, spec: Any) -> nn.Module:
         """The model that ``save`` wrote."""
-        raise NotImplementedError
 
 
 def both(size: int | Sequence[int]) -> tuple[int, ...]:
@@ -128,4 +133,7 @@ def task_class(name: str) -> type[Task]:
         ) from error
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ConfigError(f"{name} is no Task; derive it from com_pt.Task")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise ConfigError(f"task {name} lacks {missing}; define them in {attribute}")
     return found
