@@ -1,55 +1,9 @@
 """DeepLabV3 on a dilated ResNet-101: the teacher of every pair of the paper."""
 
-norm_cfg = dict(type="SyncBN", requires_grad=True)
-cross_entropy = dict(type="CrossEntropyLoss", avg_non_ignore=True, loss_weight=1.0)
+_base_ = ["deeplabv3_r18.py"]
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-    ),
     pretrained="open-mmlab://resnet101_v1c",
-    backbone=dict(
-        type="ResNetV1c",
-        depth=101,
-        num_stages=4,
-        out_indices=(0, 1, 2, 3),
-        dilations=(1, 1, 2, 4),
-        strides=(1, 2, 1, 1),
-        norm_cfg=norm_cfg,
-        norm_eval=False,
-        style="pytorch",
-        contract_dilation=True,
-    ),
-    decode_head=dict(
-        type="ASPPHead",
-        in_channels=2048,
-        in_index=3,
-        channels=256,
-        dilations=(1, 12, 24, 36),
-        dropout_ratio=0.1,
-        num_classes=19,
-        norm_cfg=norm_cfg,
-        align_corners=True,
-        loss_decode=cross_entropy,
-    ),
-    auxiliary_head=dict(
-        type="FCNHead",
-        in_channels=1024,
-        in_index=2,
-        channels=256,
-        num_convs=1,
-        concat_input=False,
-        dropout_ratio=0.1,
-        num_classes=19,
-        norm_cfg=norm_cfg,
-        align_corners=True,
-        loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True, loss_weight=0.4),
-    ),
-    train_cfg=dict(),
-    test_cfg=dict(mode="whole"),
+    backbone=dict(depth=101),
+    decode_head=dict(in_channels=2048, channels=256),
+    auxiliary_head=dict(in_channels=1024, channels=256),
 )
