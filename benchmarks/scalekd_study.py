@@ -1,10 +1,12 @@
 """ScaleKD beside other ways to train the same small students, cell by cell.
 
-A Swin is trained on an unlimited stream of drawn images, the students on a few hundred labelled ones.
-The teacher gate comes first: a teacher less than 3 points above the student alone ends the study.
-Every arm tries the same learning rates on a development seed, with the Mixer; the confirming seeds are
-others. Cells are
-kept in a folder, so that a stopped study goes on; ``--report`` only writes the tables and figures.
+A Swin is trained on an unlimited stream of drawn images, the students on a few hundred labelled ones;
+or on most of scikit-learn's digits, the students on a few of them. The teacher gate comes first: a
+teacher less than 3 points above the student alone ends the study. Every arm tries, for every kind of
+student, the same learning rates on a development seed and then other strengths of its distillation
+term;
+the confirming seeds are others. Cells are kept in a folder, so that a stopped study goes on; ``--report``
+only writes the tables and figures.
 """
 
 import json
@@ -12,18 +14,19 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from effml_common.cli import COMMON_FLAGS, parse
-from effml_common.errors import InputError
+from effml_common.errors import InputError, NonFiniteError
 from effml_common.files import atomic_write
 from effml_common.report import Report, environment
 from scalekd.comparison import (
     BASELINES,
-    RATES,
+    Data,
     accuracy,
     check_gate,
     test_images,
@@ -31,13 +34,14 @@ from scalekd.comparison import (
     trained_teacher,
     training_images,
 )
-from scalekd.demo_data import CLASSES
 from scalekd.demo_models import swin_teacher
 from scalekd.tables import claims_of, plot, rows_of
 
 KINDS = ("mlp", "vit", "cnn")
-DEVELOPMENT, SEEDS = 77, (1, 2, 3)
-FIRST = ("alone", "kd", "fitnet", "timm features")  # the rest when time allows
+DEVELOPMENT, SEEDS = 77, (1, 2, 3, 4, 5)
+RATES, STRENGTHS = (3e-3, 8e-3, 2e-2), (0.3, 1.0, 3.0)
+# Labelled images and epochs of the students: too few of either for the labels alone.
+BUDGETS: dict[str, tuple[int, int]] = {"drawn": (400, 30), "digits": (100, 60)}
 COMPONENTS = ("cap", "cap+dfm", "cap+tpp", "cap+dfm+tpp")
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = (16, 32, 64)
@@ -47,13 +51,12 @@ WIDTHS = (16, 32, 64)
 class StudyConfig:
     """Compare ScaleKD with other ways to train small students."""
 
+    data: Data = field(default="drawn", metadata={"help": "images"})
     cells: str = field(default="runs/scalekd-study", metadata={"help": "folder of the cells"})
-    phases: tuple[str, ...] = field(
-        default=("gate", "arms", "components", "untrained", "sizes"),
+    phases: tuple[Literal["gate", "arms", "untrained", "sizes", "components"], ...] = field(
+        default=("gate", "arms", "untrained", "sizes", "components"),
         metadata={"help": "parts to run, in order"},
     )
-    labelled: int = field(default=400, metadata={"help": "labelled images of the students"})
-    epochs: int = field(default=30, metadata={"help": "epochs of every student"})
     report: bool = field(default=False, metadata={"help": "only write tables and figures"})
 
 
@@ -61,57 +64,73 @@ class Study:
     """Cells: one trained student each."""
 
     def __init__(self, config: StudyConfig) -> None:
-        self.config, self.folder = config, Path(config.cells)
+        self.config, self.folder = config, Path(config.cells) / config.data
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.test = test_images()
+        self.labelled, self.epochs = BUDGETS[config.data]
+        self.test = test_images(config.data)
+
+    def teacher(self, width: int) -> Any:
+        """The trained teacher of one width."""
+        return trained_teacher(width, data=self.config.data)
 
     def cell(
-        self, arm: str, kind: str, seed: int, rate: float, width: int = 32, trained: bool = True
-    ) -> float:
+        self, arm: str, kind: str, seed: int, rate: float, strength: float,
+        width: int = 32, trained: bool = True,
+    ) -> float:  # fmt: skip
         """Accuracy of one student, trained unless it is known already."""
         teacher = f"w{width}" if trained else "untrained"
-        name = f"{arm.replace(' ', '_')}-{kind}-{teacher}-s{seed}-r{rate:g}.json"
-        file = self.folder / f"{self.config.labelled}x{self.config.epochs}-{name}"
+        name = f"{arm.replace(' ', '_')}-{kind}-{teacher}-s{seed}-r{rate:g}-x{strength:g}.json"
+        file = self.folder / name
         if file.exists():
             return json.loads(file.read_text())["accuracy"]
-        network = trained_teacher(width) if trained else swin_teacher(width, CLASSES, seed=9).eval()
-        images, started = training_images(self.config.labelled, seed), time.process_time()
-        student = train_arm(
-            arm, kind, network, images, epochs=self.config.epochs, rate=rate, seed=seed
+        network = self.teacher(width)
+        if not trained:
+            network = swin_teacher(width, network.num_classes, seed=9).eval()
+        images, started = (
+            training_images(self.labelled, seed, self.config.data),
+            time.process_time(),
         )
-        found = accuracy(student, self.test)
+        try:
+            student = train_arm(
+                arm, kind, network, images,
+                epochs=self.epochs, rate=rate, seed=seed, strength=strength,
+            )  # fmt: skip
+            found = accuracy(student, self.test)
+        except NonFiniteError:
+            found = 0.0  # a rate or strength that diverges is no choice
         seconds = round(time.process_time() - started, 1)
         atomic_write(file, json.dumps({"accuracy": found, "seconds": seconds}))
         print(f"{name}: {found:.2f} % in {seconds} s", file=sys.stderr, flush=True)
         return found
 
-    def rate(self, arm: str) -> float:
-        """The arm's best learning rate on the development seed, with the first kind of student."""
-        return max(RATES, key=lambda rate: self.cell(arm, KINDS[0], DEVELOPMENT, rate))
+    def tuned(self, arm: str, kind: str) -> tuple[float, float]:
+        """Learning rate, then strength, that were best on the development seed."""
+        rate = max(RATES, key=lambda rate: self.cell(arm, kind, DEVELOPMENT, rate, 1.0))
+        if arm in ("alone", "mixup"):  # nothing is distilled
+            return rate, 1.0
+        return rate, max(STRENGTHS, key=lambda x: self.cell(arm, kind, DEVELOPMENT, rate, x))
 
     def arm(self, arm: str, kind: str, tuned_as: str = "", **options: Any) -> list[float]:
         """Accuracies over the confirming seeds."""
-        rate = self.rate(tuned_as or arm)
-        return [self.cell(arm, kind, seed, rate, **options) for seed in SEEDS]
+        rate, strength = self.tuned(tuned_as or arm, kind)
+        return [self.cell(arm, kind, seed, rate, strength, **options) for seed in SEEDS]
 
     def gate(self) -> float:
         """Accuracy of the teacher, which must be well above every student alone."""
-        best = accuracy(trained_teacher(), self.test)
+        best = accuracy(self.teacher(32), self.test)
         for kind in KINDS:
-            check_gate(best, self.cell("alone", kind, DEVELOPMENT, RATES[0]))
+            alone = max(self.cell("alone", kind, DEVELOPMENT, rate, 1.0) for rate in RATES)
+            check_gate(best, alone)
         return best
 
     def arms(self) -> None:
-        """Each arm: its rate on the development seed, then the confirming seeds."""
+        """Each arm: rate and strength on the development seed, then the confirming seeds."""
         for kind in KINDS:
-            for arm in ("scalekd", *FIRST):
-                self.arm(arm, kind)
-        for kind in KINDS:
-            for arm in BASELINES:
+            for arm in (*BASELINES, "scalekd"):
                 self.arm(arm, kind)
 
     def components(self) -> None:
-        """Each part on its own, at ScaleKD's rate."""
+        """Each part on its own, at ScaleKD's rate and strength."""
         for kind in KINDS:
             for arm in COMPONENTS:
                 self.arm(arm, kind, tuned_as="scalekd")
@@ -130,41 +149,52 @@ class Study:
     def table(self) -> dict[tuple[str, str, str], dict[int, float]]:
         """All confirming cells at hand: (arm, kind, teacher) -> seed -> accuracy."""
         found: dict[tuple[str, str, str], dict[int, float]] = {}
-        head = f"{self.config.labelled}x{self.config.epochs}-"
-        for file in sorted(self.folder.glob(f"{head}*.json")):
-            arm, kind, teacher, seed, _ = file.stem.removeprefix(head).split("-", 4)
+        for file in sorted(self.folder.glob("*.json")):
+            arm, kind, teacher, seed, _ = file.stem.split("-", 4)
             number = int(seed[1:])
             if number in SEEDS:
                 value = json.loads(file.read_text())["accuracy"]
                 found.setdefault((arm.replace("_", " "), kind, teacher), {})[number] = value
-        return found
+        return {key: seeds for key, seeds in found.items() if set(seeds) == set(SEEDS)}
+
+    def choices(self) -> list[str]:
+        """What was tuned, arm by arm."""
+        return [
+            f"{kind}: " + ", ".join(
+                f"{arm} {rate:g}" + ("" if strength == 1 else f" x{strength:g}")
+                for arm in (*BASELINES, "scalekd")
+                for rate, strength in [self.tuned(arm, kind)]
+            )
+            for kind in KINDS
+        ]  # fmt: skip
 
 
 def write_results(study: Study, seconds: float) -> Report:
     """Tables, claims and figures in ``benchmarks/results``."""
-    table = {key: seeds for key, seeds in study.table().items() if set(seeds) == set(SEEDS)}
-    config = study.config
-    teachers = {w: accuracy(trained_teacher(w), study.test) for w in WIDTHS if has(table, f"w{w}")}
+    table, config = study.table(), study.config
+    teachers = {w: accuracy(study.teacher(w), study.test) for w in WIDTHS if has(table, f"w{w}")}
     report = Report(
         package="scalekd",
-        version="0.1.0",
-        command=["python", "benchmarks/scalekd_study.py"],
+        version=version("scalekd"),
+        command=["python", "benchmarks/scalekd_study.py", "--data", config.data],
         seeds=list(SEEDS),
         seconds=seconds,
         rows=rows_of(table),
         claims=claims_of(table),
         notes=[
-            f"top-1 on 2000 drawn images; {config.labelled} labelled images, {config.epochs} epochs",
+            f"top-1 on {len(study.test.y)} images; {study.labelled} labelled images, "
+            f"{study.epochs} epochs",
             "a seed varies labelled images, initial weights and order",
-            f"learning rate of every arm: best of {list(RATES)} for the {KINDS[0]} student on seed "
-            f"{DEVELOPMENT}, used for all students",
+            f"rate, best of {list(RATES)}, then strength of the distillation term, best of "
+            f"{list(STRENGTHS)}, for every arm and student on seed {DEVELOPMENT}",
+            *study.choices(),
             *(f"teacher of width {w}: {found:.1f} %" for w, found in teachers.items()),
         ],
         environment=environment(("timm",)),
     )
     document = json.dumps(report.to_json(), indent=1, allow_nan=False)
-    atomic_write(RESULTS / "scalekd.json", document + "\n")
-    plot(table, RESULTS)
+    atomic_write(RESULTS / f"scalekd-{config.data}.json", document + "\n")
+    plot(table, RESULTS, f"scalekd-{config.data}")
     return report
 
 

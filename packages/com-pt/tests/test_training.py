@@ -11,6 +11,7 @@ import torch
 from com_pt_tiny import clip_chain, llama_settings, spec, task_of
 from safetensors.torch import load_file
 
+from com_pt.adapters.sharding import blocks_of
 from com_pt.chain import chain_of
 from com_pt.run import plan_chain, run_chain
 from com_pt.stage import StageModel, accumulate, learning_rate, losses_of, parameter_groups, split
@@ -144,19 +145,48 @@ CHILD = """
 import sys; sys.path.insert(0, {here!r})
 import conftest
 from pathlib import Path
-from test_training import with_projector
+from test_training import interrupted_once, with_projector
 from com_pt.chain import chain_of
 from com_pt.run import run_chain
-run_chain(chain_of(with_projector(Path({data!r}), accum_freq=2)), {out!r})
+from com_pt.trainer import StageTrainer
+from torch.distributed.tensor import DTensor
+run = StageTrainer.run
+def checked(self, *args, **kwargs):
+    kinds = {{isinstance(p, DTensor) for p in self.module.parameters()}}
+    assert kinds == {{{shard}}}, kinds
+    return run(self, *args, **kwargs)
+StageTrainer.run = checked
+chain = chain_of(with_projector(Path({data!r}), accum_freq=2, shard={shard}, save_every=2))
+run_chain(chain, {out!r})
+if {shard}:
+    interrupted_once(chain, {out!r} + "-broken", 5)
 """
 
 
+def interrupted_once(chain, out: str, update: int) -> None:
+    """Run a chain that stops in an update, and resume it."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, update)
+        with pytest.raises(Interrupted):
+            run_chain(chain, out)
+    run_chain(chain, out, resume=True)
+
+
+def test_the_blocks_of_a_tower_are_sharded_one_by_one(pictures) -> None:
+    model = task_of(pictures).build(spec(32))
+    kinds = [type(block).__name__ for block in blocks_of(model)]
+    assert kinds == ["ResidualAttentionBlock"] * 4
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
 def test_two_processes_with_micro_batches_train_what_one_trains_with_the_whole_batch(
-    pictures, tmp_path
+    pictures, tmp_path, shard
 ) -> None:
     run_chain(chain_of(with_projector(pictures)), tmp_path / "one")
     script = tmp_path / "child.py"
-    script.write_text(CHILD.format(here=str(HERE), data=str(pictures), out=str(tmp_path / "two")))
+    script.write_text(
+        CHILD.format(here=str(HERE), data=str(pictures), out=str(tmp_path / "two"), shard=shard)
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*command, str(script)], env=env, capture_output=True, text=True,
@@ -173,6 +203,8 @@ def test_two_processes_with_micro_batches_train_what_one_trains_with_the_whole_b
     assert len(projectors[0]) == 2
     for name, value in projectors[0].items():
         torch.testing.assert_close(projectors[1][name], value, atol=1e-5, rtol=0)
+    if shard:
+        assert same(tmp_path / "two" / "W64", tmp_path / "two-broken" / "W64")
 
 
 HOST = """

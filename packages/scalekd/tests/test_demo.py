@@ -116,7 +116,7 @@ def test_the_demo_writes_its_report(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(demo, "trained_teacher", lambda: swin_teacher(16, CLASSES).eval())
     monkeypatch.setattr(demo, "check_gate", lambda *_: None)
     monkeypatch.setattr(demo, "ARMS", ("alone", "scalekd"))
-    monkeypatch.setattr(demo, "test_images", lambda: Images(*drawn(250, torch.Generator())))
+    monkeypatch.setattr(demo, "test_images", lambda _: Images(*drawn(250, torch.Generator())))
     report = demo.demo(
         DemoConfig(labelled=100, epochs=1, students=("mlp",), out=str(tmp_path / "demo"))
     )

@@ -79,6 +79,9 @@ class ChainConfig:
         1, "micro-batches per update; contrastive losses see them all at once"
     )
     grad_checkpointing: bool = False
+    shard: bool = setting(
+        False, "spread weights and optimizer over processes (FSDP2) instead of copying them (DDP)"
+    )
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     lr_floor: float = setting(3e-6, "where the cosine ends")
@@ -103,6 +106,10 @@ class ChainConfig:
         for name, allowed in (("precision", get_args(Precision)), ("cap", get_args(Cap))):
             value = getattr(self, name)
             require(value in allowed, f"{name} is {value}", f"use one of {', '.join(allowed)}")
+        require(
+            not (self.shard and self.precision == "fp16"), "shard with fp16 is not supported",
+            "use bf16",
+        )  # fmt: skip
         for stage in self.stages[1:]:
             require(stage.init_from is None, f"{stage.name} has init_from", "only the first may")
 

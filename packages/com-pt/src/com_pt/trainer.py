@@ -1,5 +1,6 @@
 """Trains a stage on accelerate: the loop, its checkpoints, the predecessor beside it."""
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from com_pt.adapters.sharding import fill, in_shards, shard, whole
 from com_pt.chain import ChainConfig, StageConfig
 from com_pt.cost import steps_of
 from com_pt.data.loading import Batches, seed_of
@@ -94,24 +96,33 @@ class StageTrainer:
         self.predecessor = None
         loss = None
         if predecessor is not None and stage.feature_weight > 0:
-            self.predecessor = predecessor.to(device).eval().requires_grad_(False)
-            loss = self._feature_loss(model)
+            predecessor = predecessor.to(device).eval().requires_grad_(False)
+            loss = self._feature_loss(model, predecessor)
+            self.predecessor = StageModel(task, predecessor, None)
         self.module = StageModel(task, model.train(), loss).to(device)
+        self.sharded = chain.shard and world > 1
+        if self.sharded:
+            self.plain = copy.deepcopy(model).cpu()
+            for module in (self.module, self.predecessor):
+                if module is not None:
+                    shard(module, device)
         optimizer = torch.optim.AdamW(
             parameter_groups(self.module, stage.weight_decay),
             lr=stage.lr,
             betas=chain.betas,
             eps=chain.eps,
         )
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+        if self.sharded:
+            self.wrapped, self.optimizer = self.module, self.accelerator.prepare(optimizer)
+        else:
+            self.wrapped, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         self.seconds, self.skipped, self._in_a_row = 0.0, 0, 0
         self._capped = False
 
-    def _feature_loss(self, model: nn.Module) -> InverseFeatureLoss:
+    def _feature_loss(self, model: nn.Module, predecessor: nn.Module) -> InverseFeatureLoss:
         batch = self.task.collate([self.batches.readable[0, i][0] for i in range(2)])
         widths = []
-        for one in (model.cpu().eval(), self.predecessor):
-            assert one is not None
+        for one in (model.cpu().eval(), predecessor):
             device = next(one.parameters()).device
             with torch.no_grad():
                 outputs = self.task.features(one, to_device(batch, device))
@@ -158,16 +169,27 @@ class StageTrainer:
                 bar.advance(loss=float(total))
                 if step == start + 10:
                     self._estimate((time.monotonic() - began) / 10, step)
-                last = step == self.steps or stop.requested
+                last = step == self.steps or self._stopping(stop)
                 if step % self.chain.save_every == 0 or last:
                     self._save(root, step)
                 stop.check()
         if self.batches.readable.bad:
             warn(f"{len(self.batches.readable.bad)} unreadable samples were replaced by others")
         samples = self.steps * self.stage.batch_size
-        return StageResult(
-            self.module.model.eval(), self.steps, samples, self.seconds, self.skipped
-        )
+        return StageResult(self._result(), self.steps, samples, self.seconds, self.skipped)
+
+    def _result(self) -> nn.Module:
+        if not self.sharded:
+            return self.module.model.eval()
+        fill(self.plain, whole(self.module.model.state_dict()))
+        return self.plain.to(self.accelerator.device).eval()
+
+    def _stopping(self, stop: StopSignal) -> bool:
+        """Whether any process was asked to stop: gathering shards takes them all."""
+        if not self.sharded:
+            return stop.requested
+        asked = torch.tensor(float(stop.requested), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked) > 0)
 
     def _step(
         self, step: int, batch: Any, root: Path
@@ -190,7 +212,7 @@ class StageTrainer:
             norm = nn.utils.get_total_norm(
                 [p.grad for p in self.module.parameters() if p.grad is not None]
             )
-            check_finite(total, norm, step=step, term="total", last_good=root)
+            check_finite(total, whole(norm), step=step, term="total", last_good=root)
         self.optimizer.step()
         self._count_skips(step, root)
         self.task.after_step(self.module.model)
@@ -202,7 +224,7 @@ class StageTrainer:
         if self.predecessor is None:
             return {}
         with torch.no_grad(), self.accelerator.autocast():
-            outputs = self.task.features(self.predecessor, part)
+            outputs = self.predecessor(part)
         return {name: outputs[name] for name in self.task.streams}
 
     def _count_skips(self, step: int, root: Path) -> None:
@@ -232,6 +254,8 @@ class StageTrainer:
         found = checkpoint.latest(root)
         if found is None:
             return 0
+        if self.sharded:
+            found = in_shards(found, self.module, self.optimizer)
         extra = restore_training_state(found, self.module, self.optimizer)
         self.seconds, self.skipped = extra["seconds"], extra["skipped"]
         self._in_a_row = extra["in_a_row"]
@@ -252,6 +276,8 @@ class StageTrainer:
             bad={str(k): v for k, v in self.batches.readable.bad.items()},
             scaler=scaler.state_dict() if scaler is not None else None,
         )
+        if self.sharded:
+            tensors, state = whole(tensors), whole(state)
         if not (root / f"step-{step}").exists():
             checkpoint.save(root, step, tensors, state)
 

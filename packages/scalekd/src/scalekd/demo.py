@@ -42,7 +42,7 @@ def demo(config: DemoConfig) -> Report:
     # Layers this small gain nothing from a second thread.
     torch.set_num_threads(1)
     out = Path(config.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
-    teacher, test = trained_teacher(), test_images()
+    teacher, test = trained_teacher(), test_images("drawn")
     best = accuracy(teacher, test)
     say(f"the teacher has {best:.1f} % on images that no training sees")
     table: dict[tuple[str, str, str], dict[int, float]] = {}

@@ -1,4 +1,4 @@
-"""Images of the demo: drawn ones, of which there is no end.
+"""Images of the demo and the benchmark: drawn ones, of which there is no end, and written digits.
 
 A drawn image shows a lobed figure filled with stripes of one of four directions, on a ground striped
 in one of three. The class is the pair of directions; outline, place, colours, stripe widths and noise
@@ -6,13 +6,17 @@ say nothing about it.
 """
 
 import math
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 SIDE = 16
 FIGURE, GROUND = 4, 3  # directions
 CLASSES = FIGURE * GROUND
+DIGIT_CLASSES, DIGIT_TESTS = 10, 500
 
 
 def drawn(n: int, generator: torch.Generator, noise: float = 0.25) -> tuple[Tensor, Tensor]:
@@ -54,3 +58,23 @@ def drawn(n: int, generator: torch.Generator, noise: float = 0.25) -> tuple[Tens
 
 def _wide(per_image: Tensor) -> Tensor:
     return per_image.view(-1, 1, 1)
+
+
+@cache
+def digits(part: str) -> tuple[Tensor, Tensor]:
+    """Scikit-learn's written digits, enlarged from 8x8; needs scikit-learn.
+
+    Args:
+        part: ``test`` for 500 images, ``train`` for the other 1297.
+
+    Returns:
+        Images [n, 3, SIDE, SIDE] of mean 0 and standard deviation 1, and labels [n].
+    """
+    from sklearn.datasets import load_digits
+
+    found: Any = load_digits()
+    x, y = torch.from_numpy(found.images).float(), torch.from_numpy(found.target)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    chosen = order[:DIGIT_TESTS] if part == "test" else order[DIGIT_TESTS:]
+    x = F.interpolate(x[chosen].unsqueeze(1), (SIDE, SIDE), mode="bilinear")
+    return ((x - x.mean()) / x.std()).expand(-1, 3, -1, -1).contiguous(), y[chosen]

@@ -40,16 +40,16 @@ def _pearson(a: Tensor, b: Tensor) -> Tensor:
 class DistTask(TrainingTask):
     """Labels plus DIST."""
 
-    def __init__(self, student: nn.Module, teacher: TeacherSplit) -> None:
+    def __init__(self, student: nn.Module, teacher: TeacherSplit, weight: float = 1.0) -> None:
         super().__init__(verbose=False)
-        self.trainable_module, self._split = student, [teacher]
+        self.trainable_module, self._split, self.weight = student, [teacher], weight
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002
         """Loss and logits."""
         with torch.no_grad():
             teacher: Any = self._split[0].model(input)
         output = self.trainable_module(input)
-        loss = F.cross_entropy(output, target) + dist_loss(output, teacher)
+        loss = F.cross_entropy(output, target) + self.weight * dist_loss(output, teacher)
         return {"loss": loss, "output": output}
 
 

@@ -84,7 +84,7 @@ def _values(table: Table, key: tuple[str, str, str]) -> list[float]:
     return list(table[key].values())
 
 
-def plot(table: Table, folder: Path) -> list[Path]:
+def plot(table: Table, folder: Path, name: str = "scalekd") -> list[Path]:
     """Accuracy by method and student, and by teacher width; nothing without matplotlib."""
     if find_spec("matplotlib") is None:
         say("no picture: install scalekd[plot]")
@@ -105,12 +105,12 @@ def plot(table: Table, folder: Path) -> list[Path]:
         panel.set(title=f"{kind} student", xlabel="top-1, %")
         panel.set_yticks(range(len(arms)), labels=list(reversed(arms)))
         panel.grid(axis="x", alpha=0.3)
-    path = folder / "scalekd-methods.png"
+    path = folder / f"{name}-methods.png"
     figure.savefig(path, dpi=120)
-    return [path, *_plot_sizes(table, folder)]
+    return [path, *_plot_sizes(table, folder, name)]
 
 
-def _plot_sizes(table: Table, folder: Path) -> list[Path]:
+def _plot_sizes(table: Table, folder: Path, name: str) -> list[Path]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.4), layout="constrained")
@@ -131,7 +131,7 @@ def _plot_sizes(table: Table, folder: Path) -> list[Path]:
         return []
     panel.set(xlabel="width of the teacher", ylabel="top-1 of the student, %")
     panel.legend()
-    path = folder / "scalekd-teachers.png"
+    path = folder / f"{name}-teachers.png"
     figure.savefig(path, dpi=120)
     return [path]
 

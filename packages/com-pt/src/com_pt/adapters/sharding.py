@@ -1,0 +1,90 @@
+"""Weights, gradients and AdamW's moments spread over processes, by PyTorch's FSDP2.
+
+accelerate shards on GPUs only; ``fully_shard`` itself runs on CPUs too, where tests compare it with one
+process. Every process grows the whole model first, so that growth never sees a shard.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from effml_common.checkpoint import Checkpoint
+
+
+def shard(module: nn.Module, device: torch.device) -> None:
+    """Shard a module in place over all processes: its repeated blocks one by one, and the rest.
+
+    Parameters without dimensions, which FSDP2 refuses, get one.
+
+    Args:
+        module: The same, whole, on every process.
+        device: Where it is.
+    """
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    for owner in module.modules():
+        for name, parameter in [*owner.named_parameters(recurse=False)]:
+            if parameter.dim() == 0:
+                owner.register_parameter(name, nn.Parameter(parameter.detach().reshape(1)))
+    mesh: Any = init_device_mesh(device.type, (get_world_size(),))
+    for unit in (*blocks_of(module), module):
+        # gloo cannot average; a sum, divided, is the same.
+        fully_shard(unit, mesh=mesh).set_force_sum_reduction_for_comms(True)  # pyright: ignore
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """Members of lists of two or more modules of one composite class, inner ones first."""
+    found = []
+    for owner in [*module.modules()][::-1]:
+        if isinstance(owner, nn.ModuleList | nn.Sequential):
+            children = [*owner]
+            alike = len({type(child) for child in children}) == 1 and len(children) > 1
+            if alike and [*children[0].children()]:
+                found += children
+    return found
+
+
+def whole(tree: Any) -> Any:
+    """Every shard in a nest of dicts, lists and tuples, gathered; all processes must call it."""
+    if isinstance(tree, DTensor):
+        return tree.full_tensor().detach()
+    if isinstance(tree, Mapping):
+        return {key: whole(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(whole(value) for value in tree)
+    return tree
+
+
+def in_shards(found: Checkpoint, module: nn.Module, optimizer: Any) -> Checkpoint:
+    """A checkpoint of whole tensors, cut as the module's parameters are."""
+    like = module.state_dict()
+    tensors = {name: _cut(tensor, like.get(name)) for name, tensor in found.tensors.items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = found.state["optimizer"]
+    moments = {
+        i: {
+            key: _cut(value, parameters[i]) if value.shape == parameters[i].shape else value
+            for key, value in kept.items()
+        }
+        for i, kept in state["state"].items()
+    }
+    changed = {**found.state, "optimizer": {**state, "state": moments}}
+    return replace(found, tensors=tensors, state=changed)
+
+
+def _cut(tensor: Tensor, like: Any) -> Tensor:
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put gathered weights into a model that was never sharded."""
+    own = model.state_dict()
+    model.load_state_dict({name: value.reshape(own[name].shape) for name, value in tensors.items()})
