@@ -168,7 +168,7 @@ class Trainer:
         size = self.config.grad_accum
         for _ in range(skip * size):
             next(batches)
-        if rng is not None:
+        if rng is not None and skip:  # an epoch's start has states of its own
             set_rng_state(rng)
         for _ in range(self.updates - skip):
             yield [next(batches) for _ in range(size)]
