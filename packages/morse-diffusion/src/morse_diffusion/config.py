@@ -44,6 +44,7 @@ class DemoDotConfig(DashConfig):
     dot_lr: float = setting(3e-3, "peak learning rate of the Dot")
     min_snr: bool = setting(True, "weigh errors near t = 0 down while the Dot is trained")
     gap_max: float = setting(0.4, "largest jump of a training pair, as a share of T")
+    rollout: float = setting(0.0, "last share of the updates whose pairs start from Dot steps")
 
     def __post_init__(self) -> None:
         DashConfig.__post_init__(self)

@@ -127,6 +127,7 @@ def train_demo_dot(config: DemoDotConfig, dash: UNet2DModel) -> MorseDot:
         cosine=True,
         min_snr=config.min_snr,
         gap_max=config.gap_max,
+        rollout=config.rollout,
     )
     data = TrainingData(clean=images_of(config.data)[0])
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
