@@ -1,10 +1,10 @@
 """Ways to distil a small segmenter on drawn scenes, and what the contrast costs at Cityscapes' shape.
 
 Phases, each resumable cell by cell: ``rates`` tries two learning rates for every arm on development
-scenes, with two seeds since one decides little; ``arms`` trains every arm at its better rate on three seeds; ``time`` gives alone and KD as many
-steps as fit into the time of the full method; ``variants`` changes one setting of the full method at a
-time, on development scenes; ``cost`` measures the contrast, chunked against naive. ``--report`` only
-writes the results of the cells there are.
+scenes, with two seeds since one decides little; ``arms`` trains every arm at its better rate on three
+seeds; ``time`` gives alone and KD as many steps as fit into the time of the full method; ``variants``
+changes one setting of the full method at a time, on development scenes; ``cost`` measures the contrast,
+chunked against naive. ``--report`` only writes the results of the cells there are.
 """
 
 import json
