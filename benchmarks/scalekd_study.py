@@ -4,9 +4,8 @@ A Swin is trained on an unlimited stream of drawn images, the students on a few 
 or on most of scikit-learn's digits, the students on a few of them. The teacher gate comes first: a
 teacher less than 3 points above the student alone ends the study. Every arm tries, for every kind of
 student, the same learning rates on a development seed and then other strengths of its distillation
-term;
-the confirming seeds are others. Cells are kept in a folder, so that a stopped study goes on; ``--report``
-only writes the tables and figures.
+term; the confirming seeds are others. Cells are kept in a folder, so that a stopped study goes on;
+``--report`` only writes the tables and figures.
 """
 
 import json
