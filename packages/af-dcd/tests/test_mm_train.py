@@ -228,8 +228,12 @@ def test_a_dry_run_tells_every_weighted_term_and_writes_nothing(pair, tmp_path, 
     capsys.readouterr()
     words = [*pair.words(), *METHOD, "--dry-run", "--out", tmp_path / "run", "--json"]
     run("train", *words)
-    row = json.loads(capsys.readouterr().out)["rows"][0]["metrics"]
-    assert {"loss_kd", "loss_fd", "loss_ctr", "decode.loss_ce"} <= set(row)
+    rows = {row["name"]: row["metrics"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    terms = {"loss_kd", "loss_fd", "loss_ctr", "decode.loss_ce"}
+    assert terms <= set(rows)
+    losses = [name for name in rows if "loss_" in name]
+    total = sum(rows[name]["value"]["mean"] for name in losses)
+    assert rows["loss"]["value"]["mean"] == pytest.approx(total, rel=1e-5)
     assert not (tmp_path / "run").exists()
 
 

@@ -38,7 +38,7 @@ def train(config: TrainConfig) -> Report:
     if config.dry_run:
         from af_dcd.mm.describing import dry_run
 
-        return report_of(config, began, [dry_run(whole)])
+        return report_of(config, began, dry_run(whole))
     fresh = not out.exists()
     _claim(out, config)
     try:

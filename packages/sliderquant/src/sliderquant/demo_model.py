@@ -17,7 +17,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from effml_common.finite import check_finite
 from effml_common.logging import progress, say
@@ -129,7 +135,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, ...])
 
 
 def train_llama(config: DemoModelConfig, tokens: torch.Tensor, vocab_size: int) -> LlamaForCausalLM:
-    """Train a Llama from scratch on a token stream, with AdamW and a warm-up-then-cosine schedule.
+    """Train a Llama from scratch on a token stream.
 
     Args:
         config: Shape and training budget.
@@ -156,7 +162,25 @@ def train_llama(config: DemoModelConfig, tokens: torch.Tensor, vocab_size: int) 
             eos_token_id=0,
             tie_word_embeddings=False,
         )
-    ).train()
+    )
+    train_language_model_(model, config, tokens)
+    return model
+
+
+def train_language_model_(
+    model: PreTrainedModel, config: DemoModelConfig, tokens: torch.Tensor
+) -> None:
+    """Train a fresh model with AdamW and a warm-up-then-cosine schedule; leaves it in eval mode.
+
+    Args:
+        model: Changed in place.
+        config: Training budget.
+        tokens: Training stream, int64 [n].
+
+    Raises:
+        NonFiniteError: If the loss becomes NaN or infinite.
+    """
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.train_lr, weight_decay=0.1)
     warmup = max(1, config.train_steps // 20)
 
@@ -182,7 +206,7 @@ def train_llama(config: DemoModelConfig, tokens: torch.Tensor, vocab_size: int) 
             optimizer.step()
             schedule.step()
             bar.advance(loss=f"{loss.item():.3f}")
-    return model.eval()
+    model.eval()
 
 
 def cache_root() -> Path:

@@ -97,8 +97,8 @@ def _tap(tap: Any) -> str:
     return ":".join(part for part in (tap.kind, tap.path, tap.entry) if part)
 
 
-def dry_run(whole: Config) -> Row:
-    """One batch of noise through both models: the size of every weighted term."""
+def dry_run(whole: Config) -> list[Row]:
+    """One batch of noise through both models: the size of every weighted term, a row each."""
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
@@ -111,5 +111,7 @@ def dry_run(whole: Config) -> Row:
         sample = SegDataSample(gt_sem_seg=PixelData(data=labels))
         samples.append(sample)
     _, logged = model.train().parse_losses(model.loss(torch.randn(2, 3, *size), samples))
-    values = {name: [float(torch.as_tensor(value).detach())] for name, value in logged.items()}
-    return Row("one batch of noise", "weighted terms", values)
+    return [
+        Row(name, "one batch of noise", {"value": [float(torch.as_tensor(value).detach())]})
+        for name, value in logged.items()
+    ]
