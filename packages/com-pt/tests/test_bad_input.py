@@ -40,7 +40,10 @@ from effml_common.errors import ConfigError, InputError, NonFiniteError
         ({"task": "clipp"}, "no task clipp; did you mean clip"),
         ({"task": "nowhere:Task"}, "task nowhere:Task cannot be imported"),
         ({"task": "json:loads"}, "json:loads is no Task; derive"),
-        ({"task": "com_pt.tasks.base:Task"}, "lacks __getitem__, __len__, build, features, load, loss, macs, save;"),
+        (
+            {"task": "com_pt.tasks.base:Task"},
+            "lacks __getitem__, __len__, build, features, load, loss, macs, save;",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_allowed(pictures, change, message) -> None:

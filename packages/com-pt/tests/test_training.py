@@ -153,13 +153,13 @@ from torch.distributed.tensor import DTensor
 run = StageTrainer.run
 def checked(self, *args, **kwargs):
     kinds = {{isinstance(p, DTensor) for p in self.module.parameters()}}
-    assert kinds == {{{shard}}}, kinds
+    assert kinds == {{self.chain.shard}}, kinds
     return run(self, *args, **kwargs)
 StageTrainer.run = checked
-chain = chain_of(with_projector(Path({data!r}), accum_freq=2, shard={shard}, save_every=2))
-run_chain(chain, {out!r})
-if {shard}:
-    interrupted_once(chain, {out!r} + "-broken", 5)
+for shard in (False, True):
+    chain = chain_of(with_projector(Path({data!r}), accum_freq=2, shard=shard, save_every=2))
+    run_chain(chain, {out!r} + ("/fsdp2" if shard else "/ddp"))
+interrupted_once(chain, {out!r} + "/broken", 5)
 """
 
 
@@ -178,33 +178,33 @@ def test_the_blocks_of_a_tower_are_sharded_one_by_one(pictures) -> None:
     assert kinds == ["ResidualAttentionBlock"] * 4
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
 def test_two_processes_with_micro_batches_train_what_one_trains_with_the_whole_batch(
-    pictures, tmp_path, shard
+    pictures, tmp_path
 ) -> None:
     run_chain(chain_of(with_projector(pictures)), tmp_path / "one")
     script = tmp_path / "child.py"
-    script.write_text(
-        CHILD.format(here=str(HERE), data=str(pictures), out=str(tmp_path / "two"), shard=shard)
-    )
+    script.write_text(CHILD.format(here=str(HERE), data=str(pictures), out=str(tmp_path)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*command, str(script)], env=env, capture_output=True, text=True,
                           timeout=240)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "over 2 processes" in done.stderr
-    for member in ("W32", "W64"):
-        one, two = weights(tmp_path / "one" / member), weights(tmp_path / "two" / member)
-        for name, value in one.items():
-            torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0)
-    kept = [next((tmp_path / out).glob("run/stage-2-W64/checkpoints/*/model.safetensors"))
-            for out in ("one", "two")]  # fmt: skip
-    projectors = [{k: v for k, v in load_file(p).items() if "projectors" in k} for p in kept]
-    assert len(projectors[0]) == 2
-    for name, value in projectors[0].items():
-        torch.testing.assert_close(projectors[1][name], value, atol=1e-5, rtol=0)
-    if shard:
-        assert same(tmp_path / "two" / "W64", tmp_path / "two-broken" / "W64")
+    kept = "run/stage-2-W64/checkpoints/*/model.safetensors"
+    projectors = {
+        out: {k: v for k, v in load_file(next((tmp_path / out).glob(kept))).items() if "proj" in k}
+        for out in ("one", "ddp", "fsdp2")
+    }
+    assert {"feature_loss.projectors.image.weight"} <= projectors["one"].keys()
+    for out in ("ddp", "fsdp2"):
+        for member in ("W32", "W64"):
+            one, two = weights(tmp_path / "one" / member), weights(tmp_path / out / member)
+            for name, value in one.items():
+                torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0)
+        for name, value in projectors["one"].items():
+            torch.testing.assert_close(projectors[out][name], value, atol=1e-5, rtol=0)
+    # Shards are gathered into a checkpoint and cut again.
+    assert same(tmp_path / "fsdp2" / "W64", tmp_path / "broken" / "W64")
 
 
 HOST = """

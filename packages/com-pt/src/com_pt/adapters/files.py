@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from com_pt.adapters.llama_models import llama_config
-from com_pt.adapters.open_clip_models import CONFIG as CLIP_CONFIG
+from com_pt.adapters.open_clip_models import FOLDER as CLIP_FOLDER
 from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip, save_clip
 from com_pt.adapters.timm_models import build_timm, load_timm, save_timm
 from effml_common.errors import InputError
@@ -34,7 +34,7 @@ def load_any(path: str, small_model: str | None = None) -> Loaded:
     place = Path(path)
     if place.is_file():
         return Loaded(_checkpoint(place, small_model), "clip")
-    if (place / CLIP_CONFIG).is_file():
+    if (place / CLIP_FOLDER.config).is_file():
         return Loaded(load_clip(place), "clip")
     try:
         document = json.loads((place / "config.json").read_text(encoding="utf-8"))

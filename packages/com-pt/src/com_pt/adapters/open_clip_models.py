@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
+from com_pt.adapters.folders import Layout, fill
 from com_pt.errors import GrowthError
-from effml_common.errors import ConfigError, InputError
+from effml_common.errors import ConfigError
 from effml_common.parsing import did_you_mean, one_line
 
 OWN_CONFIGS = Path(__file__).parent.parent / "model_configs"
-WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+FOLDER = Layout("open_clip", "open_clip_config.json", "open_clip_model.safetensors")
 
 
 def clip_config(spec: Any) -> dict[str, Any]:
@@ -93,7 +93,6 @@ def save_clip(model: Any, config: Mapping[str, Any], folder: Path) -> None:
     """Write a folder for ``open_clip.create_model("local-dir:FOLDER")``."""
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-    folder.mkdir(parents=True, exist_ok=True)
     towers = {
         "vision_cfg": getattr(model.visual, "ln_post", None),
         "text_cfg": getattr(getattr(model, "text", model), "ln_final", None),
@@ -111,12 +110,7 @@ def save_clip(model: Any, config: Mapping[str, Any], folder: Path) -> None:
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }
-    document = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
-    (folder / CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-    }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    FOLDER.write(model, {"model_cfg": model_cfg, "preprocess_cfg": preprocess}, folder)
 
 
 def load_clip(folder: Path | str) -> nn.Module:
@@ -125,21 +119,7 @@ def load_clip(folder: Path | str) -> nn.Module:
     Raises:
         InputError: If it is none.
     """
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    try:
-        document = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except Exception as error:  # safetensors has errors of its own for damaged files
-        raise InputError(
-            f"{folder} is no open_clip folder: {one_line(str(error))}; it needs {CONFIG} and {WEIGHTS}"
-        ) from error
-    model = build_clip(clip_config(document["model_cfg"]))
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise InputError(
-            f"{folder}: weights and settings differ: {one_line(str(error))[:300]}; export it again"
-        ) from error
-    return model
+    document, tensors = FOLDER.read(Path(folder))
+    if "model_cfg" not in document:
+        raise FOLDER.refused(Path(folder), "model_cfg is missing")
+    return fill(build_clip(clip_config(document["model_cfg"])), tensors, Path(folder))

@@ -1,17 +1,16 @@
 """Building, saving and loading timm models."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
-from effml_common.errors import ConfigError, InputError
+from com_pt.adapters.folders import Layout, fill
+from effml_common.errors import ConfigError
 from effml_common.parsing import one_line
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FOLDER = Layout("timm", "config.json", "model.safetensors")
 
 
 def timm_arguments(spec: Any, classes: int) -> tuple[str, dict[str, Any]]:
@@ -48,7 +47,6 @@ def build_timm(spec: Any, classes: int) -> nn.Module:
 def save_timm(model: Any, spec: Any, classes: int, folder: Path) -> None:
     """Write a folder for ``timm.create_model("local-dir:FOLDER")``."""
     name, arguments = timm_arguments(spec, classes)
-    folder.mkdir(parents=True, exist_ok=True)
     keep = ("mean", "std", "interpolation", "crop_pct", "first_conv", "classifier")
     known = getattr(model, "pretrained_cfg", None) or {}
     size = list(getattr(model.patch_embed, "img_size", (224, 224)))
@@ -64,9 +62,7 @@ def save_timm(model: Any, spec: Any, classes: int, folder: Path) -> None:
         "pretrained_cfg": pretrained,
         "model_args": {k: v for k, v in arguments.items() if k != "num_classes"},
     }
-    (folder / CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    FOLDER.write(model, document, folder)
 
 
 def load_timm(folder: Path | str) -> nn.Module:
@@ -75,23 +71,10 @@ def load_timm(folder: Path | str) -> nn.Module:
     Raises:
         InputError: If it is none.
     """
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
+    document, tensors = FOLDER.read(Path(folder))
     try:
-        document = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
         spec = {"name": document["architecture"], **document.get("model_args", {})}
         classes = document["num_classes"]
-    except Exception as error:  # safetensors has errors of its own for damaged files
-        raise InputError(
-            f"{folder} is no timm folder: {one_line(str(error))}; it needs {CONFIG} and {WEIGHTS}"
-        ) from error
-    model = build_timm(spec, classes)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise InputError(
-            f"{folder}: weights and settings differ: {one_line(str(error))[:300]}; export it again"
-        ) from error
-    return model
+    except (KeyError, TypeError) as error:
+        raise FOLDER.refused(Path(folder), f"{error} is missing") from error
+    return fill(build_timm(spec, classes), tensors, Path(folder))

@@ -28,13 +28,21 @@ class Task(ABC):
 
     Args:
         data: The ``data`` section of the chain file.
+
+    Raises:
+        ConfigError: If ``data`` has a setting that is not among ``settings``.
     """
 
+    settings: ClassVar[frozenset[str]] = frozenset()  # of ``data``; empty: any
     streams: ClassVar[tuple[str, ...]] = ()  # outputs that are pulled to the predecessor's
     couples_samples: ClassVar[bool] = False  # whether the loss compares samples of a batch
     headline: ClassVar[str] = ""  # the metric of ``evaluate`` that tables show
 
     def __init__(self, data: Mapping[str, Any]) -> None:
+        unknown = sorted(set(data) - self.settings) if self.settings else []
+        if unknown:
+            known = ", ".join(sorted(self.settings))
+            raise ConfigError(f"there is no data setting {unknown[0]}; use {known}")
         self.data = data
 
     @abstractmethod

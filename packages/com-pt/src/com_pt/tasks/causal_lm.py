@@ -15,7 +15,6 @@ from com_pt.evaluate import perplexity
 from com_pt.tasks.base import Task
 from effml_common.errors import ConfigError, InputError
 
-KNOWN = {"train", "val", "length", "tokenizer", "val_blocks"}
 BYTES = 257  # 256 bytes and an end of text
 
 
@@ -26,16 +25,14 @@ class CausalLMTask(Task):
     ``tokenizer`` (``bytes``, or a Hugging Face tokenizer's folder), ``val_blocks``.
     """
 
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {"train", "val", "length", "tokenizer", "val_blocks"}
+    )
     streams: ClassVar[tuple[str, ...]] = ("hidden",)
     headline: ClassVar[str] = "loss"
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
-        unknown = sorted(set(data) - KNOWN)
-        if unknown:
-            raise ConfigError(
-                f"there is no data setting {unknown[0]}; use {', '.join(sorted(KNOWN))}"
-            )
         self.length = int(data.get("length", 512))
         self._blocks: dict[str, Tensor] = {}
 

@@ -14,9 +14,6 @@ from com_pt.adapters.timm_models import build_timm, load_timm, save_timm
 from com_pt.data.labelled import labelled_images
 from com_pt.evaluate import top_k
 from com_pt.tasks.base import Task
-from effml_common.errors import ConfigError
-
-KNOWN = {"train", "val", "images", "classes", "image_size", "crop_scale", "smoothing", "val_batch"}
 
 
 class ClassifyTask(Task):
@@ -26,16 +23,14 @@ class ClassifyTask(Task):
     ``classes``, ``image_size``, ``crop_scale``, ``smoothing`` of the labels.
     """
 
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {"train", "val", "images", "classes", "image_size", "crop_scale", "smoothing", "val_batch"}
+    )
     streams: ClassVar[tuple[str, ...]] = ("pooled",)
     headline: ClassVar[str] = "top-1"
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
-        unknown = sorted(set(data) - KNOWN)
-        if unknown:
-            raise ConfigError(
-                f"there is no data setting {unknown[0]}; use {', '.join(sorted(KNOWN))}"
-            )
         self.classes = int(data.get("classes", 1000))
         self.smoothing = float(data.get("smoothing", 0.1))
         self._samples: Any = None

@@ -19,10 +19,6 @@ from com_pt.tasks.base import Task, both
 from effml_common.errors import ConfigError
 
 LARGEST_SCALE = math.log(100)
-KNOWN = {
-    "train", "val", "images", "tokenizer", "captions", "crop_scale", "zero_shot", "image_size",
-    "context_length", "val_batch",
-}  # fmt: skip
 
 
 class ClipTask(Task):
@@ -34,17 +30,26 @@ class ClipTask(Task):
     ``zero_shot`` (``images``: CSV of path and class; ``classes``; ``templates`` with ``{}``).
     """
 
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {
+            "train",
+            "val",
+            "images",
+            "tokenizer",
+            "captions",
+            "crop_scale",
+            "zero_shot",
+            "image_size",
+            "context_length",
+            "val_batch",
+        }
+    )
     streams: ClassVar[tuple[str, ...]] = ("image", "text")
     couples_samples: ClassVar[bool] = True
     headline: ClassVar[str] = "zero-shot top-1"
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
-        unknown = sorted(set(data) - KNOWN)
-        if unknown:
-            raise ConfigError(
-                f"there is no data setting {unknown[0]}; use {', '.join(sorted(KNOWN))}"
-            )
         self.captions = int(data.get("captions", 1))
         self._samples: CaptionData | None = None
 

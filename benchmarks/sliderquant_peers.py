@@ -1,0 +1,214 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "torch==2.14.0",
+#     "transformers==5.17.0",
+#     "compressed-tensors==0.19.0",
+#     "llmcompressor==0.14.0.1",
+#     "auto-round==0.15.1",
+#     "hqq==0.2.8.post1",
+#     "torchao==0.18.0",
+#     "sliderquant[plot]",
+#     "effml-common",
+# ]
+# [tool.uv.sources]
+# sliderquant = { path = "../packages/sliderquant", editable = true }
+# effml-common = { path = "../packages/effml-common", editable = true }
+# ///
+"""sliderquant against GPTQ and AWQ of llm-compressor, AutoRound, HQQ, torchao and rounding to nearest.
+
+All in one run, on the same models, calibration tokens, grids and texts. The peers need an older torch
+than the workspace, so this script has an environment of its own, described above:
+
+    uv run benchmarks/sliderquant_peers.py
+    uv run benchmarks/sliderquant_peers.py --ablation
+    uv run benchmarks/sliderquant_peers.py --sensitivity
+    uv run benchmarks/sliderquant_peers.py --report
+
+A cell is one model, setting, method and seed. It runs in a process of its own, so that libraries do
+not meet and peak memory is its own, and leaves one JSON file in ``--cells``: what is there already is
+not run again, except what failed. The name of a file holds a hash of all settings that shape its
+result. Nothing is downloaded except the libraries.
+"""
+
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from effml_common.cli import COMMON_FLAGS, parse
+from effml_common.errors import ConfigError, InputError
+from effml_common.files import atomic_write
+from effml_common.logging import progress, say, set_quiet
+from effml_common.parsing import one_line
+from sliderquant.adapters.decoder import TransformersDecoder
+from sliderquant.adapters.files import load_model
+from sliderquant.adapters.text import calibration_samples, encode
+from sliderquant.demo_model import library_corpus
+from sliderquant.evaluation import model_logits, perplexity
+from sliderquant.quantizer import WeightFormat
+from sliderquant.sensitivity import measure
+from sliderquant_peers_cells import (
+    GRIDS,
+    PAIRS,
+    Cell,
+    PeersConfig,
+    ablation_cells,
+    count_of,
+    full_cell,
+    path_of,
+    peer_cells,
+    result_of,
+    sensitivity_cells,
+)
+from sliderquant_peers_methods import (
+    LIBRARIES,
+    METHODS,
+    Task,
+    check_rounded,
+    columns_of,
+    epochs_in,
+)
+from sliderquant_peers_models import subject, texts
+from sliderquant_peers_report import write
+
+PROG = "uv run benchmarks/sliderquant_peers.py"
+EXAMPLES = (
+    f"{PROG} --models llama --settings W2g64 --seeds 1",
+    f"{PROG} --text development --methods slider-visits --lr-lora 5e-3",
+)
+
+
+def run(config: PeersConfig) -> None:
+    """Run every cell that is missing, one process after the other."""
+    cells = peer_cells(config)
+    if config.ablation:
+        cells = ablation_cells(config)
+    elif config.sensitivity:
+        cells = sensitivity_cells(config)
+    families = dict.fromkeys(family for family, _ in config.pairs)
+    with progress("cells", len(families) + count_of(config)) as bar:
+        for cell in itertools.chain(map(full_cell, families), cells):
+            run_cell(config, cell)
+            bar.advance()
+
+
+def run_cell(config: PeersConfig, cell: Cell) -> None:
+    """Run a cell in its own process, unless its result is there."""
+    path = path_of(config, cell)
+    kept = result_of(config, cell)
+    if kept is not None and "error" not in kept:
+        return
+    begin = time.monotonic()
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(config, cell, path))
+    process.start()
+    process.join()
+    if process.exitcode:
+        # The process could not even write down its error: killed, or stopped by the library.
+        error = {"error": f"the process ended with code {process.exitcode}", **asdict(cell)}
+        atomic_write(path, json.dumps(error) + "\n")
+    done = result_of(config, cell) or {}
+    told = done.get("error") or ", ".join(f"{k} {v:.2f}" for k, v in done.get("ppl", {}).items())
+    words = f"{cell.family} {cell.setting} {cell.label}, seed {cell.seed}"
+    say(f"{words}: {told} ({time.monotonic() - begin:.0f} s)")
+
+
+def work(config: PeersConfig, cell: Cell, path: Path) -> None:
+    """Run a cell in this process and write its result, or its error, and a log beside it."""
+    log = os.open(path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):  # libraries print as they please
+        os.dup2(log, stream)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(cell.seed)
+    try:
+        result = quantized(config, cell) if cell.method != "sensitivity" else damages(config, cell)
+    except Exception as error:
+        # Whatever a peer raises is its result, and the other cells go on.
+        traceback.print_exc()
+        result = {"error": one_line(f"{type(error).__name__}: {error}")}
+    atomic_write(path, json.dumps({**asdict(cell), **result}, indent=1) + "\n")
+
+
+def quantized(config: PeersConfig, cell: Cell) -> dict[str, Any]:
+    """Quantize and measure one model."""
+    loaded = load_model(subject(cell.family, config))
+    measured = texts(config.text, config.context, config.eval_tokens, loaded.tokenizer)
+    model, settings, facts = loaded.model, "", {}
+    if cell.method != "full":
+        grid, columns = GRIDS[cell.setting], columns_of(loaded.model)
+        stream = encode(library_corpus().train, loaded.tokenizer)
+        samples = calibration_samples(stream, config.nsamples, config.context, cell.seed)
+        task = Task(
+            model=loaded.model,
+            tokenizer=loaded.tokenizer,
+            samples=samples,
+            grid=grid,
+            options=cell.options,
+        )
+        distribution, module = LIBRARIES[cell.method]
+        importlib.import_module(module)
+        if "seconds" in cell.options:
+            epochs = epochs_in(task, cell.options["seconds"])
+            task.options["config"]["epochs"] = epochs
+        begin = time.perf_counter()
+        model, settings = METHODS[cell.method](task)
+        facts["seconds"] = time.perf_counter() - begin
+        facts["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        facts["library"] = f"{distribution} {version(distribution)}"
+        check_rounded(model, columns, grid)
+    logits = model_logits(model)
+    ppl = {name: perplexity(logits, batches) for name, batches in measured.items()}
+    return {"ppl": ppl, "how": settings, **facts}
+
+
+def damages(config: PeersConfig, cell: Cell) -> dict[str, Any]:
+    """Round one block at a time to nearest, the others not."""
+    loaded = load_model(subject(cell.family, config))
+    measured = texts(config.text, config.context, config.eval_tokens, loaded.tokenizer)
+    decoder = TransformersDecoder(loaded.model)
+    grid = GRIDS[cell.setting]
+    fmt = WeightFormat(bits=grid.bits, group_size=grid.group, sym=False, dtype=torch.float32)
+    variants = [(f"block {b}", b, decoder.layout(b).linears) for b in range(decoder.depth)]
+    tokens = next(iter(measured.values()))[0]
+    found = measure(decoder, tokens, fmt, variants)
+    return {"damage": [asdict(each) for each in found], "text": next(iter(measured))}
+
+
+def main() -> int:
+    """Parse the flags, run, write the report; 2 on bad input."""
+    words = [word for word in sys.argv[1:] if word not in COMMON_FLAGS]
+    set_quiet("--quiet" in sys.argv)
+    try:
+        config = parse(PeersConfig, words, prog=PROG, examples=EXAMPLES)
+        if not config.pairs:
+            pairs = ", ".join(" ".join(pair) for pair in PAIRS)
+            raise ConfigError(f"no such model at such a setting; there are {pairs}")
+        Path(config.cells).mkdir(parents=True, exist_ok=True)
+        # Nothing may look for a network, and processes inherit what is set here.
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)
+        if not config.report:
+            run(config)
+        report = write(config, [PROG, *words])
+        if report is not None:
+            Console().print(report)
+    except (InputError, OSError) as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
