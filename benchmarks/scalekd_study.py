@@ -22,7 +22,7 @@ import torch
 from effml_common.cli import COMMON_FLAGS, parse
 from effml_common.errors import InputError, NonFiniteError
 from effml_common.files import atomic_write
-from effml_common.report import Report, environment
+from effml_common.report import Report, Row, environment
 from scalekd.comparison import (
     BASELINES,
     Data,
@@ -41,6 +41,8 @@ DEVELOPMENT, SEEDS = 77, (1, 2, 3, 4, 5)
 RATES, STRENGTHS = (3e-3, 8e-3, 2e-2), (0.3, 1.0, 3.0)
 # Labelled images and epochs of the students: too few of either for the labels alone.
 BUDGETS: dict[str, tuple[int, int]] = {"drawn": (400, 30), "digits": (100, 60)}
+LONGER = 4  # times the epochs, for the arms that learn from features or relations
+Phase = Literal["gate", "arms", "longer", "untrained", "sizes", "components"]
 COMPONENTS = ("cap", "cap+dfm", "cap+tpp", "cap+dfm+tpp")
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = (16, 32, 64)
@@ -52,8 +54,8 @@ class StudyConfig:
 
     data: Data = field(default="drawn", metadata={"help": "images"})
     cells: str = field(default="runs/scalekd-study", metadata={"help": "folder of the cells"})
-    phases: tuple[Literal["gate", "arms", "untrained", "sizes", "components"], ...] = field(
-        default=("gate", "arms", "untrained", "sizes", "components"),
+    phases: tuple[Phase, ...] = field(
+        default=("gate", "arms", "longer", "untrained", "sizes", "components"),
         metadata={"help": "parts to run, in order"},
     )
     report: bool = field(default=False, metadata={"help": "only write tables and figures"})
@@ -74,12 +76,12 @@ class Study:
 
     def cell(
         self, arm: str, kind: str, seed: int, rate: float, strength: float,
-        width: int = 32, trained: bool = True,
+        width: int = 32, trained: bool = True, longer: int = 1,
     ) -> float:  # fmt: skip
         """Accuracy of one student, trained unless it is known already."""
         teacher = f"w{width}" if trained else "untrained"
-        name = f"{arm.replace(' ', '_')}-{kind}-{teacher}-s{seed}-r{rate:g}-x{strength:g}.json"
-        file = self.folder / name
+        name = f"{arm.replace(' ', '_')}-{kind}-{teacher}-s{seed}-r{rate:g}-x{strength:g}"
+        file = self.folder / (name + (".json" if longer == 1 else f"-e{longer}.json"))
         if file.exists():
             return json.loads(file.read_text())["accuracy"]
         network = self.teacher(width)
@@ -92,14 +94,14 @@ class Study:
         try:
             student = train_arm(
                 arm, kind, network, images,
-                epochs=self.epochs, rate=rate, seed=seed, strength=strength,
+                epochs=longer * self.epochs, rate=rate, seed=seed, strength=strength,
             )  # fmt: skip
             found = accuracy(student, self.test)
         except NonFiniteError:
             found = 0.0  # a rate or strength that diverges is no choice
         seconds = round(time.process_time() - started, 1)
         atomic_write(file, json.dumps({"accuracy": found, "seconds": seconds}))
-        print(f"{name}: {found:.2f} % in {seconds} s", file=sys.stderr, flush=True)
+        print(f"{file.stem}: {found:.2f} % in {seconds} s", file=sys.stderr, flush=True)
         return found
 
     def tuned(self, arm: str, kind: str) -> tuple[float, float]:
@@ -127,6 +129,15 @@ class Study:
         for kind in KINDS:
             for arm in (*BASELINES, "scalekd"):
                 self.arm(arm, kind)
+
+    def longer(self) -> dict[tuple[str, str], float]:
+        """Whether more updates change the order of the arms, on the development seed."""
+        found = {}
+        for kind in KINDS:
+            for arm in ("alone", "dist", "fitnet", "timm features", "scalekd"):
+                rate, strength = self.tuned(arm, kind)
+                found[arm, kind] = self.cell(arm, kind, DEVELOPMENT, rate, strength, longer=LONGER)
+        return found
 
     def components(self) -> None:
         """Each part on its own, at ScaleKD's rate and strength."""
@@ -156,12 +167,23 @@ class Study:
                 found.setdefault((arm.replace("_", " "), kind, teacher), {})[number] = value
         return {key: seeds for key, seeds in found.items() if set(seeds) == set(SEEDS)}
 
-    def choices(self) -> list[str]:
-        """What was tuned, arm by arm."""
+    def longer_rows(self) -> list[Row]:
+        """What ``longer`` found, as far as it has run."""
+        rows = []
+        for file in sorted(self.folder.glob(f"*-e{LONGER}.json")):
+            arm, kind, *_ = file.stem.split("-")
+            value = json.loads(file.read_text())["accuracy"]
+            setting = f"{kind}, {LONGER} times the epochs, development seed"
+            rows.append(Row(arm.replace("_", " "), setting, {"top1": [value]}))
+        return rows
+
+    def choices(self, table: dict[tuple[str, str, str], Any]) -> list[str]:
+        """What was tuned, for every arm that has run."""
         return [
             f"{kind}: " + ", ".join(
                 f"{arm} {rate:g}" + ("" if strength == 1 else f" x{strength:g}")
                 for arm in (*BASELINES, "scalekd")
+                if (arm, kind, "w32") in table
                 for rate, strength in [self.tuned(arm, kind)]
             )
             for kind in KINDS
@@ -178,7 +200,7 @@ def write_results(study: Study, seconds: float) -> Report:
         command=["python", "benchmarks/scalekd_study.py", "--data", config.data],
         seeds=list(SEEDS),
         seconds=seconds,
-        rows=rows_of(table),
+        rows=[*rows_of(table), *study.longer_rows()],
         claims=claims_of(table),
         notes=[
             f"top-1 on {len(study.test.y)} images; {study.labelled} labelled images, "
@@ -186,7 +208,7 @@ def write_results(study: Study, seconds: float) -> Report:
             "a seed varies labelled images, initial weights and order",
             f"rate, best of {list(RATES)}, then strength of the distillation term, best of "
             f"{list(STRENGTHS)}, for every arm and student on seed {DEVELOPMENT}",
-            *study.choices(),
+            *study.choices(table),
             *(f"teacher of width {w}: {found:.1f} %" for w, found in teachers.items()),
         ],
         environment=environment(("timm",)),

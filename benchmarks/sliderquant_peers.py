@@ -40,6 +40,7 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +48,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from effml_common.cli import COMMON_FLAGS, parse
 from effml_common.errors import ConfigError, InputError
@@ -55,9 +58,8 @@ from effml_common.logging import progress, say, set_quiet
 from effml_common.parsing import one_line
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
-from sliderquant.adapters.text import calibration_samples, encode
-from sliderquant.demo_model import library_corpus
-from sliderquant.evaluation import model_logits, perplexity
+from sliderquant.adapters.text import calibration_samples
+from sliderquant.evaluation import chunks, model_logits, perplexity
 from sliderquant.quantizer import WeightFormat
 from sliderquant.sensitivity import measure
 from sliderquant_peers_cells import (
@@ -68,6 +70,7 @@ from sliderquant_peers_cells import (
     ablation_cells,
     count_of,
     full_cell,
+    material_path,
     path_of,
     peer_cells,
     result_of,
@@ -81,7 +84,7 @@ from sliderquant_peers_methods import (
     columns_of,
     epochs_in,
 )
-from sliderquant_peers_models import subject, texts
+from sliderquant_peers_models import Material, prepare, read_material
 from sliderquant_peers_report import write
 
 PROG = "uv run benchmarks/sliderquant_peers.py"
@@ -89,6 +92,8 @@ EXAMPLES = (
     f"{PROG} --models llama --settings W2g64 --seeds 1",
     f"{PROG} --text development --methods slider-visits --lr-lora 5e-3",
 )
+EVAL_BATCH = 32
+WIDTH = 140  # of the table, in characters
 
 
 def run(config: PeersConfig) -> None:
@@ -99,10 +104,32 @@ def run(config: PeersConfig) -> None:
     elif config.sensitivity:
         cells = sensitivity_cells(config)
     families = dict.fromkeys(family for family, _ in config.pairs)
+    for family in families:
+        path = material_path(config, family)
+        if read_material(path) is None and apart(prepare, path, family, config, path):
+            raise InputError(f"{family} could not be made; see {path.with_suffix('.log')}")
     with progress("cells", len(families) + count_of(config)) as bar:
         for cell in itertools.chain(map(full_cell, families), cells):
             run_cell(config, cell)
             bar.advance()
+
+
+def apart(function: Callable[..., None], path: Path, *arguments: Any) -> int:
+    """Call a function in a process of its own, which logs beside ``path``; return its exit code."""
+    # Forked from a server that has imported what all cells need, and nothing else.
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=logged, args=(function, path.with_suffix(".log"), arguments))
+    process.start()
+    process.join()
+    return process.exitcode or 0
+
+
+def logged(function: Callable[..., None], log: Path, arguments: Sequence[Any]) -> None:
+    """Call a function with all that it and its libraries print in a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    function(*arguments)
 
 
 def run_cell(config: PeersConfig, cell: Cell) -> None:
@@ -112,12 +139,9 @@ def run_cell(config: PeersConfig, cell: Cell) -> None:
     if kept is not None and "error" not in kept:
         return
     begin = time.monotonic()
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(config, cell, path))
-    process.start()
-    process.join()
-    if process.exitcode:
-        # The process could not even write down its error: killed, or stopped by the library.
-        error = {"error": f"the process ended with code {process.exitcode}", **asdict(cell)}
+    code = apart(work, path, config, cell, path)
+    if code:  # killed, or stopped by a library, before it could write down its error
+        error = {**asdict(cell), "error": f"the process ended with code {code}"}
         atomic_write(path, json.dumps(error) + "\n")
     done = result_of(config, cell) or {}
     told = done.get("error") or ", ".join(f"{k} {v:.2f}" for k, v in done.get("ppl", {}).items())
@@ -126,14 +150,14 @@ def run_cell(config: PeersConfig, cell: Cell) -> None:
 
 
 def work(config: PeersConfig, cell: Cell, path: Path) -> None:
-    """Run a cell in this process and write its result, or its error, and a log beside it."""
-    log = os.open(path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):  # libraries print as they please
-        os.dup2(log, stream)
+    """Run a cell in this process and write its result, or its error."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(cell.seed)
     try:
-        result = quantized(config, cell) if cell.method != "sensitivity" else damages(config, cell)
+        material = read_material(material_path(config, cell.family))
+        assert material is not None  # made before the first cell
+        measured = damages if cell.method == "sensitivity" else quantized
+        result = measured(config, cell, material)
     except Exception as error:
         # Whatever a peer raises is its result, and the other cells go on.
         traceback.print_exc()
@@ -141,49 +165,64 @@ def work(config: PeersConfig, cell: Cell, path: Path) -> None:
     atomic_write(path, json.dumps({**asdict(cell), **result}, indent=1) + "\n")
 
 
-def quantized(config: PeersConfig, cell: Cell) -> dict[str, Any]:
+def texts(config: PeersConfig, material: Material) -> dict[str, list[Tensor]]:
+    """Return what to measure perplexity on, in batches of chunks [b, context], by name."""
+    names = ("code", "prose") if config.text == "held-out" else ("development",)
+    wanted = {name: material.tokens[name][: config.eval_tokens] for name in names}
+    return {name: list(chunks(t, config.context, EVAL_BATCH)) for name, t in wanted.items()}
+
+
+def quantized(config: PeersConfig, cell: Cell, material: Material) -> dict[str, Any]:
     """Quantize and measure one model."""
-    loaded = load_model(subject(cell.family, config))
-    measured = texts(config.text, config.context, config.eval_tokens, loaded.tokenizer)
-    model, settings, facts = loaded.model, "", {}
+    loaded = load_model(material.folder)
+    model, facts = loaded.model, {}
     if cell.method != "full":
-        grid, columns = GRIDS[cell.setting], columns_of(loaded.model)
-        stream = encode(library_corpus().train, loaded.tokenizer)
-        samples = calibration_samples(stream, config.nsamples, config.context, cell.seed)
         task = Task(
             model=loaded.model,
             tokenizer=loaded.tokenizer,
-            samples=samples,
-            grid=grid,
+            samples=calibration_samples(
+                material.tokens["train"], config.nsamples, config.context, cell.seed
+            ),
+            grid=GRIDS[cell.setting],
             options=cell.options,
         )
-        distribution, module = LIBRARIES[cell.method]
-        importlib.import_module(module)
-        if "seconds" in cell.options:
-            epochs = epochs_in(task, cell.options["seconds"])
-            task.options["config"]["epochs"] = epochs
-        begin = time.perf_counter()
-        model, settings = METHODS[cell.method](task)
-        facts["seconds"] = time.perf_counter() - begin
-        facts["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        facts["library"] = f"{distribution} {version(distribution)}"
-        check_rounded(model, columns, grid)
+        model, facts = timed(task, cell.method)
     logits = model_logits(model)
-    ppl = {name: perplexity(logits, batches) for name, batches in measured.items()}
-    return {"ppl": ppl, "how": settings, **facts}
+    measured = texts(config, material)
+    return {"ppl": {name: perplexity(logits, t) for name, t in measured.items()}, **facts}
 
 
-def damages(config: PeersConfig, cell: Cell) -> dict[str, Any]:
+def timed(task: Task, method: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Quantize, and return the model with seconds, peak memory (MiB), library and settings."""
+    columns = columns_of(task.model)
+    distribution, module = LIBRARIES[method]
+    importlib.import_module(module)
+    if "seconds" in task.options:
+        task.options["config"]["epochs"] = epochs_in(task, task.options["seconds"])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.perf_counter()
+    model, settings = METHODS[method](task)
+    seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    check_rounded(model, columns, task.grid)
+    return model, {
+        "seconds": seconds,
+        "peak_mib": peak / 1024,
+        "added_mib": (peak - before) / 1024,
+        "library": f"{distribution} {version(distribution)}",
+        "how": settings,
+    }
+
+
+def damages(config: PeersConfig, cell: Cell, material: Material) -> dict[str, Any]:
     """Round one block at a time to nearest, the others not."""
-    loaded = load_model(subject(cell.family, config))
-    measured = texts(config.text, config.context, config.eval_tokens, loaded.tokenizer)
-    decoder = TransformersDecoder(loaded.model)
+    decoder = TransformersDecoder(load_model(material.folder).model)
     grid = GRIDS[cell.setting]
     fmt = WeightFormat(bits=grid.bits, group_size=grid.group, sym=False, dtype=torch.float32)
     variants = [(f"block {b}", b, decoder.layout(b).linears) for b in range(decoder.depth)]
-    tokens = next(iter(measured.values()))[0]
-    found = measure(decoder, tokens, fmt, variants)
-    return {"damage": [asdict(each) for each in found], "text": next(iter(measured))}
+    text, batches = next(iter(texts(config, material).items()))
+    found = measure(decoder, torch.cat(batches), fmt, variants)
+    return {"damage": [asdict(each) for each in found], "text": text}
 
 
 def main() -> int:
@@ -199,11 +238,12 @@ def main() -> int:
         # Nothing may look for a network, and processes inherit what is set here.
         os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
+        os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the server finds our modules
         if not config.report:
             run(config)
         report = write(config, [PROG, *words])
         if report is not None:
-            Console().print(report)
+            Console(width=WIDTH).print(report)
     except (InputError, OSError) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2

@@ -144,6 +144,13 @@ def path_of(config: PeersConfig, cell: Cell) -> Path:
     return Path(config.cells) / f"{name}-{digest}.json"
 
 
+def material_path(config: PeersConfig, family: str) -> Path:
+    """Return the file that says where a model is and holds its text."""
+    model = {f.name: getattr(config, f.name) for f in fields(DemoModelConfig)}
+    digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:8]
+    return Path(config.cells) / f"{family}-{digest}.safetensors"
+
+
 def result_of(config: PeersConfig, cell: Cell) -> dict[str, Any] | None:
     """Return what is kept of a cell, or ``None``."""
     path = path_of(config, cell)

@@ -8,13 +8,17 @@ not. All are kept in the user's cache folder.
 
 import os
 import shutil
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from effml_common.files import atomic_write
 from effml_common.logging import say
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
@@ -27,12 +31,10 @@ from sliderquant.demo_model import (
     library_corpus,
     train_language_model_,
 )
-from sliderquant.evaluation import chunks
 
 OUTLIER_CHANNELS = 4  # of the residual stream, and of each MLP's inner width
 OUTLIER_FACTORS = (20.0, 50.0)
 SAME_LOGITS = 1e-4
-EVAL_BATCH = 32
 # Norms, and the layers that read what they put out.
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -147,21 +149,44 @@ def _weight(block: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def texts(
-    which: str, context: int, eval_tokens: int, tokenizer: Callable[..., object]
-) -> dict[str, list[Tensor]]:
-    """Return what to measure perplexity on, in batches of chunks [b, context].
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Material:
+    """A model and the text that goes with it.
+
+    Attributes:
+        folder: Of the model.
+        tokens: "train" to calibrate on, "code", "prose" and "development" to measure on.
+    """
+
+    folder: Path
+    tokens: dict[str, Int[Tensor, " n"]]
+
+
+def prepare(family: str, config: DemoModelConfig, path: Path) -> None:
+    """Make a model and encode the text once, which takes more memory than quantizing does.
 
     Args:
-        which: "held-out" (code and prose) or "development".
-        context: Tokens per chunk.
-        eval_tokens: Tokens per text.
-        tokenizer: Of the model.
+        family: "llama", "qwen" or "llama-outliers".
+        config: Shape and training budget.
+        path: File to write; ``read_material`` reads it.
     """
+    folder = subject(family, config)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     corpus = library_corpus()
-    held_out = {"code": corpus.code, "prose": corpus.prose}
-    wanted = held_out if which == "held-out" else {"development": corpus.development}
-    return {
-        name: list(chunks(encode([text], tokenizer)[:eval_tokens], context, EVAL_BATCH))  # pyright: ignore[reportArgumentType]
-        for name, text in wanted.items()
+    tokens = {
+        "train": encode(corpus.train, tokenizer),
+        "code": encode([corpus.code], tokenizer),
+        "prose": encode([corpus.prose], tokenizer),
+        "development": encode([corpus.development], tokenizer),
     }
+    atomic_write(path, save(tokens, metadata={"folder": str(folder)}))
+
+
+def read_material(path: Path) -> Material | None:
+    """Return what ``prepare`` wrote, or ``None`` if it, or its model, is not there."""
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        folder = Path(file.metadata()["folder"])
+        tokens = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Material(folder=folder, tokens=tokens) if (folder / "config.json").exists() else None

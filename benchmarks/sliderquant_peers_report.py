@@ -168,7 +168,8 @@ def _row(entry: Entry) -> Row:
     if "seconds" in runs[0]:
         metrics["seconds"] = [run["seconds"] for run in runs]
         metrics["peak MiB"] = [run["peak_mib"] for run in runs]
-    parts = (runs[0].get("library", ""), runs[0]["how"], entry.trouble)
+        metrics["added MiB"] = [run["added_mib"] for run in runs]
+    parts = (runs[0].get("library", ""), runs[0].get("how", "float32"), entry.trouble)
     return Row(entry.name, "; ".join(part for part in parts if part), metrics)
 
 
@@ -231,8 +232,8 @@ def _notes(config: PeersConfig) -> list[str]:
         "by one timed run of the fewest epochs; its own seconds are measured again",
         f"sliderquant's rates {config.lr_lora:g} (correction) and {config.lr_lwc:g} (clipping) were "
         "chosen on development text for the demo's model; the peers' rates are their own defaults",
-        "peak MiB is that of the process, libraries and model included; HQQ keeps real-valued zero "
-        "points; AWQ runs with the pinning of memory left out, which needs a GPU",
+        "peak MiB is that of the process, added MiB what the quantization added to libraries and model",
+        "HQQ keeps real-valued zero points; AWQ runs with the pinning of memory for a GPU left out",
         "the models are small and trained for minutes: read the order, not the distance",
     ]
 
