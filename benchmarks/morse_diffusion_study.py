@@ -28,7 +28,7 @@ from morse_diffusion.evaluation import Reference, frechet_distance, sliced_wasse
 from morse_diffusion.tables import Table, claims_of, curves, rows_of, speed_up_notes
 
 PROG = "python benchmarks/morse_diffusion_study.py"
-EXAMPLES = (PROG, f"{PROG} --data shapes --seeds 3 --budgets 5 10 20")
+EXAMPLES = (PROG, f"{PROG} --data shapes --dot-steps 4500 --budgets 5 10")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,9 @@ class StudyConfig:
         metadata={"help": "arms that run at budgets above 20"},
     )
     expansion: float | None = field(default=None, metadata={"help": "r; default the plan's own"})
-    dot: str | None = field(default=None, metadata={"help": "another Dot's folder"})
+    dot_steps: int | None = field(
+        default=None, metadata={"help": "updates of the Dot's training; default the demo's"}
+    )
     cells: str = field(default="runs/morse-diffusion", metadata={"help": "folder of the cells"})
     out: str = field(default="benchmarks/results", metadata={"help": "folder of the results"})
     report: bool = field(default=False, metadata={"help": "only write the report"})
@@ -55,7 +57,7 @@ class StudyConfig:
 def main() -> None:
     words = [word for word in sys.argv[1:] if word not in COMMON_FLAGS]
     config = parse(StudyConfig, words, prog=PROG, examples=EXAMPLES)
-    folder = Path(config.cells) / config.data
+    folder = Path(config.cells) / name_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     images, _ = images_of(config.data)
@@ -65,12 +67,14 @@ def main() -> None:
     write(config, folder, reference)
 
 
-def measure_all(config: StudyConfig, folder: Path, reference: Reference) -> None:
-    dash, dot = demo_pair(DemoDotConfig(data=config.data))
-    if config.dot is not None:
-        from morse_diffusion import MorseDot
+def name_of(config: StudyConfig) -> str:
+    """The study's name, for folders and files."""
+    return config.data if config.dot_steps is None else f"{config.data}-{config.dot_steps}"
 
-        dot = MorseDot.from_pretrained(config.dot, dash)
+
+def measure_all(config: StudyConfig, folder: Path, reference: Reference) -> None:
+    trained = {} if config.dot_steps is None else {"dot_steps": config.dot_steps}
+    dash, dot = demo_pair(DemoDotConfig(data=config.data, **trained))
     pipe = PixelPipeline(dash, solver("ddim", schedule_of(config.data)))
     times = times_of(pipe, dot, folder)
     print(f"N {times.speed_ratio:.2f}", times, flush=True)
@@ -141,11 +145,11 @@ def write(config: StudyConfig, folder: Path, reference: Reference) -> None:
     )  # fmt: skip
     out = Path(config.out)
     means = {name: values[0] for name, values in floor.items()}
-    figures = curves(table, out / f"morse-diffusion-{config.data}.png", means)
+    figures = curves(table, out / f"morse-diffusion-{name_of(config)}.png", means)
     run_dir = folder / "report"
     run_dir.mkdir(exist_ok=True)
     write_report(report, run_dir, figures=figures)
-    name = f"morse-diffusion-{config.data}.json"
+    name = f"morse-diffusion-{name_of(config)}.json"
     atomic_write(out / name, (run_dir / "report.json").read_text())
     for note in report.notes:
         print(note)

@@ -116,8 +116,9 @@ def run(config: PeersConfig) -> None:
 
 def apart(function: Callable[..., None], path: Path, *arguments: Any) -> int:
     """Call a function in a process of its own, which logs beside ``path``; return its exit code."""
-    # Forked from a server that has imported what all cells need, and nothing else.
     context = multiprocessing.get_context("forkserver")
+    # The server imports what all cells need, once; a library of a peer is imported in its own cell.
+    context.set_forkserver_preload(["sliderquant_peers_report", "sliderquant_peers_models"])
     process = context.Process(target=logged, args=(function, path.with_suffix(".log"), arguments))
     process.start()
     process.join()

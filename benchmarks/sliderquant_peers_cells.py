@@ -250,6 +250,12 @@ def seeds_of(config: PeersConfig, method: str) -> tuple[int, ...]:
     return config.seeds if method not in ("rtn", "torchao", "hqq") else (0,)
 
 
+def methods_of(config: PeersConfig, name: str) -> list[str]:
+    """Return the methods to compare at a setting; SmoothQuant is made for rounded activations."""
+    rounded = GRIDS[name].abits < FULL_BITS
+    return [method for method in config.methods if rounded or method != "smoothquant-gptq"]
+
+
 def refusal(config: PeersConfig, name: str, method: str) -> str | None:
     """Return why a method cannot run at a setting, or ``None``."""
     grid = GRIDS[name]
@@ -262,7 +268,7 @@ def peer_cells(config: PeersConfig) -> Iterator[Cell]:
     """Yield the cells of the comparison; lazily, because equal time is known after AutoRound."""
     for seed in (0, *config.seeds):
         for family, name in config.pairs:
-            for method in config.methods:
+            for method in methods_of(config, name):
                 if seed in seeds_of(config, method) and not refusal(config, name, method):
                     cell = cell_of(config, family, name, method, seed)
                     if cell is not None:
@@ -280,6 +286,6 @@ def count_of(config: PeersConfig) -> int:
     return sum(
         len(seeds_of(config, method))
         for _, name in config.pairs
-        for method in config.methods
+        for method in methods_of(config, name)
         if not refusal(config, name, method)
     )

@@ -66,10 +66,10 @@ class Task:
 def why_not(method: str, grid: Grid) -> str | None:
     """Return why a library has no such grid, or ``None`` where it has."""
     if grid.abits == FULL_BITS:
-        return "for rounded activations only" if method == "smoothquant-gptq" else None
+        return None
     reasons = {
-        "hqq": "weights only",
-        "torchao": "activations of 8 bits or none on integer weights",
+        "hqq": "it rounds weights only",
+        "torchao": "it rounds activations to 8 bits or not at all",
     }
     return reasons.get(method)
 
@@ -254,7 +254,7 @@ def autoround(task: Task) -> tuple[PreTrainedModel, str]:
         **({"enable_alg_ext": True} if options["extended"] else {}),
     )
     model, _ = rounder.quantize()
-    settings = f"{options['iters']} iterations of {options['batch_size']} samples, float32"
+    settings = f"{options['iters']} iterations of {options['batch_size']} samples, not compiled"
     return model, settings + (", enable_alg_ext" if options["extended"] else "")
 
 

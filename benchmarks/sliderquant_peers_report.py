@@ -19,6 +19,7 @@ from sliderquant_peers_cells import (
     ablation_cells,
     cell_of,
     full_cell,
+    methods_of,
     refusal,
     result_of,
     seeds_of,
@@ -66,7 +67,8 @@ class Entry:
     @property
     def name(self) -> str:
         """The row's name."""
-        return f"{self.family} {self.setting} {NAMES.get(self.label, self.label)}"
+        parts = dict.fromkeys((self.family, self.setting, NAMES.get(self.label, self.label)))
+        return " ".join(parts)
 
     def of_seed(self, seed: int) -> dict[str, Any] | None:
         """Return the run of a seed; a method without calibration has one run for all."""
@@ -87,7 +89,7 @@ def entries(config: PeersConfig) -> list[Entry]:
     for family in dict.fromkeys(family for family, _ in config.pairs):
         found.append(_entry(config, [full_cell(family)]))
     for family, name in config.pairs:
-        for method in config.methods:
+        for method in methods_of(config, name):
             reason = refusal(config, name, method)
             if reason is not None:
                 told = f"not supported: {reason}"
