@@ -73,8 +73,10 @@ def name_of(config: StudyConfig) -> str:
 
 
 def measure_all(config: StudyConfig, folder: Path, reference: Reference) -> None:
-    trained = {} if config.dot_steps is None else {"dot_steps": config.dot_steps}
-    dash, dot = demo_pair(DemoDotConfig(data=config.data, **trained))
+    pair = DemoDotConfig(data=config.data)
+    if config.dot_steps is not None:
+        pair = dataclasses.replace(pair, dot_steps=config.dot_steps)
+    dash, dot = demo_pair(pair)
     pipe = PixelPipeline(dash, solver("ddim", schedule_of(config.data)))
     times = times_of(pipe, dot, folder)
     print(f"N {times.speed_ratio:.2f}", times, flush=True)

@@ -106,8 +106,11 @@ def run(config: PeersConfig) -> None:
     families = dict.fromkeys(family for family, _ in config.pairs)
     for family in families:
         path = material_path(config, family)
-        if read_material(path) is None and apart(prepare, path, family, config, path):
-            raise InputError(f"{family} could not be made; see {path.with_suffix('.log')}")
+        log = path.with_suffix(".log")
+        if read_material(path) is None:
+            say(f"{family}: training and encoding, once; progress is in {log}")
+            if apart(prepare, path, family, config, path):
+                raise InputError(f"{family} could not be made; see the end of {log}")
     with progress("cells", len(families) + count_of(config)) as bar:
         for cell in itertools.chain(map(full_cell, families), cells):
             run_cell(config, cell)
@@ -227,7 +230,7 @@ def damages(config: PeersConfig, cell: Cell, material: Material) -> dict[str, An
 
 
 def main() -> int:
-    """Parse the flags, run, write the report; 2 on bad input."""
+    """Parse the flags, run, write the report; 2 on bad input, 130 when interrupted."""
     words = [word for word in sys.argv[1:] if word not in COMMON_FLAGS]
     set_quiet("--quiet" in sys.argv)
     try:
@@ -248,6 +251,9 @@ def main() -> int:
     except (InputError, OSError) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        return 130
     return 0
 
 

@@ -99,6 +99,11 @@ class PeersConfig(DemoModelConfig):
         for name in ("nsamples", "batch_size", "iters", "eval_tokens", "threads"):
             value = getattr(self, name)
             require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        require(
+            self.batch_size <= self.nsamples,
+            f"batch_size ({self.batch_size}) is more than nsamples ({self.nsamples})",
+            "a batch has every sample once",
+        )
         require(len(set(self.seeds)) == len(self.seeds) > 0, "seeds must differ", "give 1 2 3")
         require(
             self.eval_tokens >= self.context,
@@ -253,7 +258,9 @@ def seeds_of(config: PeersConfig, method: str) -> tuple[int, ...]:
 def methods_of(config: PeersConfig, name: str) -> list[str]:
     """Return the methods to compare at a setting; SmoothQuant is made for rounded activations."""
     rounded = GRIDS[name].abits < FULL_BITS
-    return [method for method in config.methods if rounded or method != "smoothquant-gptq"]
+    wanted = [method for method in config.methods if rounded or method != "smoothquant-gptq"]
+    # sliderquant at equal time comes after the method whose time it needs.
+    return sorted(wanted, key=lambda method: method.startswith("slider"))
 
 
 def refusal(config: PeersConfig, name: str, method: str) -> str | None:
