@@ -238,6 +238,9 @@ def main() -> int:
         if not config.pairs:
             pairs = ", ".join(" ".join(pair) for pair in PAIRS)
             raise ConfigError(f"no such model at such a setting; there are {pairs}")
+        for folder in (config.cells, config.out):
+            if Path(folder).is_file():
+                raise ConfigError(f"{folder} is a file; give a folder")
         Path(config.cells).mkdir(parents=True, exist_ok=True)
         # Nothing may look for a network, and processes inherit what is set here.
         os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

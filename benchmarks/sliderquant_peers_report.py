@@ -27,6 +27,7 @@ from sliderquant_peers_cells import (
     slider_settings,
 )
 
+WHOLE = "all windows, halves by network"  # the method as it is, among its ablations
 NAMES = {
     "full": "full precision",
     "rtn": "round-to-nearest",
@@ -40,9 +41,10 @@ NAMES = {
     "slider-visits": "sliderquant, equal visits",
     "slider-seconds": "sliderquant, equal seconds",
     "slider-defaults": "sliderquant, package's rates",
+    WHOLE: f"sliderquant ({WHOLE})",
 }
-WHOLE = "all windows, halves by network"  # the method as it is, among its ablations
 PEER_LIBRARIES = ("llmcompressor", "auto-round", "hqq", "torchao", "compressed-tensors")
+MARKERS = "os^vD<>Ph*X"
 WIDE = 3.0  # times the smallest perplexity: then a logarithmic axis
 
 
@@ -320,15 +322,21 @@ def _cost_picture(path: Path, groups: Mapping[str, Sequence[Entry]]) -> Path:
     """Perplexity against the seconds of the quantization, one panel per setting."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 * len(groups), 3.6), layout="constrained")
+    figure = Figure(figsize=(3.5 * len(groups) + 2.5, 3.6), layout="constrained")
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    marks = {}  # one per method, for the legend
     for panel, (name, group) in zip(panels, groups.items(), strict=True):
         text = next(iter(next(iter(group[0].runs.values()))["ppl"]))
         for entry in group:
-            value = _mean_and_error(entry.values(text))[0]
-            panel.plot(entry.seconds(), value, "o")
-            panel.annotate(NAMES[entry.label], (entry.seconds(), value), fontsize=7)
+            place = list(NAMES).index(entry.label)
+            (marks[entry.label],) = panel.plot(
+                entry.seconds(),
+                _mean_and_error(entry.values(text))[0],
+                MARKERS[place % len(MARKERS)],
+                color=f"C{place}",
+            )
         panel.set(xscale="log", title=name, xlabel="seconds", ylabel=f"perplexity, {text}")
+    figure.legend(marks.values(), [NAMES[label] for label in marks], loc="outside right upper")
     figure.savefig(path, dpi=120)
     return path
 
