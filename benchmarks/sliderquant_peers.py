@@ -148,7 +148,8 @@ def run_cell(config: PeersConfig, cell: Cell) -> None:
         error = {**asdict(cell), "error": f"the process ended with code {code}"}
         atomic_write(path, json.dumps(error) + "\n")
     done = result_of(config, cell) or {}
-    told = done.get("error") or ", ".join(f"{k} {v:.2f}" for k, v in done.get("ppl", {}).items())
+    ppl = ", ".join(f"{name} {value:.2f}" for name, value in done.get("ppl", {}).items())
+    told = done.get("error") or ppl or "done"
     words = f"{cell.family} {cell.setting} {cell.label}, seed {cell.seed}"
     say(f"{words}: {told} ({time.monotonic() - begin:.0f} s)")
 
@@ -197,20 +198,21 @@ def quantized(config: PeersConfig, cell: Cell, material: Material) -> dict[str, 
 
 
 def timed(task: Task, method: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Quantize, and return the model with seconds, peak memory (MiB), library and settings."""
+    """Quantize, and return the model with its seconds, memory (MiB), library and settings."""
     columns = columns_of(task.model)
     distribution, module = LIBRARIES[method]
     importlib.import_module(module)
     if "seconds" in task.options:
         task.options["config"]["epochs"] = epochs_in(task, task.options["seconds"])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin = time.perf_counter()
+    begin = time.perf_counter(), time.process_time()
     model, settings = METHODS[method](task)
-    seconds = time.perf_counter() - begin
+    end = time.perf_counter(), time.process_time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     check_rounded(model, columns, task.grid)
     return model, {
-        "seconds": seconds,
+        "seconds": end[0] - begin[0],
+        "cpu_seconds": end[1] - begin[1],
         "peak_mib": peak / 1024,
         "added_mib": (peak - before) / 1024,
         "library": f"{distribution} {version(distribution)}",

@@ -208,9 +208,10 @@ def cell_of(config: PeersConfig, family: str, name: str, method: str, seed: int)
         rival = cell_of(config, family, name, "autoround", seed)
         assert rival is not None
         done = result_of(config, rival)
-        if done is None or "seconds" not in done:
+        if done is None or "error" in done:
             return None
-        options["seconds"] = done["seconds"]
+        # CPU time: seconds on the wall would tell how busy the machine was with something else.
+        options["seconds"] = done["cpu_seconds"]
     return Cell(
         family=family, setting=name, method=function, label=method, seed=seed, options=options
     )

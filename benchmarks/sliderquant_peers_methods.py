@@ -96,12 +96,12 @@ def slider(task: Task) -> tuple[PreTrainedModel, str]:
 
 
 def epochs_in(task: Task, seconds: float) -> int:
-    """Return how many epochs fit into a time, by one run of the fewest epochs there can be."""
+    """Return how many epochs fit into a CPU time, by one run of the fewest epochs there can be."""
     config = SliderConfig(**task.options["config"])
     fewest = replace(config, epochs=config.stages)
-    begin = time.perf_counter()
+    begin = time.process_time()
     calibrated_weights(TransformersDecoder(task.model), task.samples, fewest, "timing")
-    return config.stages * max(1, round(seconds / (time.perf_counter() - begin)))
+    return config.stages * max(1, round(seconds / (time.process_time() - begin)))
 
 
 def _round_activations_(task: Task) -> None:

@@ -81,8 +81,8 @@ class Entry:
         return [run["ppl"][text] for run in self.runs.values()]
 
     def seconds(self) -> float:
-        """Return the mean time of the quantization."""
-        return sum(run["seconds"] for run in self.runs.values()) / len(self.runs)
+        """Return the mean CPU time of the quantization."""
+        return sum(run["cpu_seconds"] for run in self.runs.values()) / len(self.runs)
 
 
 def entries(config: PeersConfig) -> list[Entry]:
@@ -171,6 +171,7 @@ def _row(entry: Entry) -> Row:
     metrics = {f"ppl {text}": entry.values(text) for text in runs[0]["ppl"]}
     if "seconds" in runs[0]:
         metrics["seconds"] = [run["seconds"] for run in runs]
+        metrics["CPU seconds"] = [run["cpu_seconds"] for run in runs]
         metrics["peak MiB"] = [run["peak_mib"] for run in runs]
         metrics["added MiB"] = [run["added_mib"] for run in runs]
     parts = (runs[0].get("library", ""), runs[0].get("how", "float32"), entry.trouble)
@@ -232,8 +233,8 @@ def _notes(config: PeersConfig) -> list[str]:
         f"{config.batch_size} / {config.nsamples} = {passes:g} times over each of {config.layers} "
         f"blocks; sliderquant's epochs are that x {config.layers} / {visits} block visits, in whole "
         f"intra-layer stages: {settings.epochs}",
-        "equal seconds: as many epochs as fit into the seconds of the AutoRound run of the same seed, "
-        "by one timed run of the fewest epochs; its own seconds are measured again",
+        "equal seconds: as many epochs as fit into the CPU seconds of the AutoRound run of the same "
+        "seed, by one timed run of the fewest epochs; its own seconds are measured again",
         f"sliderquant's rates {config.lr_lora:g} (correction) and {config.lr_lwc:g} (clipping) were "
         "chosen on development text for the demo's model; the peers' rates are their own defaults",
         "peak MiB is that of the process, added MiB what the quantization added to libraries and model",
@@ -319,7 +320,7 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _cost_picture(path: Path, groups: Mapping[str, Sequence[Entry]]) -> Path:
-    """Perplexity against the seconds of the quantization, one panel per setting."""
+    """Perplexity against the CPU time of the quantization, one panel per setting."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.5 * len(groups) + 2.5, 3.6), layout="constrained")
@@ -335,7 +336,7 @@ def _cost_picture(path: Path, groups: Mapping[str, Sequence[Entry]]) -> Path:
                 MARKERS[place % len(MARKERS)],
                 color=f"C{place}",
             )
-        panel.set(xscale="log", title=name, xlabel="seconds", ylabel=f"perplexity, {text}")
+        panel.set(xscale="log", title=name, xlabel="CPU seconds", ylabel=f"perplexity, {text}")
     figure.legend(marks.values(), [NAMES[label] for label in marks], loc="outside right upper")
     figure.savefig(path, dpi=120)
     return path
