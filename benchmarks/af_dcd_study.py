@@ -3,17 +3,19 @@
 Phases, each resumable cell by cell: ``rates`` tries two learning rates for every arm on development
 scenes, with two seeds since one decides little; ``arms`` trains every arm at its better rate on three
 seeds; ``time`` gives alone and KD as many steps as fit into the time of the full method; ``variants``
-changes one setting of the full method at a time, on development scenes; ``cost`` measures the contrast,
+changes one setting of the full method at a time, on development scenes, and ``confirm`` trains the best
+of these on the three seeds; ``cost`` measures the contrast,
 chunked against naive. ``--report`` only writes the results of the cells there are.
 """
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import load_file, save
@@ -26,10 +28,11 @@ from af_dcd.demo_model import SEEDS, demo_teacher, score
 from af_dcd.pictures import bar_chart, maps_picture
 from effml_common.cli import COMMON_FLAGS, parse
 from effml_common.files import atomic_write
-from effml_common.report import Report, Row, environment, write_report
+from effml_common.report import Claim, Report, Row, environment, write_report
 
 PROG = "python benchmarks/af_dcd_study.py"
 EXAMPLES = (PROG, f"{PROG} --phases cost", f"{PROG} --report")
+Phase = Literal["rates", "arms", "time", "variants", "confirm", "cost"]
 CENTRAL = ("alone", "KD", MIMICKING, FULL)
 RATES = (3e-3, 8e-3)
 DEVELOPMENT = 100  # seed of what is varied
@@ -59,9 +62,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 class StudyConfig:
     """Compare ways to distil, and measure the contrast."""
 
-    phases: tuple[Literal["rates", "arms", "time", "variants", "cost"], ...] = field(
-        default=("rates", "arms", "time", "variants", "cost"), metadata={"help": "in order"}
-    )
+    phases: tuple[Phase, ...] = field(default=get_args(Phase), metadata={"help": "in order"})
     steps: int = field(default=500, metadata={"help": "updates of a student"})
     seeds: int = field(default=3, metadata={"help": "seeds of the confirming runs"})
     tests: int = field(default=80, metadata={"help": "scenes for measuring"})
@@ -78,10 +79,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if not config.report:
+        run: dict[Phase, Callable[[StudyConfig, Path], None]] = {
+            "rates": rates, "arms": arms, "time": equal_time, "variants": variants,
+            "confirm": confirm, "cost": cost,
+        }  # fmt: skip
         for phase in config.phases:
-            {"rates": rates, "arms": arms, "time": equal_time, "variants": variants, "cost": cost}[
-                phase
-            ](config, folder)
+            run[phase](config, folder)
     write(config, folder)
 
 
@@ -172,6 +175,25 @@ def variants(config: StudyConfig, folder: Path) -> None:
                 cell(config, folder, told, changed, DEVELOPMENT, config.steps, where, "development")
 
 
+def best_variant(folder: Path) -> str | None:
+    """The change of the method, on the study's own scenes and teacher, with the highest mIoU."""
+    found = {}
+    for name, (_, pair) in VARIANTS.items():
+        told = f"variant {name}: {FULL}".replace(" ", "_").replace("/", "-")
+        path = folder / f"{told}-{DEVELOPMENT}.json"
+        if not pair and path.exists():
+            found[name] = json.loads(path.read_text())["mIoU"]
+    return max(found, key=lambda name: found[name]) if found else None
+
+
+def confirm(config: StudyConfig, folder: Path) -> None:
+    name = best_variant(folder)
+    for arm in (arm for arm in ARMS if arm.name == FULL and name is not None):
+        changed = replace(rated(folder, arm), method={**arm.method, **VARIANTS[name or ""][0]})
+        for seed in range(1, config.seeds + 1):
+            cell(config, folder, f"arm {FULL}, {name}", changed, seed, config.steps)
+
+
 def cost(config: StudyConfig, folder: Path) -> None:
     from af_dcd.bench import bench
 
@@ -187,6 +209,7 @@ def write(config: StudyConfig, folder: Path) -> None:
     kept = [each for each in kept if "mIoU" in each]
     cells: dict[str, list[dict[str, float]]] = {}
     names = [f"arm {arm.name}" for arm in ARMS] + [f"arm {name}, equal time" for name in MATCHED]
+    names.append(f"arm {FULL}, {best_variant(folder)}")
     for name in names:
         found = sorted((c for c in kept if c["name"] == name), key=lambda c: c["seed"])
         # Claims pair seeds by their place: nothing after a missing one counts.
@@ -225,7 +248,7 @@ def write_report_of(
         seeds=list(range(1, config.seeds + 1)),
         seconds=sum(c["seconds"] for c in kept),
         rows=[Row("teacher", "trained on more labels", teacher), *rows_of(cells), *tried],
-        claims=claims_of(cells),
+        claims=[*claims_of(cells), *confirmed(cells, best_variant(folder))],
         notes=[*notes_of(pair), rates_note(kept)],
         files=["af-dcd-arms.png", "af-dcd-maps.png"],
         environment=environment(("mmsegmentation",)),
@@ -239,6 +262,15 @@ def write_report_of(
     write_report(report, staging, figures=figures)
     atomic_write(out / "af-dcd-study.json", (staging / "report.json").read_text())
     print(time.strftime("%H:%M"), *(f"{c.id} {c.gaps}" for c in report.claims), sep="\n")
+
+
+def confirmed(cells: dict[str, list[dict[str, float]]], variant: str | None) -> list[Claim]:
+    """Whether the contrast adds to mimicking in the form that development scenes chose."""
+    better, worse = cells.get(f"{FULL}, {variant}", []), cells.get(MIMICKING, [])
+    if len(better) != len(worse) or not better:
+        return []
+    gaps = [b["mIoU"] - w["mIoU"] for b, w in zip(better, worse, strict=True)]
+    return [Claim("contrast-tuned", f"contrast, {variant}, adds to KD with mimicking", gaps)]
 
 
 def rates_note(kept: list[dict[str, Any]]) -> str:
