@@ -19,7 +19,7 @@ from scalekd.comparison import (
     train_arm,
     training_images,
 )
-from scalekd.demo_data import CLASSES, drawn
+from scalekd.demo_data import CLASSES, digits, drawn
 from scalekd.demo_models import student_of, swin_teacher
 from scalekd.rivals import dist_loss
 from scalekd.tables import claims_of, plot, rows_of
@@ -46,6 +46,33 @@ def test_every_arm_trains_every_student(arm: str, kind: str) -> None:
     trained = [p for p in task.parameters() if p.requires_grad and p.grad is not None]
     assert trained
     assert not any(p.grad is not None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("arm", ["kd", "dist", "fitnet", "timm features", "cap"])
+def test_strength_multiplies_the_distillation_term_alone(arm: str) -> None:
+    teacher = swin_teacher(16, CLASSES).eval()
+    x, y = drawn(4, torch.Generator().manual_seed(0))
+
+    def loss(strength: float) -> float:
+        torch.manual_seed(1)  # of projectors
+        student = student_of("mlp", CLASSES, 0)
+        return float(make_task(arm, student, teacher, strength).train()(x, y)["loss"].detach())
+
+    none, single, triple = loss(0.0), loss(1.0), loss(3.0)
+    assert triple - none == pytest.approx(3 * (single - none), rel=1e-4)
+    labels = float(nn.functional.cross_entropy(student_of("mlp", CLASSES, 0)(x), y).detach())
+    assert none == pytest.approx(labels * (0.5 if arm == "kd" else 1.0), rel=1e-5)
+
+
+def test_digits_are_split_without_overlap_and_normalised() -> None:
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    (x, y), (held_out, labels) = digits("train"), digits("test")
+    assert (len(y), len(labels)) == (1297, 500)
+    assert x.shape == (1297, 3, 16, 16)
+    assert float(x.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(held_out.std()) == pytest.approx(1, abs=1e-4)
+    counts = torch.bincount(y) + torch.bincount(labels)
+    assert counts.tolist() == torch.bincount(torch.from_numpy(data.target)).tolist()
 
 
 def test_a_few_epochs_lift_a_student_above_chance() -> None:
