@@ -177,5 +177,7 @@ def test_stored_integers_mean_what_was_simulated_bit_for_bit(bits, sym, dtype) -
     assert quantized.step.dtype == dtype
     assert torch.equal(quantized.dequantize().float(), simulated)
     assert torch.equal(quantized[1].dequantize().float(), simulated[1])
-    # Expert by expert the same as a stack of plain weights.
-    assert torch.equal(simulated[1], fake_quantize(weight[1], made, upper[1], upper[0]))
+    # Expert by expert the same as a stack of plain weights, but for the last bit of a step: where a
+    # number lies in a vector register decides how torch rounds its sigmoid.
+    alone = fake_quantize(weight[1], made, upper[1], upper[0])
+    torch.testing.assert_close(simulated[1], alone, rtol=1e-6, atol=0)
