@@ -102,7 +102,7 @@ def plot(table: Table, folder: Path, name: str = "scalekd") -> list[Path]:
             values = _values(table, (arm, kind, MAIN))
             colour = "tab:orange" if arm == "scalekd" else "tab:blue"
             panel.errorbar(mean(values), row, xerr=_error(values), fmt="o", color=colour, capsize=3)
-        panel.set(title=f"{kind} student", xlabel="top-1, %")
+        panel.set(title=kind, xlabel="top-1, %")
         panel.set_yticks(range(len(arms)), labels=list(reversed(arms)))
         panel.grid(axis="x", alpha=0.3)
     path = folder / f"{name}-methods.png"
