@@ -13,7 +13,7 @@ from effml_common.files import atomic_write
 from effml_common.logging import RunLog, say
 from effml_common.report import Report, environment, write_report
 from scalekd.comparison import (
-    RATE,
+    DEMO_RATES,
     accuracy,
     check_gate,
     test_images,
@@ -53,8 +53,9 @@ def demo(config: DemoConfig) -> Report:
             for kind in config.students:
                 for arm in ARMS:
                     student = train_arm(
-                        arm, kind, teacher, images, epochs=config.epochs, rate=RATE, seed=seed
-                    )
+                        arm, kind, teacher, images,
+                        epochs=config.epochs, rate=DEMO_RATES[kind], seed=seed,
+                    )  # fmt: skip
                     score = accuracy(student, test)
                     table.setdefault((arm, kind, MAIN), {})[seed] = score
                     log.log(seed, {"arm": arm, "student": kind, "top1": score})
@@ -83,7 +84,7 @@ def report_of(
         claims=claims_of(table),
         notes=[
             f"teacher: {best:.1f} %, trained on an unlimited stream; students: {config.labelled} "
-            f"labelled images, {config.epochs} epochs, the same rate for all arms",
+            f"labelled images, {config.epochs} epochs, the same rate for all arms of a student",
             "a seed varies labelled images, initial weights and order",
         ],
         files=[path.name for path in figures],
