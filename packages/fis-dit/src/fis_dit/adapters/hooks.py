@@ -7,6 +7,7 @@ all blocks with the same number of anchors.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -51,7 +52,7 @@ class StepCounter(BaseState):
         self.count = 0
 
 
-class SparseHook(ModelHook):
+class SparseHook(ModelHook, ABC):
     """Common to both sites: the phase's tensors, set before every forward; None runs dense.
 
     Args:
@@ -109,9 +110,9 @@ class SparseHook(ModelHook):
             )
         return (full, *out[1:]) if isinstance(out, tuple) else full
 
+    @abstractmethod
     def fill(self, hidden: Tensor, computed: Tensor, plan: FrameTensors) -> Tensor:
         """Outputs of all frames from those at the anchors."""
-        raise NotImplementedError
 
     def _misread(self, hidden: Tensor) -> str:
         found = f"{self.tokens} video tokens by the geometry" if self.tokens else "no geometry"

@@ -8,6 +8,7 @@ repeats the last Dash estimate.
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ class DotShape:
             )
 
 
-class MorseDot(nn.Module):
+class MorseDot(nn.Module, ABC):
     """A Dot around one Dash. Only its own weights are parameters; the Dash is a plain reference.
 
     ``forward(x_s, x_i, z_s, t_s, t_i, cond)`` is Eq. 5 of the paper: the residual to add to ``z_s``.
@@ -124,9 +125,9 @@ class MorseDot(nn.Module):
         if not self._copies or next(self.parameters()).dtype != weight.dtype:
             self.to(weight.device, weight.dtype).fold_()
 
+    @abstractmethod
     def shared(self) -> dict[str, nn.Module]:
         """The Dash's modules that the Dot runs, by their path in the Dash."""
-        raise NotImplementedError
 
     def own_parameters(self) -> int:
         """Number of trainable weights."""
