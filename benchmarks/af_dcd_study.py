@@ -4,8 +4,8 @@ Phases, each resumable cell by cell: ``rates`` tries two learning rates for ever
 scenes, with two seeds since one decides little; ``arms`` trains every arm at its better rate on three
 seeds; ``time`` gives alone and KD as many steps as fit into the time of the full method; ``variants``
 changes one setting of the full method at a time, on development scenes, and ``confirm`` trains the best
-of these on the three seeds; ``cost`` measures the contrast,
-chunked against naive. ``--report`` only writes the results of the cells there are.
+of these on the three seeds; ``cost`` measures the contrast, chunked against naive. ``--report`` only
+writes the results of the cells there are.
 """
 
 import json
@@ -88,12 +88,17 @@ def main() -> None:
     write(config, folder)
 
 
+def path_of(folder: Path, name: str, seed: int) -> Path:
+    """File of a cell."""
+    return folder / f"{name.replace(' ', '_').replace('/', '-')}-{seed}.json"
+
+
 def cell(
     config: StudyConfig, folder: Path, name: str, arm: Arm, seed: int, steps: int,
     pair: PairConfig | None = None, scenes: str = "test",
 ) -> dict[str, float]:  # fmt: skip
     """One training, or what is kept of it if it had the same rate."""
-    path = folder / f"{name.replace(' ', '_').replace('/', '-')}-{seed}.json"
+    path = path_of(folder, name, seed)
     if not path.exists() or json.loads(path.read_text())["rate"] != arm.rate:
         pair = pair or PairConfig()
         training = Training(
@@ -129,8 +134,7 @@ def rated(folder: Path, arm: Arm) -> Arm:
     """The arm at the rate that was better on development scenes."""
     found = {}
     for rate in RATES:
-        name = f"rate {rate:g} {arm.name}".replace(" ", "_")
-        paths = [folder / f"{name}-{seed}.json" for seed in TUNING]
+        paths = [path_of(folder, f"rate {rate:g} {arm.name}", seed) for seed in TUNING]
         if all(path.exists() for path in paths):
             found[rate] = sum(json.loads(path.read_text())["mIoU"] for path in paths)
     # Half a comparison chooses nothing: then the rate that was better for those that were compared.
@@ -179,8 +183,7 @@ def best_variant(folder: Path) -> str | None:
     """The change of the method, on the study's own scenes and teacher, with the highest mIoU."""
     found = {}
     for name, (_, pair) in VARIANTS.items():
-        told = f"variant {name}: {FULL}".replace(" ", "_").replace("/", "-")
-        path = folder / f"{told}-{DEVELOPMENT}.json"
+        path = path_of(folder, f"variant {name}: {FULL}", DEVELOPMENT)
         if not pair and path.exists():
             found[name] = json.loads(path.read_text())["mIoU"]
     return max(found, key=lambda name: found[name]) if found else None
@@ -188,10 +191,12 @@ def best_variant(folder: Path) -> str | None:
 
 def confirm(config: StudyConfig, folder: Path) -> None:
     name = best_variant(folder)
-    for arm in (arm for arm in ARMS if arm.name == FULL and name is not None):
-        changed = replace(rated(folder, arm), method={**arm.method, **VARIANTS[name or ""][0]})
-        for seed in range(1, config.seeds + 1):
-            cell(config, folder, f"arm {FULL}, {name}", changed, seed, config.steps)
+    if name is None:
+        return
+    arm = next(arm for arm in ARMS if arm.name == FULL)
+    changed = replace(rated(folder, arm), method={**arm.method, **VARIANTS[name][0]})
+    for seed in range(1, config.seeds + 1):
+        cell(config, folder, f"arm {FULL}, {name}", changed, seed, config.steps)
 
 
 def cost(config: StudyConfig, folder: Path) -> None:
