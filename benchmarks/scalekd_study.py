@@ -87,10 +87,8 @@ class Study:
         network = self.teacher(width)
         if not trained:
             network = swin_teacher(width, network.num_classes, seed=9).eval()
-        images, started = (
-            training_images(self.labelled, seed, self.config.data),
-            time.process_time(),
-        )
+        images = training_images(self.labelled, seed, self.config.data)
+        started = time.process_time()
         try:
             student = train_arm(
                 arm, kind, network, images,
@@ -98,7 +96,7 @@ class Study:
             )  # fmt: skip
             found = accuracy(student, self.test)
         except NonFiniteError:
-            found = 0.0  # a rate or strength that diverges is no choice
+            found = 0.0  # a run that diverges has learned nothing
         seconds = round(time.process_time() - started, 1)
         atomic_write(file, json.dumps({"accuracy": found, "seconds": seconds}))
         print(f"{file.stem}: {found:.2f} % in {seconds} s", file=sys.stderr, flush=True)
