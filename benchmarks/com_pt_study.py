@@ -17,7 +17,16 @@ from typing import Any, Literal
 
 import torch
 
-from com_pt.study import ARMS, Cell, claims_of, curve, family_rows, rows_of, train_cell
+from com_pt.study import (
+    ARMS,
+    Cell,
+    claims_of,
+    curve,
+    family_rows,
+    rows_of,
+    target_notes,
+    train_cell,
+)
 from com_pt.tasks.base import task_class
 from com_pt.tasks.digits import pair_model
 from effml_common.cli import COMMON_FLAGS, parse
@@ -26,7 +35,8 @@ from effml_common.report import Report, environment, write_report
 
 PROG = "python benchmarks/com_pt_study.py"
 # Arms of the largest member, which costs most.
-LARGEST = ("scratch", "feature only", "lossless", "lossless + feature")
+LARGEST = ("scratch", "feature only", "lossless",
+           "official + feature", "embed + feature", "lossless + feature")  # fmt: skip
 EXAMPLES = (PROG, f"{PROG} --family vit --seeds 1 2 3")
 
 
@@ -36,9 +46,12 @@ class Family:
 
     Args:
         alone: Updates of individual training.
-        stage: Updates of a chain stage.
-        longer: Further lengths of complete scratch schedules of the largest member.
+        stage: Updates of a chain stage: 0.19 of them, 0.12 for the largest member.
+        longer: Further lengths of complete schedules of the largest member.
         members: From small to large; the first is only in the four-member chain.
+        lr: Peak rate of individual training, by member.
+        stage_lr: Peak rate of stages that start from a predecessor's weights, by member.
+        short_lr: Peak rate of stages that start from random weights.
         gap: What a lossless family may lose of the metric.
     """
 
@@ -46,7 +59,9 @@ class Family:
     data: dict[str, Any]
     members: dict[str, Any]
     batch: int
-    lr: float
+    lr: dict[str, float]
+    stage_lr: dict[str, float]
+    short_lr: float
     alone: int
     stage: dict[str, int]
     longer: tuple[int, ...]
@@ -73,13 +88,17 @@ FAMILIES = {
         "com_pt.tasks.digits:DigitPairs", {},
         {"N": pair_model(32, 32), "T": pair_model(64, 64), "S": pair_model(128, 64),
          "B": pair_model(128, 64, 4)},
-        batch=64, lr=2e-3, alone=400, stage={"T": 76, "S": 76, "B": 48}, longer=(120,),
+        batch=64, lr={"N": 4e-3, "T": 4e-3, "S": 2e-3, "B": 1e-3},
+        stage_lr={"T": 4e-3, "S": 4e-3, "B": 1e-3}, short_lr=1e-3,
+        alone=1600, stage={"T": 304, "S": 304, "B": 192}, longer=(480,),
         metric="zero-shot top-1", gap=0.005,
     ),
     "vit": Family(
         "com_pt.tasks.digit_images:DigitImages", {},
         {"N": vit(16, 2), "T": vit(32, 2), "S": vit(64, 2), "B": vit(128, 4)},
-        batch=64, lr=1e-3, alone=400, stage={"T": 80, "S": 80, "B": 50}, longer=(150,),
+        batch=64, lr={"N": 3e-3, "T": 3e-3, "S": 3e-3, "B": 3e-3},
+        stage_lr={"T": 3e-3, "S": 3e-3, "B": 3e-3}, short_lr=3e-3,
+        alone=1600, stage={"T": 304, "S": 304, "B": 192}, longer=(480,),
         metric="top-1", gap=0.005,
     ),
     "llama": Family(
@@ -87,7 +106,9 @@ FAMILIES = {
         {"train": [f"{sysconfig.get_path('stdlib')}/[a-m]*.py"],
          "val": [f"{sysconfig.get_path('stdlib')}/[t-z]*.py"], "length": 64, "val_blocks": 200},
         {"N": llama(16, 2), "T": llama(32, 2), "S": llama(64, 2), "B": llama(128, 4)},
-        batch=16, lr=3e-3, alone=400, stage={"T": 80, "S": 80, "B": 50}, longer=(150,),
+        batch=16, lr={"N": 3e-3, "T": 3e-3, "S": 3e-3, "B": 3e-3},
+        stage_lr={"T": 3e-3, "S": 3e-3, "B": 3e-3}, short_lr=3e-3,
+        alone=1600, stage={"T": 304, "S": 304, "B": 192}, longer=(480,),
         metric="loss", gap=0.005, larger_is_better=False,
     ),
 }  # fmt: skip
@@ -147,6 +168,8 @@ def order(
     for seed in config.seeds if config.lengths else ():
         for steps in family.longer:
             yield f"{third} alone {steps}", third, "scratch", None, steps, seed
+            before = f"{second} {config.start}"
+            yield f"{third} {config.start} {steps}", third, config.start, before, steps, seed
         yield f"{third} of 2", third, config.start, f"{second} alone", family.stage[third], seed
         yield f"{smallest} alone", smallest, "scratch", None, family.alone, seed
         before = f"{smallest} alone"
@@ -163,10 +186,13 @@ def train(
     if (place / "cell.json").exists():
         return
     source = None if before is None else folder / f"{before.replace(' ', '_')}-{seed}"
+    rate = family.lr[member]
+    if before is not None:
+        rate = family.short_lr if ARMS[arm][0] == "random" else family.stage_lr[member]
     cell = train_cell(
         task, family.task, family.data, family.members, place, source, name=name, member=member,
         arm=arm, steps=steps, seed=seed, metric=family.metric, batch=family.batch,
-        lr=config.lr or family.lr,
+        lr=config.lr or rate,
     )  # fmt: skip
     print(time.strftime("%H:%M:%S"), cell, flush=True)
 
@@ -188,7 +214,10 @@ def write(family: Family, config: StudyConfig, folder: Path) -> None:
         rows=[*rows_of(cells, family.metric),
               *family_rows(cells, names, config.start, family.metric)],
         claims=claims,
-        notes=[f"{family.batch} samples an update, AdamW {family.lr:g}, a cosine for every run",
+        notes=[f"{family.batch} samples an update; a cosine for every run; AdamW "
+               f"{told(family.lr)} alone, {told(family.stage_lr)} after growth, "
+               f"{family.short_lr:g} for short runs from random weights",
+               *target_notes(cells, names, config.start, sign, family.gap),
                "a seed varies initialisation and order of data; total GMAC counts all predecessors",
                "seconds are measured on a machine that other jobs used too"],
         environment=environment(("open-clip-torch", "timm", "transformers", "accelerate")),
@@ -202,6 +231,11 @@ def write(family: Family, config: StudyConfig, folder: Path) -> None:
         print(claim["holds"], claim["text"], claim["value"], claim["stderr"])
     print(f"{time.strftime('%H:%M:%S')} {len(cells)} cells")
     return None
+
+
+def told(rates: dict[str, float]) -> str:
+    """Rates in words."""
+    return ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from com_pt.adapters.open_clip_models import build_clip, clip_config
 from com_pt.chain import load_chain
 from com_pt.cost import image_tower_macs, llama_macs, text_tower_macs
 from com_pt.run import plan_chain
+from com_pt.study import macs_to
 from com_pt.tasks.clip import ClipTask
 
 # Forward GMAC of one image and of one caption, from the table of the method's notes.
@@ -70,3 +71,18 @@ def test_towers_without_a_formula_are_counted() -> None:
     text = text_tower_macs(settings["text_cfg"], settings["embed_dim"])
     assert task.macs(settings) - one == text
     assert 4.3e9 < one < 4.6e9  # Swin-T at 224
+
+
+@pytest.mark.parametrize(
+    ("points", "target", "sign", "found"),
+    [
+        ([(100, 0.2), (10_000, 0.6)], 0.4, 1, (1000, False)),  # half way in log MACs
+        ([(10_000, 1.0), (100, 3.0)], 2.0, -1, (1000, False)),  # a loss, in any order
+        ([(100, 0.5), (200, 0.6)], 0.5, 1, (100, True)),
+        ([(100, 0.2), (200, 0.3)], 0.4, 1, (None, False)),
+        ([(100, 0.2), (200, 0.5), (300, 0.4)], 0.5, 1, (200, False)),
+    ],
+)
+def test_compute_to_a_target_lies_between_complete_schedules(points, target, sign, found) -> None:
+    macs, bound = macs_to(points, target, sign)
+    assert (macs if macs is None else pytest.approx(macs), bound) == found

@@ -180,6 +180,64 @@ def family_rows(cells: Sequence[Cell], names: Sequence[str], start: str, metric:
     return rows
 
 
+def macs_to(
+    points: Sequence[tuple[float, float]], target: float, sign: int
+) -> tuple[float | None, bool]:
+    """MACs at which complete schedules reach a target, and whether the smallest already does.
+
+    Args:
+        points: (MACs, metric) of one complete schedule each; interpolated in log MACs.
+        target: Value to reach.
+        sign: 1 where larger values are better, -1 where smaller ones are.
+
+    Returns:
+        None if no schedule reaches it; else the MACs, an upper bound if the second is True.
+    """
+    before: tuple[float, float] | None = None
+    for macs, value in sorted(points):
+        if sign * (value - target) >= 0:
+            if before is None:
+                return macs, True
+            share = (target - before[1]) / (value - before[1])
+            return before[0] * (macs / before[0]) ** share, False
+        before = macs, value
+    return None, False
+
+
+def target_notes(
+    cells: Sequence[Cell], names: Sequence[str], start: str, sign: int, gap: float
+) -> list[str]:
+    """What the largest member costs to the quality of individual training less ``gap``."""
+    third = names[-1]
+    alone = by_seed(cells, f"{third} alone")
+    if not alone:
+        return []
+
+    def mean(name: str) -> tuple[float, float]:
+        group = by_seed(cells, name).values()
+        macs = sum(c.total_macs for c in group) / len(group)
+        return macs, sum(c.value for c in group) / len(group)
+
+    target = mean(f"{third} alone")[1] - sign * gap
+    found = {cell.cell for cell in cells if cell.member == third}
+    kinds = {
+        "alone": [n for n in found if n.startswith(f"{third} alone") or n == f"{third} scratch"],
+        "end of the chain of 3": [name for name in found if name.startswith(f"{third} {start}")],
+        "end of the chain of 2": [f"{third} of 2"] if f"{third} of 2" in found else [],
+        "end of the chain of 4": [f"{third} of 4"] if f"{third} of 4" in found else [],
+    }
+    lines = []
+    for kind, group in kinds.items():
+        macs, bound = macs_to([mean(name) for name in group], target, sign)
+        lengths = f"{len(group)} complete schedules"
+        text = "not reached"
+        if macs is not None:
+            text = f"{'at most ' * bound}{macs / 1e9:.4g} GMAC"
+        if group:
+            lines.append(f"{third} to {target:.4g}, {kind}: {text} ({lengths})")
+    return lines
+
+
 def claims_of(
     cells: Sequence[Cell], names: Sequence[str], start: str, sign: int, gap: float
 ) -> list[Claim]:
