@@ -271,8 +271,10 @@ def claims_of(
                 add(f"{member}-{one}-{other}", text, f"{member} {one}", f"{member} {other}")
         text = f"{member}: feature only is better than scratch, same updates"
         add(f"{member}-feature", text, f"{member} feature only", f"{member} scratch")
-        text = f"{member}: {start} loses at most {gap:g} of individual training"
-        add(f"{member}-lossless", text, f"{member} {start}", f"{member} alone", gap)
+        chained = dict.fromkeys(c.cell for c in cells if c.cell.startswith(f"{member} {start}"))
+        for name in sorted(chained):
+            text = f"{name} loses at most {gap:g} of individual training"
+            add(f"{name}-lossless", text, name, f"{member} alone", gap)
     return claims
 
 
