@@ -316,6 +316,7 @@ def test_required_scalars_are_positional_in_their_order_and_help_names_types(cap
     ("words", "told"),
     [
         (["--scal", "1"], "there is no flag --scal; did you mean --scale?"),
+        (["--name", "n"], "of --name at its place, without the flag; see tool all --help"),
         (["--use-it=yes"], "--use-it takes no value; write --use-it or --no-use-it"),
         (["--scale", "much"], "--scale got much; give float or none"),
         (["--bits", "2", "x"], "--bits got x; give list of int"),

@@ -187,6 +187,8 @@ def _explain(text: str, hints: Mapping[str, Any], prog: str) -> str:
     if found := re.search(r"unrecognized arguments: (.*)", text):
         name = next((w for w in found[1].split() if w.startswith("-")), "").partition("=")[0]
         known = [*map(_flag, hints), "--config", "--help", *COMMON_FLAGS]
+        if name in map(_flag, hints):  # a required word
+            return f"write the value of {name} at its place, without the flag; {see}"
         unknown = f"there is no flag {name}; {did_you_mean(name, known, see)}"
         return unknown if name else f"{found[1]!r} was not expected; {see}"
     if found := re.search(r"'([^']*)' is not (?:accepted|expected)", text):
