@@ -69,7 +69,7 @@ def main() -> int:
     torch.set_num_threads(1)
     try:
         config = parse(AblationConfig, words, prog=PROG, examples=(PROG,))
-        folder = Path(config.cells)
+        folder = Path(config.cells) / f"{config.updates}-updates"
         folder.mkdir(parents=True, exist_ok=True)
         for name in () if config.report else config.variants:
             measure(name, config, folder)

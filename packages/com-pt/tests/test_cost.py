@@ -9,7 +9,7 @@ from com_pt.adapters.open_clip_models import build_clip, clip_config
 from com_pt.chain import load_chain
 from com_pt.cost import image_tower_macs, llama_macs, text_tower_macs
 from com_pt.run import plan_chain
-from com_pt.study import macs_to
+from com_pt.study import Cell, macs_to, schedules
 from com_pt.tasks.clip import ClipTask
 
 # Forward GMAC of one image and of one caption, from the table of the method's notes.
@@ -86,3 +86,9 @@ def test_towers_without_a_formula_are_counted() -> None:
 def test_compute_to_a_target_lies_between_complete_schedules(points, target, sign, found) -> None:
     macs, bound = macs_to(points, target, sign)
     assert (macs if macs is None else pytest.approx(macs), bound) == found
+
+
+def test_schedules_of_an_arm_are_its_own_lengths_and_no_other_arm() -> None:
+    names = ("B lossless", "B lossless 480", "B lossless + feature", "S lossless")
+    cells = [Cell(name, "B", "", 1, 1, 0.0, None, 0.0, 0.0, 0.0, 1) for name in names]
+    assert schedules(cells, "B lossless") == ["B lossless", "B lossless 480"]

@@ -1,6 +1,7 @@
 """Arms, tables, claims and curves of a comparison of ways to train a family."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -219,23 +220,29 @@ def target_notes(
         return macs, sum(c.value for c in group) / len(group)
 
     target = mean(f"{third} alone")[1] - sign * gap
-    found = {cell.cell for cell in cells if cell.member == third}
     kinds = {
-        "alone": [n for n in found if n.startswith(f"{third} alone") or n == f"{third} scratch"],
-        "end of the chain of 3": [name for name in found if name.startswith(f"{third} {start}")],
-        "end of the chain of 2": [f"{third} of 2"] if f"{third} of 2" in found else [],
-        "end of the chain of 4": [f"{third} of 4"] if f"{third} of 4" in found else [],
+        "alone": [*schedules(cells, f"{third} alone"), *schedules(cells, f"{third} scratch")],
+        "end of the chain of 3": schedules(cells, f"{third} {start}"),
+        "end of the chain of 2": schedules(cells, f"{third} of 2"),
+        "end of the chain of 4": schedules(cells, f"{third} of 4"),
     }
     lines = []
     for kind, group in kinds.items():
+        if not group:
+            continue
         macs, bound = macs_to([mean(name) for name in group], target, sign)
-        lengths = f"{len(group)} complete schedules"
         text = "not reached"
         if macs is not None:
             text = f"{'at most ' * bound}{macs / 1e9:.4g} GMAC"
-        if group:
-            lines.append(f"{third} to {target:.4g}, {kind}: {text} ({lengths})")
+        lines.append(f"{third} to {target:.4g}, {kind}: {text} (complete schedules: {len(group)})")
     return lines
+
+
+def schedules(cells: Sequence[Cell], name: str) -> list[str]:
+    """Cells of this name, and those of another length: the name and a number of updates."""
+    return sorted(
+        {c.cell for c in cells if c.cell == name or re.fullmatch(re.escape(name) + r" \d+", c.cell)}
+    )
 
 
 def claims_of(
@@ -271,8 +278,7 @@ def claims_of(
                 add(f"{member}-{one}-{other}", text, f"{member} {one}", f"{member} {other}")
         text = f"{member}: feature only is better than scratch, same updates"
         add(f"{member}-feature", text, f"{member} feature only", f"{member} scratch")
-        chained = dict.fromkeys(c.cell for c in cells if c.cell.startswith(f"{member} {start}"))
-        for name in sorted(chained):
+        for name in schedules(cells, f"{member} {start}"):
             text = f"{name} loses at most {gap:g} of individual training"
             add(f"{name}-lossless", text, name, f"{member} alone", gap)
     return claims
