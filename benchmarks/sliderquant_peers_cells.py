@@ -24,7 +24,10 @@ PAIRS = (
     *(("llama", "W2"), ("llama", "W2g64"), ("llama", "W3g128")),
     *(("llama-outliers", "W4A4"), ("qwen", "W2g64")),
 )
-CALIBRATED = ("gptq", "smoothquant-gptq", "awq", "autoround", "slider-visits", "slider-seconds")
+CALIBRATED = (
+    *("gptq", "smoothquant-gptq", "awq", "autoround"),
+    *("slider-visits", "slider-seconds", "slider-compensated"),
+)
 PEERS = ("rtn", "torchao", "hqq", *CALIBRATED)
 # What changes from sliderquant as it is, by setting; epochs are scaled to the same block visits.
 ABLATION: dict[str, dict[str, dict[str, Any]]] = {
@@ -74,6 +77,7 @@ class PeersConfig(DemoModelConfig):
             "autoround-extended",
             "slider-visits",
             "slider-seconds",
+            "slider-compensated",
             "slider-defaults",
         ],
         ...,
@@ -184,6 +188,8 @@ def slider_settings(config: PeersConfig, grid: Grid, seed: int, **changes: Any) 
         **changes,
     }
     made = SliderConfig(**settings)
+    if made.rounding == "compensated":  # no windows, no epochs
+        return settings
     budget = config.layers * config.iters * config.batch_size / config.nsamples
     visits = make_plan(made, None, config.layers).block_visits
     epochs = made.stages * max(1, round(budget / visits / made.stages))
@@ -202,7 +208,9 @@ def cell_of(config: PeersConfig, family: str, name: str, method: str, seed: int)
         options["extended"] = method == "autoround-extended"
     elif function == "slider":
         rates = {f: getattr(SliderConfig(), f) for f in ("lr_lora", "lr_lwc", "lr_scale")}
-        changes = rates if method == "slider-defaults" else {}
+        changes: dict[str, Any] = rates if method == "slider-defaults" else {}
+        if method == "slider-compensated":
+            changes = {"rounding": "compensated"}
         options = {"config": slider_settings(config, grid, seed, **changes)}
     if method == "slider-seconds":
         rival = cell_of(config, family, name, "autoround", seed)

@@ -70,6 +70,7 @@ def why_not(method: str, grid: Grid) -> str | None:
     reasons = {
         "hqq": "it rounds weights only",
         "torchao": "it rounds activations to 8 bits or not at all",
+        "slider-compensated": "it rounds weights only",
     }
     return reasons.get(method)
 
@@ -91,6 +92,8 @@ def slider(task: Task) -> tuple[PreTrainedModel, str]:
     config = SliderConfig(**task.options["config"])
     merge_(decoder, calibrated_weights(decoder, task.samples, config, "sliderquant"))
     _round_activations_(task)
+    if config.rounding == "compensated":
+        return task.model, "compensated rounding, no windows"
     visits = make_plan(config, None, decoder.depth).block_visits
     return task.model, f"{visits} block visits x {config.epochs} epochs"
 

@@ -40,6 +40,7 @@ NAMES = {
     "autoround-extended": "AutoRound, extended",
     "slider-visits": "sliderquant, equal visits",
     "slider-seconds": "sliderquant, equal seconds",
+    "slider-compensated": "sliderquant, compensated",
     "slider-defaults": "sliderquant, package's rates",
     WHOLE: f"sliderquant ({WHOLE})",
 }

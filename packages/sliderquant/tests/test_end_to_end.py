@@ -48,6 +48,15 @@ def test_reloaded_model_equals_the_simulated_one(family, save) -> None:
     assert simulated(report) != pytest.approx(simulated(report, 0), rel=1e-3)
 
 
+@pytest.mark.parametrize("rotate", ["none", "r2"])
+def test_compensated_rounding_is_stored_as_it_was_decided(rotate, family, save) -> None:
+    directory = save(family)
+    out, report = run(directory, wbits=2, sym=False, rounding="compensated", rotate=rotate)
+    assert report.rows[-1].name == "compensated rounding"
+    assert perplexity(out) == pytest.approx(simulated(report), rel=1e-5)
+    assert simulated(report) != pytest.approx(simulated(report, 1), rel=1e-3)
+
+
 def test_weights_and_activations_with_channel_scaling_and_rotation(family, save) -> None:
     """Scaling and rotation go into the weights: without activation rounding the result is near full."""
     directory = save(family)

@@ -199,6 +199,24 @@ def test_runs_killed_again_and_again_end_with_the_same_bytes(order, trial, save,
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+def test_compensated_run_killed_while_it_writes_ends_with_the_same_bytes(save, tmp_path) -> None:
+    model, text = save("qwen3"), tmp_path / "text.txt"
+    words = [
+        "quantize", model, "--calib", text, "--group-size", 8, "--nsamples", 4, "--seqlen", 16,
+        "--rounding", "compensated",
+    ]  # fmt: skip
+    run(*words, "--out", tmp_path / "whole")
+    out = tmp_path / "killed"
+    for moment in (".export/piece-00000.safetensors", ".export/piece-00002.safetensors"):
+        child = start(*words, "--out", out, "--resume", "auto")
+        wait_for(child, out / moment)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    run(*words, "--out", out, "--resume", "auto")
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
 def test_terminated_run_exits_143_with_its_windows_saved(
     model_directory, text_file, tmp_path
 ) -> None:
@@ -253,6 +271,10 @@ def test_filled_folder_is_not_overwritten(quantized, model_directory, text_file)
         ({"--epochs": "1"}, "epochs (1) are fewer than the 2 intra-layer stages"),
         ({"--schedule": "spiral"}, "schedule 'spiral' is not known"),
         ({"--schedule": "0-2"}, "no window holds block 3"),
+        (
+            {"--rounding": "compensated", "--abits": "8"},
+            "compensated rounding is for weights alone",
+        ),
         ({"--calib": "short.txt"}, "calibration text has"),
         ({"--calib": "missing.txt"}, "missing.txt cannot be read"),
         ({"--device": "warp"}, "device 'warp' is not usable"),

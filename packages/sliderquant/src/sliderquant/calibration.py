@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effml_common.errors import NonFiniteError
 from sliderquant.activations import ActivationFormat
+from sliderquant.compensation import round_blocks_
 from sliderquant.config import FULL_BITS, SliderConfig
 from sliderquant.learnables import BlockLearnables
 from sliderquant.sampling import all_reduce_, batches, own_share
@@ -60,6 +61,12 @@ class Decoder(Protocol):
         activations: ActivationFormat | None = None,
     ) -> Float[Tensor, "n t h"]:
         """Run one block, with some parameters replaced and activations rounded if given."""
+        ...
+
+    def watching(
+        self, block: int, modules: Sequence[str]
+    ) -> AbstractContextManager[dict[str, Tensor]]:
+        """Keep what modules of a block were last called with, by name, while the context is open."""
         ...
 
     def counting_experts(self) -> AbstractContextManager[dict[int, Tensor]]:
@@ -299,6 +306,8 @@ def calibrate(
 ) -> None:
     """Train the learnables of all blocks, in place, window by window and stage by stage.
 
+    With compensated rounding there are no windows: see ``compensation``.
+
     A run that stopped after ``done`` windows continues to the same bits: the relay up to there is
     replayed, which only needs the learnables, because blocks below a window's start are final.
 
@@ -321,6 +330,11 @@ def calibrate(
     if not any(made.parameter_groups(0, 0) for made in learnables):
         for block in range(decoder.depth):  # all at full precision: nothing to do
             on_block(block)
+        return
+    if config.rounding == "compensated":
+        round_blocks_(
+            decoder, tokens, learnables, config.batch_size, on_block=on_block, cache=cache
+        )
         return
     step = 0
     order = passes(len(windows), config)

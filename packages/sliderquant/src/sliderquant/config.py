@@ -80,6 +80,11 @@ class SliderConfig(WindowConfig):
     rotate: Literal["none", "r1", "r2", "both"] = setting(
         "none", "rotate offline: r1 the residual stream, r2 the value heads"
     )
+    rounding: Literal["nearest", "compensated"] = setting(
+        "nearest",
+        "nearest: windows train a correction and the clipping, then codes are the nearest (the "
+        "paper); compensated: no windows, each column's error is carried into the next (weights only)",
+    )
     lwc: bool = setting(True, "train the clipping range; no-lwc keeps it open")
     channel_scale: Literal["auto", "on", "off"] = setting(
         "auto", "train channel scaling; auto: where activations are rounded, as in the paper"
@@ -121,6 +126,12 @@ class SliderConfig(WindowConfig):
             "quantize_attention needs abits below 16",
             "set abits to 4, 6 or 8",
         )
+        if self.rounding == "compensated":
+            require(
+                self.abits == FULL_BITS and self.channel_scale != "on",
+                "compensated rounding is for weights alone",
+                "leave out abits and channel_scale, or use --rounding nearest",
+            )
         require(
             self.min_expert_tokens >= 0,
             f"min_expert_tokens must be 0 or more, got {self.min_expert_tokens}",
@@ -198,6 +209,11 @@ class QuantizeConfig(SliderConfig):
     def __post_init__(self) -> None:
         SliderConfig.__post_init__(self)
         require(len(self.calib) > 0, "calib names no file", "give one or more text files")
+        require(
+            self.format != "pre-quant" or self.rounding == "nearest",
+            "compensated rounding leaves nothing for another quantizer to round",
+            "choose another --format, or --rounding nearest",
+        )
         _require_container(self.container_bits)
 
 

@@ -92,7 +92,7 @@ def calibrated_weights(
     """Calibrate one arm from scratch and return the simulated weights; the model stays as it is."""
     learnables = fresh_learnables(decoder, config, torch.float32)
     plan = make_plan(config, None, decoder.depth)
-    with progress(description, plan.updates) as bar:
+    with progress(description, plan.updates or decoder.depth) as bar:
         calibrate(
             decoder,
             samples,
@@ -100,6 +100,7 @@ def calibrated_weights(
             learnables,
             config,
             on_update=lambda loss: bar.advance(loss=f"{loss:.3g}"),
+            on_block=lambda block: None if plan.windows else bar.advance(),
         )
     return simulated_weights(decoder, learnables)
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sliderquant.layout import Site, scale_channels
-from sliderquant.quantizer import LOGIT_INIT, WeightFormat, fake_quantize, stored
+from sliderquant.quantizer import LOGIT_INIT, QuantizedWeight, WeightFormat, fake_quantize, stored
 
 UNQUANTIZED_BITS = 16
 PIECE = 2**17
@@ -48,6 +48,8 @@ class LinearLearnables(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(*experts, out_features, rank))
         self.upper = nn.Parameter(torch.full((*experts, out_features, groups), LOGIT_INIT))
         self.lower = nn.Parameter(torch.full((*experts, out_features, groups), LOGIT_INIT))
+        # Codes that were decided otherwise, see ``compensation``; then nothing here is trained.
+        self.rounded: QuantizedWeight | None = None
 
     def corrected(self, weight: Float[Tensor, "*experts out in"]) -> Tensor:
         """Return W~ = W + B A / r in float32; W itself if the format keeps full precision."""
@@ -59,6 +61,8 @@ class LinearLearnables(nn.Module):
         """Return the simulated weight at intra-layer ratio ``ratio``, in float32."""
         if self.fmt.bits == UNQUANTIZED_BITS:
             return weight
+        if self.rounded is not None:
+            return self.rounded.dequantize().to(self.lora_b.dtype)
         return fake_quantize(self.corrected(weight), self.fmt, self.upper, self.lower, ratio)
 
     def lean(self, weight: Float[Tensor, "*experts out in"], ratio: float) -> Tensor:

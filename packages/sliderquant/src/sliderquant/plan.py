@@ -68,7 +68,7 @@ class Plan:
         """Return the plan as a table."""
         table = Table(title="calibration plan", show_header=False)
         spans = (f"{w[0]}-{w[-1]}" if len(w) > 1 else str(w[0]) for w in self.windows)
-        table.add_row("windows", " ".join(spans))
+        table.add_row("windows", " ".join(spans) or "none: blocks are rounded one after the other")
         table.add_row("number of windows", str(len(self.windows)))
         table.add_row("block visits per epoch", str(self.block_visits))
         table.add_row("intra-layer stages", str(self.stages))
@@ -136,7 +136,8 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
         ConfigError: If the windows do not fit.
         ShapeError: If the group size does not divide.
     """
-    windows = make_windows(layers, config)
+    trained = config.rounding == "nearest"
+    windows = make_windows(layers, config) if trained else []
     batches = -(-config.nsamples // config.batch_size)
     updates = config.stages * len(windows) * (config.epochs // config.stages) * batches
     bits = memory = None
@@ -144,13 +145,15 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
     if shape is not None:
         check_group_size(shape.linears, config.group_size)
         bits = _bits_per_weight(config, shape)
-        largest = max(map(len, windows))
+        largest = max(map(len, windows), default=1)
         lean = largest * sum(map(math.prod, shape.linears.values())) > RECOMPUTE_ABOVE
         memory = _memory(config, shape, largest, lean)
+        if not trained:
+            memory |= _memory_of_feedback(shape, layers)
     return Plan(
         windows=windows,
         block_visits=block_visits(windows),
-        stages=config.stages,
+        stages=config.stages if trained else 1,
         updates=updates,
         bits_per_weight=bits,
         memory_gib=memory,
@@ -186,6 +189,19 @@ def _memory(
         "weights of the window": float32 * window,
         "simulation of the window": float32 * simulated,
         "activation caches": float32 * 3 * config.nsamples * seqlen * shape.hidden,
+    }
+
+
+def _memory_of_feedback(shape: ModelShape, layers: int) -> dict[str, float]:
+    """What compensated rounding needs instead of simulating a window: codes of all blocks, moments."""
+    solved = [weight for weight in shape.linears.values() if len(weight) == 2]  # no fused experts
+    codes = 2 * layers * sum(map(math.prod, solved))
+    # X^T X, H, its factor and inverse in float64.
+    moments = 4 * 8 * max((columns**2 for _, columns in solved), default=0)
+    return {
+        "simulation of the window": 0.0,
+        "codes of all blocks": codes / 2**30,
+        "moments of the largest layer": moments / 2**30,
     }
 
 

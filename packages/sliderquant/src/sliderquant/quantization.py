@@ -144,7 +144,8 @@ def _prepare(
 def _announce(job: Job) -> None:
     """Print the estimate of time, memory and disk, from one timed forward pass of block 0."""
     decoder, config = job.opened.decoder, job.config
-    if config.schedule == "slider" and decoder.depth < config.shallow + config.deep:
+    slides = job.plan.windows and config.schedule == "slider"
+    if slides and decoder.depth < config.shallow + config.deep:
         warn(
             f"{decoder.depth} blocks are fewer than shallow + deep = {config.shallow + config.deep}: "
             "they are halved between both ends"
@@ -156,14 +157,21 @@ def _announce(job: Job) -> None:
     run_blocks(decoder, [0], hidden, config.batch_size)
     seconds = time.perf_counter() - begin
     decoder.hold([])
-    # Forward, backward, and about as much again for the fake quantizer: measured 3.5 to 5 forwards.
     batches = -(-len(job.samples) // config.batch_size)
-    total = 4 * seconds * job.plan.block_visits * config.epochs * batches
+    if job.plan.windows:
+        # Forward, backward, and about as much again for the fake quantizer: measured 3.5 to 5.
+        forwards = 4 * job.plan.block_visits * config.epochs
+        work = f"{len(job.plan.windows)} windows x {job.plan.stages} stages, {job.plan.updates} updates"
+    else:
+        # Both models before each of four kinds of layers, then the relay; products, factorisations.
+        forwards = 15 * decoder.depth
+        work = f"{decoder.depth} blocks to round"
+    total = seconds * forwards * batches
     memory = sum((job.plan.memory_gib or {}).values())
     disk = sum(path.stat().st_size for path in weight_files(config.model)) / 2**30
     say(
-        f"{len(job.plan.windows)} windows x {job.plan.stages} stages, {job.plan.updates} updates: about "
-        f"{max(1, round(total / 60))} min, {memory:.2f} GiB memory, {disk:.2f} GiB disk at most"
+        f"{work}: about {max(1, round(total / 60))} min, {memory:.2f} GiB memory, "
+        f"{disk:.2f} GiB disk at most"
     )
 
 
@@ -223,7 +231,8 @@ def _result_row(job: Job) -> Row:
     )
     metrics = {name: [value] for name, value in measured.items()}
     metrics["bits per weight"] = [_mean_bits(job)]
-    return Row(f"SliderQuant ({job.config.schedule})", _setting(job.config), metrics)
+    way = f"SliderQuant ({job.config.schedule})" if job.plan.windows else "compensated rounding"
+    return Row(way, _setting(job.config), metrics)
 
 
 def _report(job: Job, rows: list[Row], started: float) -> Report:
@@ -237,7 +246,11 @@ def _report(job: Job, rows: list[Row], started: float) -> Report:
         rows=rows,
         claims=[],
         notes=[
-            f"intra_order={job.config.intra_order}, {orders[job.config.intra_order]}",
+            *(
+                [f"intra_order={job.config.intra_order}, {orders[job.config.intra_order]}"]
+                if job.plan.windows
+                else []
+            ),
             f"stored as {job.config.format}; bits per weight counts the packed size",
         ],
         files=sorted(path.name for path in job.out.iterdir() if path.is_file()),

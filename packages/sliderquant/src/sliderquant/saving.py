@@ -74,14 +74,21 @@ def calibrate_saved(job: Job) -> None:
     with (
         StopSignal() as stop,
         RunLog(run, resume_step=done) as log,
-        log.progress("calibrating", job.plan.updates) as bar,
+        log.progress("calibrating", job.plan.updates or decoder.depth) as bar,
     ):
-        bar.advance(done * job.plan.updates // (job.plan.stages * len(job.plan.windows)))
+        if done:
+            bar.advance(done * job.plan.updates // (job.plan.stages * len(job.plan.windows)))
         clock = _WindowClock(job.plan, done)
 
         def on_update(loss: float) -> None:
             bar.advance(loss=f"{loss:.3g}")
             stop.check()  # the last finished window is saved
+
+        def on_block(block: int) -> None:
+            write_block(block)
+            if not job.plan.windows:
+                bar.advance()
+                stop.check()
 
         def on_window(result: WindowResult) -> None:
             # Logged first: a resumed run drops lines that no checkpoint covers.
@@ -104,7 +111,7 @@ def calibrate_saved(job: Job) -> None:
             done=done,
             on_update=on_update,
             on_window=on_window,
-            on_block=write_block,
+            on_block=on_block,
             on_experts=_tell_experts(config.min_expert_tokens),
             cache=job.cache,
         )

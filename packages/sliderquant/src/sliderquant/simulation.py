@@ -76,7 +76,9 @@ def finished_block(
     for name, value in merged.items():
         if rounded and name in learnables.names and learnables.fmt.bits != FULL_BITS:
             linear = learnables.linear(name)
-            finished[name] = quantize_weight(value, learnables.fmt, linear.upper, linear.lower)
+            finished[name] = linear.rounded or quantize_weight(
+                value, learnables.fmt, linear.upper, linear.lower
+            )
         else:
             finished[name] = value.to(learnables.fmt.dtype)
     return finished

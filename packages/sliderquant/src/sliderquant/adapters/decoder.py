@@ -211,6 +211,25 @@ class TransformersDecoder:
             return functional_call(module, parameters, (hidden, *args), kwargs)
 
     @contextmanager
+    def watching(self, block: int, modules: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Keep what modules of a block were last called with, by name, while the context is open."""
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                seen[name] = args[0]
+
+            return hook
+
+        parts = {name: self.blocks[block].get_submodule(name) for name in modules}
+        handles = [part.register_forward_pre_hook(keep(name)) for name, part in parts.items()]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
     def counting_experts(self) -> Iterator[dict[int, Tensor]]:
         """Count the tokens that each expert receives, by block, while the context is open."""
         counts: dict[int, Tensor] = {}

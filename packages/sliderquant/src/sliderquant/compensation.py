@@ -1,0 +1,214 @@
+"""Rounding that carries its error along, towards the full-precision model: no windows, no gradients.
+
+Not from the SliderQuant paper. Linear layers are solved in closed form, in the order in which a block
+computes them, each with the inputs that it gets in the quantized model. Symbols: W [out, in] weight,
+X [n, in] those inputs, E [n, out] what the layer's output lacks for the full-precision model's value at
+the place where it arrives, H = X^T X + d mean(diag(X^T X)) I with damping d.
+
+1. W* = W + (H^-1 X^T E)^T, the ridge regression that makes up for the error of all layers before.
+   Towards full-precision inputs, as in GPTAQ (arXiv 2504.02692); for layers that write to the residual
+   stream, E holds the error of the stream itself too.
+2. Columns of W* are rounded one after the other, the most active input first. What a column lacks is
+   taken over by the columns after it, as in GPTQ (arXiv 2210.17323): with U the upper Cholesky factor of
+   H^-1 and e_j the error of column j over U_jj, column k > j loses e_j U_jk.
+
+The grid is that of W, without clipping: columns need room for what they take over.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sliderquant.layout import BlockLayout
+from sliderquant.learnables import BlockLearnables
+from sliderquant.quantizer import QuantizedWeight, WeightFormat, codes, quantization_grid, stored
+
+if TYPE_CHECKING:
+    from sliderquant.calibration import Decoder
+
+DAMPING = 0.01  # d, as in GPTQ
+LAZY = 128  # columns whose errors reach the columns behind them in one product
+WEIGHT = ".weight"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """Linear layers that read the same input.
+
+    Attributes:
+        names: Their weights.
+        place: Where their output should equal the full-precision model's: in front of this module of
+            the block, behind the block if empty, right behind the layers if ``None``.
+    """
+
+    names: tuple[str, ...]
+    place: str | None
+
+
+def steps_of(layout: BlockLayout) -> list[Step]:
+    """Return the linear layers of a block in computing order; fused experts are left out.
+
+    The readers of a norm are followed by the writer to the residual stream. A norm between writer and
+    stream (Gemma) leaves the writer its own output to aim at.
+    """
+    (_, attention), (norm, mlp) = layout.readers.items()
+    output, down = layout.writers[:2]
+    streams = (norm.removesuffix(WEIGHT), "") if not layout.output_norms else (None, None)
+    found = ((attention, None), ((output,), streams[0]), (mlp, None), ((down,), streams[1]))
+    wanted = [n for n in layout.linears if n.endswith(WEIGHT)]
+    steps = [Step(names=tuple(n for n in names if n in wanted), place=p) for names, p in found]
+    return [step for step in steps if step.names]
+
+
+def damped(moment: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """Return H from X^T X; inputs that are never active get the mean of the others."""
+    mean = moment.diagonal().mean().clamp(min=torch.finfo(moment.dtype).tiny)
+    return moment + DAMPING * mean * torch.eye(len(moment), dtype=moment.dtype)
+
+
+def regressed(
+    weight: Float[Tensor, "out in"], h: Float[Tensor, "in in"], cross: Float[Tensor, "in out"]
+) -> Float[Tensor, "out in"]:
+    """Return W* = W + (H^-1 X^T E)^T, with ``cross`` = X^T E; in the type of ``weight``."""
+    return weight + torch.linalg.solve(h, cross).T.to(weight.dtype)
+
+
+def feedback_codes(
+    weight: Float[Tensor, "out in"],
+    step: Float[Tensor, "out in"],
+    zero: Float[Tensor, "out in"],
+    fmt: WeightFormat,
+    h: Float[Tensor, "in in"],
+) -> Float[Tensor, "out in"]:
+    """Return the codes of a weight, rounded column by column with error feedback.
+
+    Args:
+        weight: W*, float32.
+        step: D of every weight.
+        zero: z of every weight.
+        fmt: Storage format.
+        h: H, float64.
+    """
+    order = h.diagonal().argsort(descending=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
+    upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    rest, step, zero = weight[:, order], step[:, order], zero[:, order]
+    found = torch.empty_like(rest)
+    columns = len(order)
+    for begin in range(0, columns, LAZY):
+        end = min(begin + LAZY, columns)
+        errors = []
+        for j in range(begin, end):
+            found[:, j] = codes(rest[:, j], step[:, j], zero[:, j], fmt)
+            value = stored((found[:, j] - zero[:, j]) * step[:, j], fmt)
+            errors.append((rest[:, j] - value) / upper[j, j])
+            rest[:, j + 1 : end] -= torch.outer(errors[-1], upper[j, j + 1 : end])
+        rest[:, end:] -= torch.stack(errors, dim=1) @ upper[begin:end, end:]
+    result = torch.empty_like(found)
+    result[:, order] = found
+    return result
+
+
+def rounded_with_feedback(
+    weight: Float[Tensor, "out in"],
+    fmt: WeightFormat,
+    moment: Float[Tensor, "in in"],
+    cross: Float[Tensor, "in out"],
+) -> QuantizedWeight:
+    """Return a weight rounded for its inputs.
+
+    Args:
+        weight: W.
+        fmt: Storage format; its group size divides ``in``.
+        moment: X^T X, float64.
+        cross: X^T E, float64.
+    """
+    weight = weight.float()
+    h = damped(moment)
+    size = fmt.columns_per_group(weight.shape[1])
+    step, zero = quantization_grid(weight.unflatten(-1, (-1, size)), fmt)
+    of_all = (t.expand(-1, -1, size).flatten(-2) for t in (step, zero))
+    code = feedback_codes(regressed(weight, h, cross), *of_all, fmt, h)
+    return QuantizedWeight(
+        codes=code.to(torch.int16),
+        step=step.squeeze(-1).to(fmt.dtype),
+        zero=None if fmt.sym else zero.squeeze(-1).to(torch.int16),
+        fmt=fmt,
+    )
+
+
+@torch.no_grad()
+def round_blocks_(
+    decoder: "Decoder",
+    tokens: Int[Tensor, "n t"],
+    learnables: Sequence[BlockLearnables],
+    batch_size: int,
+    *,
+    on_block: Callable[[int], None],
+    cache: Callable[[str, Tensor], Tensor],
+) -> None:
+    """Round every block in place of training it, front to back.
+
+    Args:
+        decoder: The model; its own weights stay as they are.
+        tokens: Calibration samples.
+        learnables: One per block; their ``rounded`` is set. Fused experts stay as they are made.
+        batch_size: Samples per forward pass.
+        on_block: Called once per block, in order, while it is in memory.
+        cache: As for ``calibrate``.
+    """
+    embedded = decoder.block_inputs(tokens)
+    x_fp, x_q = cache("x_fp", embedded), cache("x_q", embedded)
+    for block in range(decoder.depth):
+        decoder.hold([block])
+        exact = decoder.tensors(block)
+        current = dict(exact)
+        for step in steps_of(decoder.layout(block)):
+            moment, crosses = _moments(decoder, block, step, exact, current, x_fp, x_q, batch_size)
+            for name in step.names:
+                linear = learnables[block].linear(name)
+                linear.rounded = rounded_with_feedback(
+                    exact[name], linear.fmt, moment, crosses[name]
+                )
+                current[name] = linear(exact[name])
+        for hidden, tensors in ((x_fp, exact), (x_q, exact | learnables[block](exact))):
+            for part in hidden.split(batch_size):
+                part.copy_(decoder.run_block(block, part, tensors))
+        on_block(block)
+
+
+def _moments(
+    decoder: "Decoder",
+    block: int,
+    step: Step,
+    exact: dict[str, Tensor],
+    current: dict[str, Tensor],
+    x_fp: Tensor,
+    x_q: Tensor,
+    batch_size: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return X^T X of a step and X^T E of each of its weights, in float64."""
+    reader = step.names[0].removesuffix(WEIGHT)
+    watched = [reader, step.place] if step.place else [reader]
+    moment: Tensor | float = 0.0
+    crosses: dict[str, Tensor | float] = dict.fromkeys(step.names, 0.0)
+    for parts in zip(x_fp.split(batch_size), x_q.split(batch_size), strict=True):
+        seen = []
+        for part, tensors in zip(parts, (exact, current), strict=True):
+            with decoder.watching(block, watched) as inputs:
+                inputs[""] = decoder.run_block(block, part, tensors)
+            seen.append({name: value.flatten(0, -2) for name, value in inputs.items()})
+        wanted, now = seen
+        x = now[reader]
+        moment = moment + (x.T @ x).double()
+        for name in step.names:
+            if step.place is None:
+                error = (wanted[reader] - x) @ exact[name].T
+            else:
+                error = wanted[step.place] - now[step.place]
+            crosses[name] = crosses[name] + (x.T @ error).double()
+    return torch.as_tensor(moment), {n: torch.as_tensor(c) for n, c in crosses.items()}
