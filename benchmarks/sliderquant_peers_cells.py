@@ -17,11 +17,13 @@ from sliderquant_peers_methods import Grid, why_not
 GRIDS = {
     "W2": Grid(bits=2, group=None),
     "W2g64": Grid(bits=2, group=64),
+    "W3": Grid(bits=3, group=None),
     "W3g128": Grid(bits=3, group=128),
+    "W4": Grid(bits=4, group=None),
     "W4A4": Grid(bits=4, group=None, abits=4),
 }
 PAIRS = (
-    *(("llama", "W2"), ("llama", "W2g64"), ("llama", "W3g128")),
+    *(("llama", "W2"), ("llama", "W2g64"), ("llama", "W3"), ("llama", "W3g128"), ("llama", "W4")),
     *(("llama-outliers", "W4A4"), ("qwen", "W2g64")),
 )
 CALIBRATED = (
@@ -62,8 +64,9 @@ class PeersConfig(DemoModelConfig):
     models: tuple[Literal["llama", "llama-outliers", "qwen"], ...] = setting(
         ("llama", "llama-outliers", "qwen"), "models to quantize"
     )
-    settings: tuple[Literal["W2", "W2g64", "W3g128", "W4A4"], ...] = setting(
-        tuple(GRIDS), "bits of weights and activations, group size; each has its model"
+    settings: tuple[Literal["W2", "W2g64", "W3", "W3g128", "W4", "W4A4"], ...] = setting(
+        ("W2", "W2g64", "W3", "W4", "W4A4"),
+        "bits of weights and activations, group size; each has its model",
     )
     methods: tuple[
         Literal[
@@ -237,7 +240,7 @@ def sensitivity_cells(config: PeersConfig) -> list[Cell]:
     return [
         Cell(family=family, setting=name, method="sensitivity", label="sensitivity", seed=0)
         for family, name in config.pairs
-        if GRIDS[name].abits == FULL_BITS
+        if GRIDS[name].abits == FULL_BITS and not refusal(config, name, "sensitivity")
     ]
 
 

@@ -19,7 +19,7 @@ from sliderquant.compensation import (
     rounded_with_feedback,
     steps_of,
 )
-from sliderquant.config import QuantizeConfig, SliderConfig
+from sliderquant.config import QuantizeConfig, SliderConfig, with_rounding
 from sliderquant.evaluation import chunks, perplexity
 from sliderquant.quantizer import WeightFormat, quantization_grid, quantize_weight
 from sliderquant.simulation import (
@@ -166,10 +166,24 @@ def test_later_blocks_make_up_for_the_error_of_earlier_ones(decoder, samples) ->
     assert errors[1] < 0.5 * errors[0]
 
 
+def test_it_is_the_default_for_weights_alone_until_windows_are_asked_for() -> None:
+    def chosen(shapes=((8, 8),), **changes) -> str:
+        return with_rounding(SliderConfig(**changes), shapes).rounding
+
+    assert chosen() == chosen(wbits=2, group_size=64, sym=False, batch_size=8) == "compensated"
+    for name, value in {"epochs": 40, "schedule": "block", "lr_lora": 1e-3, "lwc": False}.items():
+        assert chosen(**{name: value}) == "nearest"
+        assert chosen(**{name: value}, rounding="compensated") == "compensated"
+    assert chosen(abits=8) == chosen(rounding="nearest") == "nearest"
+    assert chosen(shapes=[(8, 8), (4, 8, 8)]) == "nearest"
+    unrounded = QuantizeConfig(model="m", calib=("t",), format="pre-quant")
+    assert with_rounding(unrounded).rounding == "nearest"
+
+
 def test_settings_it_cannot_serve_are_refused() -> None:
     with pytest.raises(ConfigError, match="for weights alone"):
         settings(abits=8)
-    with pytest.raises(ConfigError, match="for weights alone"):
-        settings(channel_scale="on")
     with pytest.raises(ConfigError, match="nothing for another quantizer"):
         QuantizeConfig(model="m", calib=("t",), rounding="compensated", format="pre-quant")
+    with pytest.raises(ConfigError, match="fused experts"):
+        with_rounding(settings(), [(4, 8, 8)])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from effml_common.errors import ConfigError
 from sliderquant.config import QuantizeConfig
 from sliderquant.quantization import quantize
 
@@ -51,7 +52,12 @@ def test_reloaded_model_equals_the_simulated_one(family, save) -> None:
 @pytest.mark.parametrize("rotate", ["none", "r2"])
 def test_compensated_rounding_is_stored_as_it_was_decided(rotate, family, save) -> None:
     directory = save(family)
-    out, report = run(directory, wbits=2, sym=False, rounding="compensated", rotate=rotate)
+    changes = {"wbits": 2, "sym": False, "rounding": "compensated", "rotate": rotate}
+    if family in ("qwen3_moe", "mixtral"):
+        with pytest.raises(ConfigError, match="fused experts"):
+            run(directory, **changes)
+        return
+    out, report = run(directory, **changes)
     assert report.rows[-1].name == "compensated rounding"
     assert perplexity(out) == pytest.approx(simulated(report), rel=1e-5)
     assert simulated(report) != pytest.approx(simulated(report, 1), rel=1e-3)

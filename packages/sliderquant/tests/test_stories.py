@@ -310,7 +310,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
 
 
 def test_inspect_prints_the_papers_windows_as_json() -> None:
-    plan = json.loads(run("inspect", "--layers", 32, "--json").stdout)
+    plan = json.loads(run("inspect", "--layers", 32, "--rounding", "nearest", "--json").stdout)
     assert len(plan["windows"]) == 33
     assert plan["block_visits"] == 70
     assert plan["windows"][:2] == [[0], [0, 1]]
@@ -318,7 +318,8 @@ def test_inspect_prints_the_papers_windows_as_json() -> None:
 
 def test_inspect_of_a_model_reads_no_weight(model_copy) -> None:
     (model_copy / "model.safetensors").unlink()
-    done = run("inspect", "--model", model_copy, "--group-size", 32, "--wbits", 2, "--json")
+    done = run("inspect", "--model", model_copy, "--group-size", 32, "--wbits", 2,
+               "--rounding", "nearest", "--json")  # fmt: skip
     plan = json.loads(done.stdout)
     assert plan["windows"] == [[0], [0, 1], [0, 1, 2], [2, 3], [3, 4], [4]]
     assert plan["bits_per_weight"] == 2.5

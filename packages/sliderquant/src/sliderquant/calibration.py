@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from effml_common.errors import NonFiniteError
 from sliderquant.activations import ActivationFormat
 from sliderquant.compensation import round_blocks_
-from sliderquant.config import FULL_BITS, SliderConfig
+from sliderquant.config import FULL_BITS, SliderConfig, with_rounding
 from sliderquant.learnables import BlockLearnables
 from sliderquant.sampling import all_reduce_, batches, own_share
 
@@ -331,6 +331,7 @@ def calibrate(
         for block in range(decoder.depth):  # all at full precision: nothing to do
             on_block(block)
         return
+    config = with_rounding(config, [w.shape for w in decoder.linear_weights(0).values()])
     if config.rounding == "compensated":
         round_blocks_(
             decoder, tokens, learnables, config.batch_size, on_block=on_block, cache=cache

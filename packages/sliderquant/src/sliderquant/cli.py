@@ -6,7 +6,7 @@ from effml_common.cli import main as run_command
 COMMANDS = (
     Command(
         "demo",
-        "train a small Llama once, quantize it three ways, compare perplexities",
+        "train a small Llama once, quantize it four ways, compare perplexities",
         config="sliderquant.config:DemoConfig",
         run="sliderquant.demo:demo",
         examples=(
@@ -71,7 +71,7 @@ COMMANDS = (
         config="sliderquant.config:InspectConfig",
         run="sliderquant.plan:inspect",
         examples=(
-            "sliderquant inspect --layers 32 --json",
+            "sliderquant inspect --layers 32 --rounding nearest",
             "sliderquant inspect --model models/llama --wbits 2 --group-size 64",
         ),
     ),

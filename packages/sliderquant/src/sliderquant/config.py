@@ -4,13 +4,20 @@ The symbols are those of the SliderQuant paper (arXiv 2603.25284): ``shallow`` a
 L_d, ``window`` and ``stride`` are s and i of the middle windows, ``gamma`` is the intra-layer ratio.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, TypeVar
 
 from effml_common.settings import require, setting
 
 SCHEDULES = ("slider", "fixed", "block")
 FULL_BITS = 16
+# Settings that only a calibration in windows has.
+TRAINING = (
+    *("schedule", "shallow", "deep", "window", "stride", "gamma", "intra_order", "lwc"),
+    *("channel_scale", "target_input", "min_expert_tokens", "epochs"),
+    *("lr_lora", "lr_lwc", "lr_scale", "lr_scale_by_batch", "lora_rank"),
+)
 
 
 def _require_container(bits: int | None) -> None:
@@ -80,10 +87,12 @@ class SliderConfig(WindowConfig):
     rotate: Literal["none", "r1", "r2", "both"] = setting(
         "none", "rotate offline: r1 the residual stream, r2 the value heads"
     )
-    rounding: Literal["nearest", "compensated"] = setting(
-        "nearest",
+    rounding: Literal["auto", "nearest", "compensated"] = setting(
+        "auto",
         "nearest: windows train a correction and the clipping, then codes are the nearest (the "
-        "paper); compensated: no windows, each column's error is carried into the next (weights only)",
+        "paper); compensated: no windows, each column's error is carried into the next (weights "
+        "only); auto: compensated, unless activations are rounded, the model has fused experts or a "
+        "setting of the windows is given",
     )
     lwc: bool = setting(True, "train the clipping range; no-lwc keeps it open")
     channel_scale: Literal["auto", "on", "off"] = setting(
@@ -126,12 +135,11 @@ class SliderConfig(WindowConfig):
             "quantize_attention needs abits below 16",
             "set abits to 4, 6 or 8",
         )
-        if self.rounding == "compensated":
-            require(
-                self.abits == FULL_BITS and self.channel_scale != "on",
-                "compensated rounding is for weights alone",
-                "leave out abits and channel_scale, or use --rounding nearest",
-            )
+        require(
+            self.rounding != "compensated" or self.abits == FULL_BITS,
+            "compensated rounding is for weights alone",
+            "leave out abits, or use --rounding nearest",
+        )
         require(
             self.min_expert_tokens >= 0,
             f"min_expert_tokens must be 0 or more, got {self.min_expert_tokens}",
@@ -174,6 +182,34 @@ class SliderConfig(WindowConfig):
         return round(1 / self.gamma)
 
 
+SettingsT = TypeVar("SettingsT", bound=SliderConfig)
+
+
+def with_rounding(config: SettingsT, shapes: Iterable[Sequence[int]] = ()) -> SettingsT:
+    """Return the settings with ``rounding`` decided for a model.
+
+    Args:
+        config: Settings; ``rounding`` may be "auto".
+        shapes: Of the weights to round; fused experts have three axes.
+
+    Raises:
+        ConfigError: If compensated rounding is asked for and the model has fused experts.
+    """
+    fused = any(len(shape) > 2 for shape in shapes)
+    require(
+        config.rounding != "compensated" or not fused,
+        "fused experts cannot be rounded with compensation",
+        "use --rounding nearest",
+    )
+    if config.rounding != "auto":
+        return config
+    defaults = {f.name: f.default for f in fields(SliderConfig)}
+    trained = any(getattr(config, name) != defaults[name] for name in TRAINING)
+    unrounded = isinstance(config, QuantizeConfig) and config.format == "pre-quant"
+    windows = trained or fused or unrounded or config.abits < FULL_BITS
+    return replace(config, rounding="nearest" if windows else "compensated")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeConfig(SliderConfig):
     """Quantize a local model directory and write a directory that transformers loads."""
@@ -210,7 +246,7 @@ class QuantizeConfig(SliderConfig):
         SliderConfig.__post_init__(self)
         require(len(self.calib) > 0, "calib names no file", "give one or more text files")
         require(
-            self.format != "pre-quant" or self.rounding == "nearest",
+            self.format != "pre-quant" or self.rounding != "compensated",
             "compensated rounding leaves nothing for another quantizer to round",
             "choose another --format, or --rounding nearest",
         )
@@ -376,7 +412,7 @@ class DemoModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig(DemoModelConfig):
-    """Train a small Llama once, quantize it three ways, compare the perplexities."""
+    """Train a small Llama once, quantize it four ways, compare the perplexities."""
 
     seeds: int = setting(1, "calibration seeds; claims need 3")
     bits: tuple[int, ...] = setting((4, 3, 2), "weight bits to compare")

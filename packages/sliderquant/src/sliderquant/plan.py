@@ -8,7 +8,7 @@ from rich.table import Table
 
 from effml_common.errors import InputError
 from sliderquant.calibration import RECOMPUTE_ABOVE
-from sliderquant.config import FULL_BITS, InspectConfig, SliderConfig
+from sliderquant.config import FULL_BITS, InspectConfig, SliderConfig, with_rounding
 from sliderquant.windows import block_visits, make_windows
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
         ConfigError: If the windows do not fit.
         ShapeError: If the group size does not divide.
     """
+    config = with_rounding(config, shape.linears.values() if shape else ())
     trained = config.rounding == "nearest"
     windows = make_windows(layers, config) if trained else []
     batches = -(-config.nsamples // config.batch_size)

@@ -20,7 +20,7 @@ from sliderquant.adapters.streaming import StreamedModel, open_model
 from sliderquant.adapters.text import calibration_samples, encode, read_documents
 from sliderquant.calibration import activation_format, run_blocks
 from sliderquant.card import file_hashes, made_section, model_card
-from sliderquant.config import FULL_BITS, QuantizeConfig, SliderConfig
+from sliderquant.config import FULL_BITS, QuantizeConfig, SliderConfig, with_rounding
 from sliderquant.evaluation import chunks, default_seqlen
 from sliderquant.plan import decoder_shape, make_plan
 from sliderquant.saving import Job, calibrate_saved
@@ -60,6 +60,7 @@ def quantize(config: QuantizeConfig) -> Report:
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
         )
+        config = with_rounding(config, decoder_shape(opened.decoder).linears.values())
         folder = out / "run" / "cache" if config.cache == "disk" else None
         with ActivationCache(folder) as cache:
             job = _prepare(config, opened, cache, out)
