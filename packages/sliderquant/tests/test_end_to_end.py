@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from effml_common.errors import ConfigError
 from sliderquant.config import QuantizeConfig
+from sliderquant.learnables import BlockLearnables
 from sliderquant.quantization import quantize
 
 
@@ -61,6 +62,20 @@ def test_compensated_rounding_is_stored_as_it_was_decided(rotate, family, save) 
     assert report.rows[-1].name == "compensated rounding"
     assert perplexity(out) == pytest.approx(simulated(report), rel=1e-5)
     assert simulated(report) != pytest.approx(simulated(report, 1), rel=1e-3)
+
+
+def test_compensated_rounding_holds_codes_of_one_block_unless_they_are_to_be_measured(
+    save, monkeypatch
+) -> None:
+    held = []
+    forget = BlockLearnables.forget_codes
+    monkeypatch.setattr(
+        BlockLearnables, "forget_codes", lambda made: (held.append(made), forget(made))
+    )
+    out, _ = run(save("llama"), rounding="compensated", eval_text=())
+    assert len(set(map(id, held))) == 3
+    assert all(linear.rounded is None for made in held for linear in made.linears)
+    assert perplexity(out) > 1
 
 
 def test_weights_and_activations_with_channel_scaling_and_rotation(family, save) -> None:

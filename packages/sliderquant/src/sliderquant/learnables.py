@@ -213,6 +213,11 @@ class BlockLearnables(nn.Module):
         """Return what is trained for one weight."""
         return self.linears[self.names.index(name)]
 
+    def forget_codes(self) -> None:
+        """Free the codes that were decided in closed form."""
+        for linear in self.linears:
+            linear.rounded = None
+
     def parameter_groups(self, lr_lora: float, lr_lwc: float, lr_scale: float = 0.0) -> list[dict]:
         """Return the optimizer's groups: corrections, clipping logits and factors, with their rates."""
         groups = []

@@ -201,7 +201,7 @@ def _memory_of_feedback(shape: ModelShape, layers: int) -> dict[str, float]:
     moments = 4 * 8 * max((columns**2 for _, columns in solved), default=0)
     return {
         "simulation of the window": 0.0,
-        "codes of all blocks": codes / 2**30,
+        "codes of all blocks (with eval text)": codes / 2**30,
         "moments of the largest layer": moments / 2**30,
     }
 

@@ -87,6 +87,8 @@ def calibrate_saved(job: Job) -> None:
         def on_block(block: int) -> None:
             write_block(block)
             if not job.plan.windows:
+                if not job.texts:  # else they are needed once more, to measure the result
+                    learnables[block].forget_codes()
                 bar.advance()
                 stop.check()
 
