@@ -63,10 +63,14 @@ class Decoder(Protocol):
         """Run one block, with some parameters replaced and activations rounded if given."""
         ...
 
-    def watching(
-        self, block: int, modules: Sequence[str]
-    ) -> AbstractContextManager[dict[str, Tensor]]:
-        """Keep what modules of a block were last called with, by name, while the context is open."""
+    def inputs_inside(
+        self,
+        block: int,
+        hidden: Float[Tensor, "n t h"],
+        weights: dict[str, Tensor],
+        modules: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """Return what modules of a block are called with; the empty name is what it returns."""
         ...
 
     def counting_experts(self) -> AbstractContextManager[dict[int, Tensor]]:

@@ -193,16 +193,17 @@ def _moments(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return X^T X of a step and X^T E of each of its weights, in float64."""
     reader = step.names[0].removesuffix(WEIGHT)
-    watched = [reader, step.place] if step.place else [reader]
+    watched = [reader] if step.place is None else [reader, step.place]
     moment: Tensor | float = 0.0
     crosses: dict[str, Tensor | float] = dict.fromkeys(step.names, 0.0)
     for parts in zip(x_fp.split(batch_size), x_q.split(batch_size), strict=True):
-        seen = []
-        for part, tensors in zip(parts, (exact, current), strict=True):
-            with decoder.watching(block, watched) as inputs:
-                inputs[""] = decoder.run_block(block, part, tensors)
-            seen.append({name: value.flatten(0, -2) for name, value in inputs.items()})
-        wanted, now = seen
+        wanted, now = (
+            {
+                name: value.flatten(0, -2)
+                for name, value in decoder.inputs_inside(block, part, tensors, watched).items()
+            }
+            for part, tensors in zip(parts, (exact, current), strict=True)
+        )
         x = now[reader]
         moment = moment + (x.T @ x).double()
         for name in step.names:

@@ -164,8 +164,8 @@ def _announce(job: Job) -> None:
         forwards = 4 * job.plan.block_visits * config.epochs
         work = f"{len(job.plan.windows)} windows x {job.plan.stages} stages, {job.plan.updates} updates"
     else:
-        # Both models before each of four kinds of layers, then the relay; products, factorisations.
-        forwards = 15 * decoder.depth
+        # Both models up to each of four kinds of layers, then the relay; products, factorisations.
+        forwards = 10 * decoder.depth
         work = f"{decoder.depth} blocks to round"
     total = seconds * forwards * batches
     memory = sum((job.plan.memory_gib or {}).values())

@@ -65,6 +65,10 @@ class _BlockInputs(Exception):
         self.hidden = hidden
 
 
+class _SeenEnough(Exception):
+    """Ends the pass through a block."""
+
+
 class _Recorder(nn.Module):
     """Stands in for a block: keeps the arguments it is called with, and ends the pass at the last."""
 
@@ -210,24 +214,43 @@ class TransformersDecoder:
         with ActivationRounding([module], self.model.config, activations):
             return functional_call(module, parameters, (hidden, *args), kwargs)
 
-    @contextmanager
-    def watching(self, block: int, modules: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """Keep what modules of a block were last called with, by name, while the context is open."""
+    def inputs_inside(
+        self,
+        block: int,
+        hidden: Float[Tensor, "n t h"],
+        weights: dict[str, Tensor],
+        modules: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """Return what modules of a block are called with; it runs no further than the last of them.
+
+        Args:
+            block: Its number.
+            hidden: Hidden states that enter it.
+            weights: Parameters to use instead of its own.
+            modules: Names inside the block; the empty name asks for what the block returns.
+        """
         seen: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Any:
-            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                seen[name] = args[0]
+        def keep(name: str, args: tuple[Any, ...]) -> None:
+            seen[name] = args[0]
+            if len(seen) == len(modules):
+                raise _SeenEnough
 
-            return hook
-
-        parts = {name: self.blocks[block].get_submodule(name) for name in modules}
-        handles = [part.register_forward_pre_hook(keep(name)) for name, part in parts.items()]
+        handles = [
+            self.blocks[block]
+            .get_submodule(name)
+            .register_forward_pre_hook(lambda _module, args, name=name: keep(name, args))
+            for name in modules
+            if name
+        ]
         try:
-            yield seen
+            seen[""] = self.run_block(block, hidden, weights)
+        except _SeenEnough:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
+        return seen
 
     @contextmanager
     def counting_experts(self) -> Iterator[dict[int, Tensor]]:
