@@ -180,17 +180,21 @@ def _row(entry: Entry) -> Row:
 
 
 def _claims(config: PeersConfig, found: Sequence[Entry]) -> list[Claim]:
-    """Return "sliderquant is lower than X", at equal visits, and at equal seconds for AutoRound."""
+    """Return "sliderquant is lower than X" for both its ways, and at equal seconds for AutoRound."""
     claims = []
     for family, name in config.pairs:
         here = {e.label: e for e in found if (e.family, e.setting) == (family, name) and e.runs}
         for label, entry in here.items():
+            rivals = []
             if not label.startswith("slider"):
-                rivals = ["slider-visits"]
-                rivals += ["slider-seconds"] if label.startswith("autoround") else []
-                for own in rivals:
-                    if own in here:
-                        claims += _paired(config, here[own], entry)
+                rivals = ["slider-visits", "slider-compensated"]
+            if label.startswith("autoround"):
+                rivals.append("slider-seconds")
+            elif label == "slider-visits":
+                rivals.append("slider-compensated")
+            for own in rivals:
+                if own in here:
+                    claims += _paired(config, here[own], entry)
     return claims
 
 
@@ -236,6 +240,7 @@ def _notes(config: PeersConfig) -> list[str]:
         f"intra-layer stages: {settings.epochs}",
         "equal seconds: as many epochs as fit into the CPU seconds of the AutoRound run of the same "
         "seed, by one timed run of the fewest epochs; its own seconds are measured again",
+        "sliderquant, compensated, has no rates; its damping is that of GPTQ",
         f"sliderquant's rates {config.lr_lora:g} (correction) and {config.lr_lwc:g} (clipping) were "
         "chosen on development text for the demo's model; the peers' rates are their own defaults",
         "peak MiB is that of the process, added MiB what the quantization added to libraries and model",
