@@ -1,6 +1,7 @@
 """Compensated rounding against textbook computations in float64, and on a trained model."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from sliderquant.compensation import (
     DAMPING,
     damped,
     feedback_codes,
+    fitted_steps,
     regressed,
     round_blocks_,
     rounded_with_feedback,
     steps_of,
+    swept_codes,
 )
 from sliderquant.config import QuantizeConfig, SliderConfig, with_rounding
 from sliderquant.evaluation import chunks, perplexity
@@ -89,15 +92,70 @@ def test_regression_minimises_the_damped_squared_error() -> None:
     np.testing.assert_allclose(found, weight.numpy() + change, atol=1e-4)
 
 
+def cost(target, levels, step, h) -> float:
+    """tr((W* - D c) H (W* - D c)^T), in float64."""
+    rest = target.double() - (levels.double() * step.double().unsqueeze(-1)).flatten(-2)
+    return float((rest @ h * rest).sum())
+
+
+def test_steps_are_those_of_least_squares() -> None:
+    target, x, _ = layer(32)
+    h = (x.T @ x).double()
+    levels = torch.randint(-1, 3, (6, 4, 8), generator=torch.Generator().manual_seed(3)).float()
+    found = fitted_steps(levels, torch.ones(6, 4), target * 0 + _combined(levels), h)
+    torch.testing.assert_close(found, torch.full((6, 4), 1.25), rtol=1e-4, atol=0)
+    factor = np.linalg.cholesky(h.numpy()).T  # |L^T r|^2 = r H r^T
+    loose = torch.full((6, 4), 1e-9)
+    for row in range(6):
+        spread = torch.block_diag(*levels[row].unsqueeze(1)).double().numpy()
+        best = np.linalg.lstsq(factor @ spread.T, factor @ target[row].double().numpy(), rcond=None)
+        near = torch.tensor(
+            best[0]
+        ).abs()  # within a factor of two of the answer, if it is positive
+        kept = fitted_steps(levels, near.expand(6, 4).float() + loose, target, h)[row]
+        wanted = torch.where(torch.tensor(best[0]) > 0, torch.tensor(best[0]), near).float()
+        torch.testing.assert_close(kept, wanted, rtol=1e-3, atol=1e-6)
+
+
+def _combined(levels):
+    return (1.25 * levels).flatten(-2)
+
+
+def test_a_sweep_leaves_no_code_that_a_single_change_would_improve() -> None:
+    target, x, _ = layer(24)
+    fmt = WeightFormat(bits=2, group_size=None, sym=False, dtype=torch.float32)
+    grid = quantization_grid(target.unsqueeze(1), fmt)
+    step, zero = (t.squeeze(1).expand_as(target) for t in grid)
+    h = damped((x.T @ x).double())
+    code = feedback_codes(target, step, zero, fmt, h)
+    costs = [cost(target, (code - zero).unsqueeze(1), step[:, :1], h)]
+    for _ in range(20):
+        code = swept_codes(code, step, zero, fmt, target, h.float())
+        costs.append(cost(target, (code - zero).unsqueeze(1), step[:, :1], h))
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(costs))
+    assert costs[-1] < costs[0]
+    for j in range(24):
+        for change in (-1, 1):
+            other = code.clone()
+            other[:, j] = (other[:, j] + change).clamp(0, 3)
+            assert cost(target, (other - zero).unsqueeze(1), step[:, :1], h) >= costs[-1] * (
+                1 - 1e-6
+            )
+
+
 @pytest.mark.parametrize("sym", [False, True])
-def test_unrelated_inputs_without_error_round_to_nearest(sym) -> None:
+def test_unrelated_inputs_get_the_nearest_codes_on_a_grid_that_fits_better(sym) -> None:
     weight, _, _ = layer(32)
     fmt = WeightFormat(bits=2, group_size=16, sym=sym, dtype=torch.bfloat16)
     found = rounded_with_feedback(
         weight, fmt, torch.eye(32, dtype=torch.float64), torch.zeros(32, 6, dtype=torch.float64)
     )
-    nearest = quantize_weight(weight, fmt)
-    assert torch.equal(found.dequantize(), nearest.dequantize())
+    step = found.step.float().repeat_interleave(16, dim=-1)
+    zero = 0 if sym else found.zero.repeat_interleave(16, dim=-1)
+    wanted = ((weight / step).round() + zero).clamp(*fmt.code_range)
+    assert torch.equal(found.codes.float(), wanted)
+    nearest = quantize_weight(weight, fmt).dequantize()
+    assert (found.dequantize() - weight).norm() < (nearest - weight).norm()
 
 
 def test_inputs_that_are_never_active_are_no_trouble() -> None:
