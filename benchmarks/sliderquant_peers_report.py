@@ -46,6 +46,7 @@ NAMES = {
 }
 PEER_LIBRARIES = ("llmcompressor", "auto-round", "hqq", "torchao", "compressed-tensors")
 MARKERS = "os^vD<>Ph*X"
+PER_ROW = 3  # panels
 WIDE = 3.0  # times the smallest perplexity: then a logarithmic axis
 
 
@@ -301,11 +302,17 @@ def _methods_picture(
     from matplotlib.figure import Figure
 
     texts = list(next(iter(next(iter(groups.values()))[0].runs.values()))["ppl"])
-    figure = Figure(figsize=(4.5 * len(groups), 3.2 * len(texts)), layout="constrained")
-    panels = figure.subplots(len(texts), len(groups), squeeze=False)
-    for column, (name, group) in enumerate(groups.items()):
+    columns, stripes = min(PER_ROW, len(groups)), -(-len(groups) // PER_ROW)
+    height = len(texts) * stripes
+    figure = Figure(figsize=(5 * columns, 3.2 * height), layout="constrained")
+    panels = figure.subplots(height, columns, squeeze=False)
+    for column in range((len(groups) - 1) % PER_ROW + 1, columns):
+        for row in range(len(texts)):  # the last stripe may be short
+            panels[height - 1 - row][column].remove()
+    for place, (name, group) in enumerate(groups.items()):
+        stripe, column = divmod(place, PER_ROW)
         for row, text in enumerate(texts):
-            panel = panels[row][column]
+            panel = panels[stripe * len(texts) + row][column]
             means, errors = zip(*(_mean_and_error(e.values(text)) for e in group), strict=True)
             panel.errorbar(means, range(len(group)), xerr=errors, fmt="o", capsize=3)
             if group[0].family in full:
@@ -329,10 +336,14 @@ def _cost_picture(path: Path, groups: Mapping[str, Sequence[Entry]]) -> Path:
     """Perplexity against the CPU time of the quantization, one panel per setting."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.5 * len(groups) + 2.5, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    columns, height = min(PER_ROW, len(groups)), -(-len(groups) // PER_ROW)
+    figure = Figure(figsize=(3.5 * columns + 3, 3.4 * height), layout="constrained")
+    panels = figure.subplots(height, columns, squeeze=False).ravel()
+    for unused in panels[len(groups) :]:
+        unused.remove()
     marks = {}  # one per method, for the legend
-    for panel, (name, group) in zip(panels, groups.items(), strict=True):
+    # Fewer groups than panels where the last row is short.
+    for panel, (name, group) in zip(panels, groups.items(), strict=False):
         text = next(iter(next(iter(group[0].runs.values()))["ppl"]))
         for entry in group:
             place = list(NAMES).index(entry.label)
@@ -342,6 +353,10 @@ def _cost_picture(path: Path, groups: Mapping[str, Sequence[Entry]]) -> Path:
                 MARKERS[place % len(MARKERS)],
                 color=f"C{place}",
             )
+        highest = max(_mean_and_error(entry.values(text))[0] for entry in group)
+        lowest = min(_mean_and_error(entry.values(text))[0] for entry in group)
+        if highest > WIDE * lowest:
+            panel.set_yscale("log")
         panel.set(xscale="log", title=name, xlabel="CPU seconds", ylabel=f"perplexity, {text}")
     figure.legend(marks.values(), [NAMES[label] for label in marks], loc="outside right upper")
     figure.savefig(path, dpi=120)
