@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sliderquant.calibration import Decoder
+from sliderquant.decoder import Decoder
 from sliderquant.quantizer import WeightFormat, fake_quantize
 
 

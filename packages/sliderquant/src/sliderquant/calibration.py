@@ -8,9 +8,8 @@ pair (x_q, x_fp) is that of the authors' code.
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,61 +20,13 @@ from effml_common.errors import NonFiniteError
 from sliderquant.activations import ActivationFormat
 from sliderquant.compensation import round_blocks_
 from sliderquant.config import FULL_BITS, SliderConfig, with_rounding
+from sliderquant.decoder import Decoder
 from sliderquant.learnables import BlockLearnables
 from sliderquant.sampling import all_reduce_, batches, own_share
 
 RETRIES = 2
 # Above this many weights in a window, its blocks are computed again in the backward pass.
 RECOMPUTE_ABOVE = 2**24
-
-
-class Decoder(Protocol):
-    """What calibration needs to know of a language model (see ``adapters``)."""
-
-    @property
-    def depth(self) -> int:
-        """Number of decoder blocks."""
-        ...
-
-    def block_inputs(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t h"]:
-        """Return the hidden states that enter block 0."""
-        ...
-
-    def hold(self, blocks: Sequence[int]) -> None:
-        """Keep these blocks' parameters in memory from now on, and no others."""
-        ...
-
-    def tensors(self, block: int) -> dict[str, Tensor]:
-        """Return all parameters of one block by name."""
-        ...
-
-    def linear_weights(self, block: int) -> dict[str, Tensor]:
-        """Return the weights to quantize, [out, in] or [experts, out, in], by parameter name."""
-        ...
-
-    def run_block(
-        self,
-        block: int,
-        hidden: Float[Tensor, "n t h"],
-        weights: dict[str, Tensor] | None = None,
-        activations: ActivationFormat | None = None,
-    ) -> Float[Tensor, "n t h"]:
-        """Run one block, with some parameters replaced and activations rounded if given."""
-        ...
-
-    def inputs_inside(
-        self,
-        block: int,
-        hidden: Float[Tensor, "n t h"],
-        weights: dict[str, Tensor],
-        modules: Sequence[str],
-    ) -> dict[str, Tensor]:
-        """Return what modules of a block are called with; the empty name is what it returns."""
-        ...
-
-    def counting_experts(self) -> AbstractContextManager[dict[int, Tensor]]:
-        """Count the tokens that each expert receives, by block, while the context is open."""
-        ...
 
 
 class CalibrationDivergedError(NonFiniteError):

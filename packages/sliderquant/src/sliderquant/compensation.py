@@ -19,18 +19,15 @@ The grid is first that of W, without clipping: columns need room for what they t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sliderquant.decoder import Decoder
 from sliderquant.layout import BlockLayout
 from sliderquant.learnables import BlockLearnables
 from sliderquant.quantizer import QuantizedWeight, WeightFormat, codes, quantization_grid, stored
-
-if TYPE_CHECKING:
-    from sliderquant.calibration import Decoder
 
 DAMPING = 0.01  # d, as in GPTQ
 TURNS = 4  # of step 3
@@ -197,7 +194,7 @@ def rounded_with_feedback(
 
 @torch.no_grad()
 def round_blocks_(
-    decoder: "Decoder",
+    decoder: Decoder,
     tokens: Int[Tensor, "n t"],
     learnables: Sequence[BlockLearnables],
     batch_size: int,
@@ -236,7 +233,7 @@ def round_blocks_(
 
 
 def _moments(
-    decoder: "Decoder",
+    decoder: Decoder,
     block: int,
     step: Step,
     exact: dict[str, Tensor],
