@@ -24,7 +24,7 @@ GRIDS = {
 }
 PAIRS = (
     *(("llama", "W2"), ("llama", "W2g64"), ("llama", "W3"), ("llama", "W3g128"), ("llama", "W4")),
-    *(("llama-outliers", "W4A4"), ("qwen", "W2g64")),
+    *(("llama-outliers", "W4A4"), ("qwen", "W2g64"), ("qwen-outliers", "W4A4")),
 )
 CALIBRATED = (
     *("gptq", "smoothquant-gptq", "awq", "autoround"),
@@ -61,8 +61,8 @@ class PeersConfig(DemoModelConfig):
 
     layers: int = setting(12, "decoder blocks")
     hidden_size: int = setting(256, "width, a multiple of 64")
-    models: tuple[Literal["llama", "llama-outliers", "qwen"], ...] = setting(
-        ("llama", "llama-outliers", "qwen"), "models to quantize"
+    models: tuple[Literal["llama", "llama-outliers", "qwen", "qwen-outliers"], ...] = setting(
+        ("llama", "llama-outliers", "qwen", "qwen-outliers"), "models to quantize"
     )
     settings: tuple[Literal["W2", "W2g64", "W3", "W3g128", "W4", "W4A4"], ...] = setting(
         ("W2", "W2g64", "W3", "W4", "W4A4"),
@@ -257,7 +257,7 @@ def ablation_cells(config: PeersConfig) -> list[Cell]:
         )
         for seed in config.seeds
         for family, name in config.pairs
-        if family != "qwen"
+        if not family.startswith("qwen")
         for arm, changes in ABLATION.get(name, {}).items()
     ]
 

@@ -70,7 +70,6 @@ def why_not(method: str, grid: Grid) -> str | None:
     reasons = {
         "hqq": "it rounds weights only",
         "torchao": "it rounds activations to 8 bits or not at all",
-        "slider-compensated": "it rounds weights only",
     }
     return reasons.get(method)
 

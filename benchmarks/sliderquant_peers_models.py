@@ -3,7 +3,7 @@
 ``llama`` is the demo's model. ``qwen`` is a Qwen3 of the same size, with norms on queries and keys,
 trained on the same text: nothing is tuned on it. ``llama-outliers`` computes what ``llama`` computes,
 but a few of its channels carry large values, as those of large models do and those of small ones do
-not. All are kept in the user's cache folder.
+not; so does ``qwen-outliers``. All are kept in the user's cache folder.
 """
 
 import os
@@ -46,7 +46,7 @@ def subject(family: str, config: DemoModelConfig) -> Path:
     """Return the directory of a model, made on the first call.
 
     Args:
-        family: "llama", "qwen" or "llama-outliers".
+        family: "llama" or "qwen", or one of them with "-outliers" behind it.
         config: Shape and training budget.
 
     Raises:
@@ -60,10 +60,11 @@ def subject(family: str, config: DemoModelConfig) -> Path:
     # Settings, text and library versions are in the name of the Llama's folder already.
     target = llama.with_name(llama.name.replace("llama", family, 1))
     if not (target / "config.json").exists():
-        if family == "qwen":
+        base = family.removesuffix("-outliers")
+        if base == family:
             _keep(_train_qwen(config, corpus, llama), llama, target)
         else:
-            model = load_model(llama).model
+            model = load_model(subject(base, config)).model
             add_outliers_(model, torch.Generator().manual_seed(config.model_seed))
             _keep(model, llama, target)
     return target
@@ -113,7 +114,7 @@ def add_outliers_(model: PreTrainedModel, generator: torch.Generator) -> None:
     all blocks.
 
     Args:
-        model: A Llama, changed in place.
+        model: A Llama or Qwen3, changed in place.
         generator: Of channels and factors.
 
     Raises:
@@ -166,7 +167,7 @@ def prepare(family: str, config: DemoModelConfig, path: Path) -> None:
     """Make a model and encode the text once, which takes more memory than quantizing does.
 
     Args:
-        family: "llama", "qwen" or "llama-outliers".
+        family: As for ``subject``.
         config: Shape and training budget.
         path: File to write; ``read_material`` reads it.
     """

@@ -272,8 +272,8 @@ def test_filled_folder_is_not_overwritten(quantized, model_directory, text_file)
         ({"--schedule": "spiral"}, "schedule 'spiral' is not known"),
         ({"--schedule": "0-2"}, "no window holds block 3"),
         (
-            {"--rounding": "compensated", "--abits": "8"},
-            "compensated rounding is for weights alone",
+            {"--rounding": "compensated", "--wbits": "16", "--abits": "8"},
+            "with wbits 16 compensated rounding has nothing to round",
         ),
         ({"--calib": "short.txt"}, "calibration text has"),
         ({"--calib": "missing.txt"}, "missing.txt cannot be read"),

@@ -289,7 +289,13 @@ def calibrate(
     config = with_rounding(config, [w.shape for w in decoder.linear_weights(0).values()])
     if config.rounding == "compensated":
         round_blocks_(
-            decoder, tokens, learnables, config.batch_size, on_block=on_block, cache=cache
+            decoder,
+            tokens,
+            learnables,
+            config.batch_size,
+            activations=activation_format(config),
+            on_block=on_block,
+            cache=cache,
         )
         return
     step = 0

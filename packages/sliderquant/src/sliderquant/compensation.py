@@ -15,6 +15,9 @@ the place where it arrives, H = X^T X + d mean(diag(X^T X)) I with damping d.
    least squares, the codes by one sweep of coordinate descent, as in QuantEase (arXiv 2309.01885).
 
 The grid is first that of W, without clipping: columns need room for what they take over.
+
+Where activations are rounded too, X is what the layer multiplies with, after rounding, and channels are
+scaled first (see ``smoothing``): then W and X are those of the scaled model.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,10 +27,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sliderquant.activations import ActivationFormat, fake_quantize_tokens
 from sliderquant.decoder import Decoder
-from sliderquant.layout import BlockLayout
+from sliderquant.layout import BlockLayout, scale_channels
 from sliderquant.learnables import BlockLearnables
 from sliderquant.quantizer import QuantizedWeight, WeightFormat, codes, quantization_grid, stored
+from sliderquant.smoothing import reading, smoothing_factors
 
 DAMPING = 0.01  # d, as in GPTQ
 TURNS = 4  # of step 3
@@ -199,6 +204,7 @@ def round_blocks_(
     learnables: Sequence[BlockLearnables],
     batch_size: int,
     *,
+    activations: ActivationFormat | None = None,
     on_block: Callable[[int], None],
     cache: Callable[[str, Tensor], Tensor],
 ) -> None:
@@ -207,8 +213,10 @@ def round_blocks_(
     Args:
         decoder: The model; its own weights stay as they are.
         tokens: Calibration samples.
-        learnables: One per block; their ``rounded`` is set. Fused experts stay as they are made.
+        learnables: One per block; ``rounded`` of its linear layers and the factors of its sites are set.
+            Fused experts stay as they are made.
         batch_size: Samples per forward pass.
+        activations: Rounding of activations in the quantized model.
         on_block: Called once per block, in order, while it is in memory.
         cache: As for ``calibrate``.
     """
@@ -216,46 +224,86 @@ def round_blocks_(
     x_fp, x_q = cache("x_fp", embedded), cache("x_q", embedded)
     for block in range(decoder.depth):
         decoder.hold([block])
-        exact = decoder.tensors(block)
-        current = dict(exact)
+        tensors, made = decoder.tensors(block), learnables[block]
+        _smooth_(decoder, block, made, tensors, x_fp, batch_size)
+        scaled = scale_channels(tensors, made.sites, list(made.factors))
+        exact = tensors | scaled
+        current = tensors | {name: stored(value, made.fmt) for name, value in scaled.items()}
         for step in steps_of(decoder.layout(block)):
-            moment, crosses = _moments(decoder, block, step, exact, current, x_fp, x_q, batch_size)
+            moment, crosses = _moments(
+                decoder, block, step, (exact, current), (x_fp, x_q), batch_size, activations
+            )
             for name in step.names:
-                linear = learnables[block].linear(name)
+                linear = made.linear(name)
                 linear.rounded = rounded_with_feedback(
                     exact[name], linear.fmt, moment, crosses[name]
                 )
                 current[name] = linear(exact[name])
-        for hidden, tensors in ((x_fp, exact), (x_q, exact | learnables[block](exact))):
+        for hidden, simulated, fmt in ((x_fp, tensors, None), (x_q, current, activations)):
             for part in hidden.split(batch_size):
-                part.copy_(decoder.run_block(block, part, tensors))
+                part.copy_(decoder.run_block(block, part, simulated, fmt))
         on_block(block)
+
+
+def _smooth_(
+    decoder: Decoder,
+    block: int,
+    made: BlockLearnables,
+    tensors: dict[str, Tensor],
+    x_fp: Tensor,
+    batch_size: int,
+) -> None:
+    """Set the factors of a block's sites from what its layers read in the full-precision model."""
+    weights = {name: tensors[name] for name in made.names}
+    names = {touch.name for site in made.sites for touch in reading(site, weights)}
+    if not names:
+        return
+    squares: dict[str, Tensor] = {}
+    modules = [name.removesuffix(WEIGHT) for name in names]
+    for part in x_fp.split(batch_size):
+        for module, x in decoder.inputs_inside(block, part, tensors, modules).items():
+            mean = x.square().flatten(0, -2).sum(dim=0) / x_fp.shape[:2].numel()
+            squares[module + WEIGHT] = mean + squares.get(module + WEIGHT, 0)
+    for site, factor in zip(made.sites, made.factors, strict=True):
+        factor.copy_(smoothing_factors(site, weights, squares))
 
 
 def _moments(
     decoder: Decoder,
     block: int,
     step: Step,
-    exact: dict[str, Tensor],
-    current: dict[str, Tensor],
-    x_fp: Tensor,
-    x_q: Tensor,
+    tensors: tuple[dict[str, Tensor], dict[str, Tensor]],
+    hidden: tuple[Tensor, Tensor],
     batch_size: int,
+    activations: ActivationFormat | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return X^T X of a step and X^T E of each of its weights, in float64."""
+    """Return X^T X of a step and X^T E of each of its weights, in float64.
+
+    Args:
+        decoder: The model.
+        block: Its number.
+        step: Layers that read the same input.
+        tensors: Parameters in full precision, and those of the quantized model so far.
+        hidden: x_fp and x_q.
+        batch_size: Samples per forward pass.
+        activations: Rounding in the quantized model.
+    """
+    exact = tensors[0]
     reader = step.names[0].removesuffix(WEIGHT)
     watched = [reader] if step.place is None else [reader, step.place]
     moment: Tensor | float = 0.0
     crosses: dict[str, Tensor | float] = dict.fromkeys(step.names, 0.0)
-    for parts in zip(x_fp.split(batch_size), x_q.split(batch_size), strict=True):
+    for parts in zip(*(h.split(batch_size) for h in hidden), strict=True):
         wanted, now = (
             {
                 name: value.flatten(0, -2)
-                for name, value in decoder.inputs_inside(block, part, tensors, watched).items()
+                for name, value in decoder.inputs_inside(block, part, used, watched, fmt).items()
             }
-            for part, tensors in zip(parts, (exact, current), strict=True)
+            for part, used, fmt in zip(parts, tensors, (None, activations), strict=True)
         )
         x = now[reader]
+        if activations is not None:
+            x = fake_quantize_tokens(x, activations)
         moment = moment + (x.T @ x).double()
         for name in step.names:
             if step.place is None:

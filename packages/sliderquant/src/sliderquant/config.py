@@ -15,7 +15,7 @@ FULL_BITS = 16
 # Settings that only a calibration in windows has.
 TRAINING = (
     *("schedule", "shallow", "deep", "window", "stride", "gamma", "intra_order", "lwc"),
-    *("channel_scale", "target_input", "min_expert_tokens", "epochs"),
+    *("target_input", "min_expert_tokens", "epochs"),
     *("lr_lora", "lr_lwc", "lr_scale", "lr_scale_by_batch", "lora_rank"),
 )
 
@@ -90,13 +90,14 @@ class SliderConfig(WindowConfig):
     rounding: Literal["auto", "nearest", "compensated"] = setting(
         "auto",
         "nearest: windows train a correction and the clipping, then codes are the nearest (the "
-        "paper); compensated: no windows, each column's error is carried into the next (weights "
-        "only); auto: compensated, unless activations are rounded, the model has fused experts or a "
-        "setting of the windows is given",
+        "paper); compensated: no windows, each column's error is carried into the next; auto: "
+        "compensated, unless the model has fused experts or a setting of the windows is given",
     )
     lwc: bool = setting(True, "train the clipping range; no-lwc keeps it open")
     channel_scale: Literal["auto", "on", "off"] = setting(
-        "auto", "train channel scaling; auto: where activations are rounded, as in the paper"
+        "auto",
+        "scale channels, trained by the windows, in closed form with compensated rounding; auto: "
+        "where activations are rounded, as in the paper",
     )
     target_input: Literal["fp", "quant"] = setting(
         "fp", "what the full-precision target sees: its own input, or the quantized model's"
@@ -136,9 +137,9 @@ class SliderConfig(WindowConfig):
             "set abits to 4, 6 or 8",
         )
         require(
-            self.rounding != "compensated" or self.abits == FULL_BITS,
-            "compensated rounding is for weights alone",
-            "leave out abits, or use --rounding nearest",
+            self.rounding != "compensated" or not self.only_scales,
+            "with wbits 16 compensated rounding has nothing to round",
+            "set wbits, or use --rounding nearest to train channel scales alone",
         )
         require(
             self.min_expert_tokens >= 0,
@@ -171,10 +172,15 @@ class SliderConfig(WindowConfig):
 
     @property
     def scales_channels(self) -> bool:
-        """Whether channel scaling is trained."""
+        """Whether channels are scaled."""
         if self.channel_scale == "auto":
             return self.abits < FULL_BITS
         return self.channel_scale == "on"
+
+    @property
+    def only_scales(self) -> bool:
+        """Whether channel scales are all that there is to choose."""
+        return self.wbits == FULL_BITS and self.scales_channels
 
     @property
     def stages(self) -> int:
@@ -206,7 +212,7 @@ def with_rounding(config: SettingsT, shapes: Iterable[Sequence[int]] = ()) -> Se
     defaults = {f.name: f.default for f in fields(SliderConfig)}
     trained = any(getattr(config, name) != defaults[name] for name in TRAINING)
     unrounded = isinstance(config, QuantizeConfig) and config.format == "pre-quant"
-    windows = trained or fused or unrounded or config.abits < FULL_BITS
+    windows = trained or fused or unrounded or config.only_scales
     return replace(config, rounding="nearest" if windows else "compensated")
 
 

@@ -55,8 +55,9 @@ class Decoder(Protocol):
         hidden: Float[Tensor, "n t h"],
         weights: dict[str, Tensor],
         modules: Sequence[str],
+        activations: ActivationFormat | None = None,
     ) -> dict[str, Tensor]:
-        """Return what modules of a block are called with; the empty name is what it returns."""
+        """Return what modules of a block are called with, before rounding; "" is what it returns."""
         ...
 
     def counting_experts(self) -> AbstractContextManager[dict[int, Tensor]]:

@@ -220,14 +220,16 @@ class TransformersDecoder:
         hidden: Float[Tensor, "n t h"],
         weights: dict[str, Tensor],
         modules: Sequence[str],
+        activations: ActivationFormat | None = None,
     ) -> dict[str, Tensor]:
-        """Return what modules of a block are called with; it runs no further than the last of them.
+        """Return what modules of a block are called with, not rounded yet; it runs no further than that.
 
         Args:
             block: Its number.
             hidden: Hidden states that enter it.
             weights: Parameters to use instead of its own.
             modules: Names inside the block; the empty name asks for what the block returns.
+            activations: Rounding of activations on the way.
         """
         seen: dict[str, Tensor] = {}
 
@@ -244,7 +246,7 @@ class TransformersDecoder:
             if name
         ]
         try:
-            seen[""] = self.run_block(block, hidden, weights)
+            seen[""] = self.run_block(block, hidden, weights, activations)
         except _SeenEnough:
             pass
         finally:
