@@ -24,10 +24,11 @@ GRIDS = {
 }
 PAIRS = (
     *(("llama", "W2"), ("llama", "W2g64"), ("llama", "W3"), ("llama", "W3g128"), ("llama", "W4")),
-    *(("llama-outliers", "W4A4"), ("qwen", "W2g64"), ("qwen-outliers", "W4A4")),
+    *(("llama", "W4A4"), ("llama-outliers", "W4A4")),
+    *(("qwen", "W2g64"), ("qwen-outliers", "W4A4")),
 )
 CALIBRATED = (
-    *("gptq", "smoothquant-gptq", "awq", "autoround"),
+    *("gptq", "smoothquant-gptq", "smoothquant-gptq-inside", "awq", "autoround"),
     *("slider-visits", "slider-seconds", "slider-compensated"),
 )
 PEERS = ("rtn", "torchao", "hqq", *CALIBRATED)
@@ -75,6 +76,7 @@ class PeersConfig(DemoModelConfig):
             "hqq",
             "gptq",
             "smoothquant-gptq",
+            "smoothquant-gptq-inside",
             "awq",
             "autoround",
             "autoround-extended",
@@ -204,7 +206,10 @@ def cell_of(config: PeersConfig, family: str, name: str, method: str, seed: int)
     grid = GRIDS[name]
     options: dict[str, Any] = {}
     function = method.partition("-")[0] if method.startswith(("autoround", "slider")) else method
-    if method in ("gptq", "smoothquant-gptq", "awq"):
+    if method.startswith("smoothquant"):
+        function = "smoothquant-gptq"
+        options = {"batch_size": config.batch_size, "inside": method.endswith("-inside")}
+    elif method in ("gptq", "awq"):
         options = {"batch_size": config.batch_size}
     elif function == "autoround":
         options = {"batch_size": config.batch_size, "iters": config.iters, "seed": seed}
@@ -270,7 +275,9 @@ def seeds_of(config: PeersConfig, method: str) -> tuple[int, ...]:
 def methods_of(config: PeersConfig, name: str) -> list[str]:
     """Return the methods to compare at a setting; SmoothQuant is made for rounded activations."""
     rounded = GRIDS[name].abits < FULL_BITS
-    wanted = [method for method in config.methods if rounded or method != "smoothquant-gptq"]
+    wanted = [
+        method for method in config.methods if rounded or not method.startswith("smoothquant")
+    ]
     # sliderquant at equal time comes after the method whose time it needs.
     return sorted(wanted, key=lambda method: method.startswith("slider"))
 

@@ -161,11 +161,13 @@ def smoothquant_gptq(task: Task) -> tuple[PreTrainedModel, str]:
         SmoothQuantModifier,
     )
 
+    mappings = [*BEHIND_NORMS, INSIDE_MLP] if task.options["inside"] else None
     recipe = [
-        SmoothQuantModifier(smoothing_strength=0.8),
+        SmoothQuantModifier(smoothing_strength=0.8, mappings=mappings),
         GPTQModifier(config_groups=_scheme(task.grid), ignore=[HEAD]),
     ]
-    return _oneshot(task, recipe), "SmoothQuantModifier(0.8), GPTQModifier"
+    places = "behind norms and inside the MLP" if mappings else "behind norms, its default"
+    return _oneshot(task, recipe), f"SmoothQuantModifier(0.8), {places}; GPTQModifier"
 
 
 def awq(task: Task) -> tuple[PreTrainedModel, str]:
@@ -260,6 +262,13 @@ def autoround(task: Task) -> tuple[PreTrainedModel, str]:
     return model, settings + (", enable_alg_ext" if options["extended"] else "")
 
 
+# Layers whose inputs are smoothed, and the layer in front of them that takes the scale: what
+# SmoothQuant does on its own, and what it can be asked to do.
+BEHIND_NORMS = [
+    (["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"),
+    (["re:.*gate_proj", "re:.*up_proj"], "re:.*post_attention_layernorm"),
+]
+INSIDE_MLP = (["re:.*down_proj"], "re:.*up_proj")
 METHODS = {
     "rtn": rtn,
     "torchao": torchao,

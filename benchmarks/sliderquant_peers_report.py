@@ -35,6 +35,7 @@ NAMES = {
     "hqq": "HQQ",
     "gptq": "GPTQ",
     "smoothquant-gptq": "SmoothQuant + GPTQ",
+    "smoothquant-gptq-inside": "SmoothQuant, also inside MLPs, + GPTQ",
     "awq": "AWQ",
     "autoround": "AutoRound",
     "autoround-extended": "AutoRound, extended",
@@ -144,7 +145,7 @@ def write(config: PeersConfig, command: Sequence[str]) -> Report | None:
         return None
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    figures = _figures(out, found, damages)
+    figures = _figures(out, found, arms, damages)
     runs = [run for entry in (*found, *arms) for run in entry.runs.values()]
     report = Report(
         package="sliderquant",
@@ -273,26 +274,35 @@ def _damage_rows(damages: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row
 
 
 def _figures(
-    out: Path, found: Sequence[Entry], damages: Mapping[str, Sequence[Mapping[str, Any]]]
+    out: Path,
+    found: Sequence[Entry],
+    arms: Sequence[Entry],
+    damages: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> list[Path]:
     """Draw what there is to draw."""
     if find_spec("matplotlib") is None:
         say("no pictures: install sliderquant[plot]")
         return []
-    pairs = dict.fromkeys((e.family, e.setting) for e in found if e.label != "full precision")
-    groups = {
-        f"{family} {name}": [e for e in found if (e.family, e.setting) == (family, name) and e.runs]
-        for family, name in pairs
-    }
-    groups = {name: group for name, group in groups.items() if group}
+    groups, changed = _by_setting(found), _by_setting(arms)
     full = {e.family: e for e in found if e.label == "full precision" and e.runs}
     made = []
     if groups:
         made.append(_methods_picture(out / "sliderquant-peers.png", groups, full))
         made.append(_cost_picture(out / "sliderquant-peers-cost.png", groups))
+    if changed:
+        made.append(_methods_picture(out / "sliderquant-peers-ablation.png", changed, {}))
     if damages:
         made.append(_damage_picture(out / "sliderquant-peers-sensitivity.png", damages))
     return made
+
+
+def _by_setting(found: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """Return the rows of every model and setting that have runs."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in found:
+        if entry.runs and entry.label != "full precision":
+            groups.setdefault(f"{entry.family} {entry.setting}", []).append(entry)
+    return groups
 
 
 def _methods_picture(
@@ -319,7 +329,7 @@ def _methods_picture(
                 panel.axvline(full[group[0].family].values(text)[0], color="grey", linestyle="--")
             if max(means) > WIDE * min(means):
                 panel.set_xscale("log")
-            panel.set_yticks(range(len(group)), [NAMES[e.label] for e in group])
+            panel.set_yticks(range(len(group)), [NAMES.get(e.label, e.label) for e in group])
             panel.invert_yaxis()
             panel.set(title=name, xlabel=f"perplexity, {text}")
     figure.savefig(path, dpi=120)
