@@ -35,7 +35,7 @@ NAMES = {
     "hqq": "HQQ",
     "gptq": "GPTQ",
     "smoothquant-gptq": "SmoothQuant + GPTQ",
-    "smoothquant-gptq-inside": "SmoothQuant, also inside MLPs, + GPTQ",
+    "smoothquant-gptq-inside": "SmoothQuant in MLPs too + GPTQ",
     "awq": "AWQ",
     "autoround": "AutoRound",
     "autoround-extended": "AutoRound, extended",
@@ -49,6 +49,7 @@ PEER_LIBRARIES = ("llmcompressor", "auto-round", "hqq", "torchao", "compressed-t
 MARKERS = "os^vD<>Ph*X"
 PER_ROW = 3  # panels
 WIDE = 3.0  # times the smallest perplexity: then a logarithmic axis
+FAR = 1.4  # times the smallest perplexity: then an arrow at the edge, with the value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -324,11 +325,17 @@ def _methods_picture(
         for row, text in enumerate(texts):
             panel = panels[stripe * len(texts) + row][column]
             means, errors = zip(*(_mean_and_error(e.values(text)) for e in group), strict=True)
-            panel.errorbar(means, range(len(group)), xerr=errors, fmt="o", capsize=3)
+            edge = FAR * min(means)
+            for line, (mean, error) in enumerate(zip(means, errors, strict=True)):
+                if mean <= edge:
+                    panel.errorbar(mean, line, xerr=error, fmt="oC0", capsize=3)
+                else:
+                    panel.plot(edge, line, ">C0")
+                    panel.annotate(
+                        f"{mean:.0f}   ", (edge, line), ha="right", va="center", fontsize="small"
+                    )
             if group[0].family in full:
                 panel.axvline(full[group[0].family].values(text)[0], color="grey", linestyle="--")
-            if max(means) > WIDE * min(means):
-                panel.set_xscale("log")
             panel.set_yticks(range(len(group)), [NAMES.get(e.label, e.label) for e in group])
             panel.invert_yaxis()
             panel.set(title=name, xlabel=f"perplexity, {text}")
