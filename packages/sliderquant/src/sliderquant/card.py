@@ -67,11 +67,13 @@ def made_section(
     document = report.to_json()
     libraries = {"python": document["environment"]["python"], "torch": report.environment["torch"]}
     libraries |= document["environment"]["libraries"]
+    way = "[SliderQuant](https://arxiv.org/abs/2603.25284) windows"
+    if settings["rounding"] == "compensated":
+        way = "Compensated rounding"
     lines = [
         MADE,
         "",
-        f"[SliderQuant](https://arxiv.org/abs/2603.25284) post-training quantization, "
-        f"{report.package} {report.version}: {setting}.",
+        f"{way}, {report.package} {report.version}: {setting}.",
         "",
         *_figures(document["rows"]),
         "Calibration data:",
