@@ -145,8 +145,9 @@ def test_ctrl_c_stops_the_demo_too(tmp_path: Path, demos: dict) -> None:
     sleeper = "import os, time\n"
     sleeper += f"Path({str(pid_file)!r}).write_text(str(os.getpid()))\ntime.sleep(60)\n"
     command = fake_demo(tmp_path, "sleeper", sleeper)
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import run\n"
+    code = (  # a shell that starts the tests in the background has them ignore the signal
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import run\n"
         f"sys.exit(run.main(['--out', {str(tmp_path / 'out')!r}], {{'sleeper': {command!r}}}))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as process:
