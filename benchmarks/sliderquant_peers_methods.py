@@ -160,8 +160,11 @@ def smoothquant_gptq(task: Task) -> tuple[PreTrainedModel, str]:
     from llmcompressor.modifiers.transform.smoothquant import (  # pyright: ignore[reportMissingImports]
         SmoothQuantModifier,
     )
+    from llmcompressor.modifiers.transform.smoothquant.utils import (  # pyright: ignore[reportMissingImports]
+        DEFAULT_SMOOTHQUANT_MAPPINGS,
+    )
 
-    mappings = [*BEHIND_NORMS, INSIDE_MLP] if task.options["inside"] else None
+    mappings = [*DEFAULT_SMOOTHQUANT_MAPPINGS, INSIDE_MLP] if task.options["inside"] else None
     recipe = [
         SmoothQuantModifier(smoothing_strength=0.8, mappings=mappings),
         GPTQModifier(config_groups=_scheme(task.grid), ignore=[HEAD]),
@@ -262,12 +265,7 @@ def autoround(task: Task) -> tuple[PreTrainedModel, str]:
     return model, settings + (", enable_alg_ext" if options["extended"] else "")
 
 
-# Layers whose inputs are smoothed, and the layer in front of them that takes the scale: what
-# SmoothQuant does on its own, and what it can be asked to do.
-BEHIND_NORMS = [
-    (["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"),
-    (["re:.*gate_proj", "re:.*up_proj"], "re:.*post_attention_layernorm"),
-]
+# What SmoothQuant leaves out on its own: layers whose inputs are smoothed, and the one in front.
 INSIDE_MLP = (["re:.*down_proj"], "re:.*up_proj")
 METHODS = {
     "rtn": rtn,
