@@ -1,0 +1,94 @@
+"""Which device a command computes on: one rule, one set of messages for every package."""
+
+import os
+from typing import TYPE_CHECKING
+
+from effml_common.errors import InputError
+from effml_common.logging import say
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICE_HELP = "auto (cuda, else cpu), cpu, cuda, cuda:N, mps or xpu"
+_KINDS = ("cpu", "cuda", "mps", "xpu")
+
+
+def resolve_device(name: str = "auto", *, float64: bool = False) -> "torch.device":
+    """Turn a ``--device`` into a device that is there, make it current and name it on stderr.
+
+    Under torchrun and accelerate, "auto" and "cuda" mean the card of this process (``LOCAL_RANK``).
+
+    Args:
+        name: What the user wrote: auto, cpu, cuda, cuda:N, mps or xpu.
+        float64: Whether the computation needs double precision on the device, which mps lacks.
+
+    Returns:
+        The device, with an index if it is a card.
+
+    Raises:
+        InputError: If torch does not know the device, or it is not there.
+    """
+    import torch
+
+    # What the user means, as kind and index.
+    kind, _, index = name.partition(":")
+    if name == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind not in _KINDS or (":" in name and not index.isdecimal()):
+        raise InputError(f"device {name!r} is unknown; use {DEVICE_HELP}")
+
+    # Whether it is there, and can do what is asked.
+    count = device_count(kind)
+    number = int(index) if index else int(os.environ.get("LOCAL_RANK", "0"))
+    if kind in ("cpu", "mps"):
+        number = int(index or 0)
+    if number >= count:
+        there = f"{count} {kind} device{'s' * (count != 1)}" if count else f"no {kind} device"
+        usable = f"use {kind}:{count - 1}" if count > 1 else f"use {kind}" if count else "use cpu"
+        raise InputError(f"device {name} is not there (torch finds {there}); {usable}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if index and kind != "cpu" and processes > 1:
+        raise InputError(f"device {name} is one card for {processes} processes; use {kind}")
+    if kind == "mps" and float64:
+        raise InputError("device mps has no float64, which this command computes in; use cpu")
+
+    # Triton launches on the current card, whatever card the tensors are on.
+    device = torch.device(kind, number) if kind in ("cuda", "xpu") else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    say(f"device: {device_name(device)}")
+    return device
+
+
+def device_count(kind: str) -> int:
+    """Number of devices of a kind (cpu, cuda, mps, xpu) that torch can compute on here."""
+    import torch
+
+    if kind == "cuda":
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    if kind == "xpu":
+        return torch.xpu.device_count() if torch.xpu.is_available() else 0
+    return 1
+
+
+def device_name(device: "torch.device") -> str:
+    """Device and, for a card, its product name: "cuda:0 (NVIDIA H100)"."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
+
+def synchronize(device: "torch.device") -> None:
+    """Wait until a device has done what was asked of it, so that a clock can be read."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type == "xpu":
+        torch.xpu.synchronize(device)
