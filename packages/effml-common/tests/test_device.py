@@ -50,7 +50,7 @@ def test_one_named_card_for_several_processes_is_refused(two_cards, monkeypatch)
 
 @pytest.mark.parametrize("name", ["tpu", "gpu", "", "cuda:", "cuda:x", "cuda:-1", "meta"])
 def test_an_unknown_device_is_refused_with_the_choices(name) -> None:
-    with pytest.raises(InputError, match="is unknown; use auto .*cuda:N, mps or xpu$"):
+    with pytest.raises(InputError, match=r"is unknown; use auto .*cuda:N, mps or xpu$"):
         resolve_device(name)
 
 

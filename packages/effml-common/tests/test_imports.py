@@ -10,7 +10,13 @@ import effml_common
 
 @pytest.mark.parametrize(
     "module",
-    ["effml_common", "effml_common.cli", "effml_common.device", "effml_common.report"],
+    [
+        "effml_common",
+        "effml_common.cli",
+        "effml_common.device",
+        "effml_common.errors",
+        "effml_common.report",
+    ],
 )
 def test_importing_loads_neither_torch_nor_the_parser(module: str) -> None:
     heavy = "{'torch', 'numpy', 'jsonargparse', 'rich', 'safetensors'}"
