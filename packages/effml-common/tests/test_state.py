@@ -10,7 +10,14 @@ from torch import nn
 from effml_common import checkpoint
 from effml_common.errors import CheckpointError, NonFiniteError
 from effml_common.finite import check_finite
-from effml_common.state import restore_training_state, rng_state, set_rng_state, training_state
+from effml_common.state import (
+    host_rng_state,
+    restore_training_state,
+    rng_state,
+    set_host_rng_state,
+    set_rng_state,
+    training_state,
+)
 
 STEPS, STOP, BATCH = 40, 17, 8
 
@@ -154,3 +161,42 @@ def test_random_states_of_other_hardware_are_warned_about(capsys) -> None:
     if not torch.cuda.is_available():
         set_rng_state(state)
         assert "99 CUDA devices" in capsys.readouterr().err
+
+
+@pytest.fixture
+def a_card(monkeypatch) -> list[object]:
+    """A machine with one card; returns the states that were given to it."""
+    given: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: ["state of the card"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: given.append(state))
+    return given
+
+
+def test_a_card_that_is_not_in_use_is_left_alone(a_card, monkeypatch, capsys) -> None:
+    # A forked loading process looks the same: torch calls its CUDA not initialized.
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    state = rng_state()
+    assert "cuda" not in state
+    set_rng_state(state)
+    assert not a_card
+    assert not capsys.readouterr().err
+
+
+def test_a_card_in_use_is_saved_and_put_back(a_card, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    set_rng_state(rng_state())
+    assert a_card == ["state of the card"]
+    assert not capsys.readouterr().err
+
+
+def test_the_states_of_main_memory_never_touch_a_card(a_card, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    state = host_rng_state()
+    drawn = torch.rand(3), random.random()
+    set_host_rng_state(state)
+    assert "cuda" not in state
+    assert not a_card
+    assert torch.equal(torch.rand(3), drawn[0])
+    assert random.random() == drawn[1]
