@@ -1,0 +1,160 @@
+"""What one operation costs a GPU: bytes, FLOPs, and attention as the one call that it is there."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+# Read as much of the first argument as they return, or write as much of it as they are given.
+LOOKUPS = {"embedding", "index", "index_select", "gather"}
+SCATTERS = {"index_put", "index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_"}
+_WRITES_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_"}
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Stand in for ``F.scaled_dot_product_attention``: one flash or one memory-efficient call.
+
+    Without this a fake device decomposes attention into its matrices, and both the number of
+    launches and the peak memory are wrong.
+
+    Args:
+        query: Shape [batch, heads, queries, channels]; missing leading dimensions count as one.
+        key: Shape [batch, key heads, keys, channels].
+        value: As ``key``.
+        attn_mask: Boolean or additive, broadcastable to [batch, heads, queries, keys].
+        dropout_p: Probability of dropping a weight.
+        is_causal: Whether a query sees only the keys up to its own place.
+        scale: Factor of the scores; default 1 / sqrt(channels).
+        enable_gqa: Whether several query heads share one key head.
+
+    Returns:
+        Tensor of the shape of ``query``.
+    """
+    # Autocast treats attention as it treats a matrix product.
+    kind = query.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        lower = torch.get_autocast_dtype(kind)
+        query, key, value = (t.to(lower) for t in (query, key, value))
+    q, k, v = (t.reshape(-1, *t.shape[-3:]) if t.dim() != 4 else t for t in (query, key, value))
+    if query.dim() == 3:
+        q, k, v = (t.unsqueeze(0) for t in (query, key, value))
+
+    # Flash takes half precision without a mask, and shares key heads by itself.
+    if attn_mask is None and q.dtype in (torch.float16, torch.bfloat16):
+        out = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[
+            0
+        ]
+        return out.reshape(query.shape[:-1] + value.shape[-1:])
+
+    # The memory-efficient kernel wants one key head per query head and an additive mask.
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            zero = torch.zeros((), dtype=q.dtype, device=q.device)
+            attn_mask = torch.where(attn_mask, zero, float("-inf"))
+        attn_mask = attn_mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
+    efficient = aten._scaled_dot_product_efficient_attention
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    out = efficient(q, k, v, attn_mask, needs_grad, dropout_p, is_causal, scale=scale)[0]
+    return out.reshape(query.shape[:-1] + value.shape[-1:])
+
+
+def traffic(name: str, read: list[Tensor], written: list[Tensor]) -> tuple[int, int]:
+    """Bytes that an operation reads and writes.
+
+    Args:
+        name: Of the operation, without namespace.
+        read: Its arguments on the device.
+        written: What it writes there.
+    """
+    wrote = sum(map(nbytes, written))
+    if name in LOOKUPS:  # the rows that are looked up, not the table
+        return wrote + sum(map(nbytes, read[1:])), wrote
+    if name in SCATTERS:
+        touched = sum(map(nbytes, read[1:]))
+        return touched, touched
+    if name in _WRITES_ONLY:  # the old value of the first argument does not matter
+        return sum(map(nbytes, read[1:])), wrote
+    return sum(map(nbytes, {id(t): t for t in read}.values())), wrote
+
+
+def nbytes(tensor: Tensor) -> int:
+    """Bytes of the elements that a tensor really has: an expanded dimension is stored once."""
+    stored = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    return math.prod(stored) * tensor.element_size() if tensor.numel() else 0
+
+
+def work(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inputs: list[Tensor]
+) -> tuple[int, str]:
+    """FLOPs of an operation and the type of its operands ("tf32" where float32 may use it)."""
+    name = func._schema.name.split("::")[1]
+    floating = [t.dtype for t in inputs if t.dtype.is_floating_point]
+    dtype = str(floating[0] if floating else "none").removeprefix("torch.")
+    if name.startswith("_scaled_dot_product"):
+        return _attention_flops(name, func, args, kwargs), dtype
+    formula = flop_registry.get(func._overloadpacket)
+    flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
+    if dtype == "float32" and flops and _tf32(name):
+        dtype = "tf32"
+    return flops, dtype
+
+
+def _tf32(name: str) -> bool:
+    if "conv" in name:
+        return torch.backends.cudnn.allow_tf32
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+def _attention_flops(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Two products forward, five backward; half of that where a query sees half of the keys."""
+    backward = "backward" in name
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    query, key, value = named["query"], named["key"], named["value"]
+    batch, heads, queries, channels = query.shape
+    products = (
+        2 * (channels * 3 + value.shape[-1] * 2) if backward else 2 * (channels + value.shape[-1])
+    )
+    flops = batch * heads * queries * key.shape[2] * products
+    return flops // 2 if named.get("is_causal") else flops
+
+
+def is_mask(value: object) -> bool:
+    """Whether an index is a boolean tensor, whose number of rows depends on its values."""
+    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
+
+
+def rows_for_masks(indices: list[Tensor | None], rows: int) -> list[Tensor | None]:
+    """Indices in which each mask has become the positions of ``rows`` elements."""
+    replaced: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and is_mask(index):
+            replaced += [index.new_empty(rows, dtype=torch.long) for _ in range(index.dim())]
+        else:
+            replaced.append(index)
+    return replaced
+
+
+def mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Arguments that an operation changes in place, such as the lists of a fused optimizer."""
+    changed: list[Tensor] = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            changed += [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+    return changed

@@ -1,0 +1,37 @@
+"""Where in the code an operation was asked for."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = ("counter.py", "costs.py", "frames.py")
+_SKIPPED = (_TORCH, *(str(Path(__file__).with_name(name)) for name in _OURS))
+
+
+def frames() -> Iterator[tuple[str, str, int]]:
+    """File, function and line of the frames above, innermost first, without torch's and ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not path.startswith(_SKIPPED) and not path.startswith("<"):
+            yield path, frame.f_code.co_name, frame.f_lineno
+        frame = frame.f_back
+
+
+def line() -> str:
+    """The innermost frame that is not torch's, as "file.py:function"."""
+    path, function, _ = next(frames())
+    return f"{Path(path).name}:{function}"
+
+
+def inside_optimizer() -> bool:
+    """Whether torch's optimizer asks: its step counts live on the host, also on a card."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if f"{_TORCH}/optim/" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
