@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from com_pt.tasks.base import task_class
 from com_pt.tasks.causal_lm import CausalLMTask
 from com_pt.tasks.classify import ClassifyTask
 from com_pt.tasks.clip import ClipTask
+from effml_common.device import device_name, resolve_device
 from effml_common.errors import ConfigError, InputError
 from effml_common.files import atomic_write
 from effml_common.logging import say
@@ -72,11 +74,14 @@ def grow_model(config: GrowConfig) -> Facts:
     Raises:
         InputError: If a model cannot be loaded, or the two cannot be connected.
     """
+    device = resolve_device(config.device)
     out = Path(config.out or time.strftime("runs/grow-%Y%m%d-%H%M%S"))
     if out.exists():
         raise ConfigError(f"{out} is there already; choose another --out")
     small = load_any(config.small, config.small_model)
     large, spec = build_like(small, config.large, config.seed)
+    small.model.to(device)
+    large.to(device)
     report = grow(
         small.model,
         large,
@@ -170,9 +175,11 @@ def with_overrides(chain: ChainConfig, config: TrainConfig) -> ChainConfig:
 
 def _train(config: TrainConfig, chain: ChainConfig, command: str) -> Report:
     started = time.monotonic()
+    device = resolve_device(config.device)
     out = Path(config.out or time.strftime(f"runs/{command}-%Y%m%d-%H%M%S"))
     task = task_class(chain.task)(chain.data)
-    members = run_chain(chain, out, task=task, resume=config.resume == "auto", force=config.force)
+    resume = config.resume == "auto"
+    members = run_chain(chain, out, task=task, resume=resume, force=config.force, device=device)
     planned = plan_chain(chain, task)
     report = Report(
         package="com-pt",
@@ -185,7 +192,7 @@ def _train(config: TrainConfig, chain: ChainConfig, command: str) -> Report:
         files=[member.name for member in members],
         environment=environment(
             ("open-clip-torch", "timm", "transformers", "accelerate"),
-            "cuda" if torch.cuda.is_available() else "cpu",
+            device_name(device),
         ),
     )
     write_report(report, out / "run")
@@ -208,23 +215,32 @@ def evaluate(config: EvalConfig) -> Facts:
     Raises:
         InputError: If the model or its data do not fit the suite.
     """
+    device = resolve_device(config.device)
     loaded = load_any(config.model)
     wanted = {"top1": "timm", "perplexity": "llama"}.get(config.suite, "clip")
     if loaded.library != wanted:
         raise InputError(f"{config.suite} is for {wanted}, and {config.model} is {loaded.library}; "
                          "choose another --suite")  # fmt: skip
-    model: Any = loaded.model.eval()
+    model = loaded.model.to(device).eval()
+    with forward_autocast(device):
+        return Facts(_judge(config, model, loaded.classes))
+
+
+def forward_autocast(device: torch.device) -> Any:
+    """bfloat16 for the forward passes of an evaluation on CUDA; elsewhere the model's own type."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def _judge(config: EvalConfig, model: Any, classes: int) -> dict[str, float]:
     if config.suite == "perplexity":
         tokenizer = "bytes" if config.tokenizer == "simple" else config.tokenizer
         settings = {"val": list(config.data), "length": config.length, "tokenizer": tokenizer}
-        return Facts(perplexity(model, CausalLMTask(settings).blocks("val")))
+        return perplexity(model, CausalLMTask(settings).blocks("val"))
     if config.suite == "top1":
-        task = ClassifyTask(
-            {"val": config.data[0], "images": config.images, "classes": loaded.classes,
-             "image_size": list(model.patch_embed.img_size)}
-        )  # fmt: skip
-        return Facts(task.evaluate(model))
-    return Facts(_judge_clip(config, model))
+        size = list(model.patch_embed.img_size)
+        data = {"val": config.data[0], "images": config.images}
+        return ClassifyTask({**data, "classes": classes, "image_size": size}).evaluate(model)
+    return _judge_clip(config, model)
 
 
 def _judge_clip(config: EvalConfig, model: Any) -> dict[str, float]:

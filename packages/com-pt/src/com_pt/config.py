@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from effml_common.device import DEVICE_HELP
 from effml_common.settings import require, setting
 
 
@@ -39,6 +40,7 @@ class GrowConfig:
     resize_pos: bool = setting(False, "interpolate positions if the image size differs")
     allow_missing: tuple[str, ...] = setting((), "name patterns that may be missing and stay fresh")
     seed: int = setting(0, "of the fresh weights and the uneven split")
+    device: str = setting("auto", DEVICE_HELP)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] | None = setting(None, "replaces precision")
     accum_freq: int | None = setting(None, "replaces accum_freq, micro-batches per update")
     grad_checkpointing: bool | None = setting(None, "replaces grad_checkpointing")
+    device: str = setting("auto", DEVICE_HELP)
     resume: Literal["never", "auto"] = setting(
         "never", "auto continues an interrupted run in the same --out"
     )
@@ -102,6 +105,7 @@ class EvalConfig:
     templates: str | None = setting(None, "zero-shot: file of templates with {}")
     tokenizer: str = setting("simple", "simple (open_clip), bytes, or a tokenizer's folder")
     length: int = setting(512, "perplexity: tokens of a block")
+    device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
         require(bool(self.data), "there are no data to judge on", "give --data FILE")
@@ -128,6 +132,7 @@ class DemoConfig:
     seeds: int = setting(1, "seeds of initialisation and order; claims need 3")
     steps: int = setting(400, "updates of the first member, and of individual training")
     out: str | None = setting(None, "folder of the report; default runs/demo-<time>")
+    device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
         require(self.seeds >= 1, f"seeds must be 1 or more, got {self.seeds}", "use 3 for claims")

@@ -8,10 +8,12 @@ from com_pt.errors import ChainOrderError, GrowthError
 from com_pt.layout import BLOCKS, NEVER_GROWN, Axis, Rule
 
 
-def index_map(axis: Axis, small: int, large: int) -> Int[Tensor, "small"]:
+def index_map(
+    axis: Axis, small: int, large: int, device: torch.device | None = None
+) -> Int[Tensor, "small"]:
     """Where the entries of a small axis go in a large one (section 5.4 of the method's notes).
 
-    Leading entries; within each third for QKV and each quarter for CAT4.
+    Leading entries; within each third for QKV and each quarter for CAT4. On ``device``, default the CPU.
 
     Raises:
         ChainOrderError: If the axis shrinks.
@@ -31,8 +33,8 @@ def index_map(axis: Axis, small: int, large: int) -> Int[Tensor, "small"]:
         raise GrowthError(
             f"{axis.role} axes of {small} and {large} do not split into {blocks}; check the layout"
         )
-    start = torch.arange(blocks).unsqueeze(1) * (large // blocks)
-    return (start + torch.arange(small // blocks)).flatten()
+    start = torch.arange(blocks, device=device).unsqueeze(1) * (large // blocks)
+    return (start + torch.arange(small // blocks, device=device)).flatten()
 
 
 def top_left(small: Tensor, fresh: Tensor) -> Tensor | None:
@@ -60,7 +62,7 @@ def embed(small: Tensor, fresh: Tensor, rule: Rule) -> Tensor:
     if small.dim() == 0:
         return small.to(grown.dtype)
     index = [
-        index_map(axis, s, n)
+        index_map(axis, s, n, grown.device)
         for axis, s, n in zip(rule.axes, small.shape, fresh.shape, strict=True)
     ]
     grown[torch.meshgrid(*index, indexing="ij")] = small

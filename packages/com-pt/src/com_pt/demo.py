@@ -16,6 +16,7 @@ import torch
 from com_pt.config import DemoConfig
 from com_pt.study import Cell, claims_of, curve, rows_of, train_cell
 from com_pt.tasks.digits import DigitPairs, pair_model
+from effml_common.device import device_name, resolve_device
 from effml_common.logging import progress, say
 from effml_common.report import Report, Row, environment, write_report
 
@@ -36,13 +37,14 @@ def demo(config: DemoConfig) -> Report:
     """
     started = time.monotonic()
     say("about 2 minutes a seed on two quiet CPU cores, the first time 3 more; models are cached")
+    device = resolve_device(config.device)
     torch.set_num_threads(1)
     out = Path(config.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
     task = DigitPairs({})
     cells: list[Cell] = []
     with progress("demo", config.seeds * (len(MEMBERS) + 2 * len(SHOWN))) as bar:
         for seed in range(1, config.seeds + 1):
-            for cell in _seed(config, task, out, seed):
+            for cell in _seed(config, task, out, seed, device):
                 cells.append(cell)
                 bar.advance(1, **{METRIC: cell.value})
     names = ["", *MEMBERS]
@@ -60,26 +62,28 @@ def demo(config: DemoConfig) -> Report:
             "a seed varies initialisation and order; every run has a complete schedule of its own",
         ],
         files=[path.name for path in figures],
-        environment=environment(LIBRARIES),
+        environment=environment(LIBRARIES, device_name(device)),
     )
     write_report(report, out / "run", figures=figures)
     say(f"report: {out / 'run' / 'report.html'}")
     return report
 
 
-def _seed(config: DemoConfig, task: DigitPairs, out: Path, seed: int) -> list[Cell]:
-    alone = cache_folder(config.steps)
+def _seed(
+    config: DemoConfig, task: DigitPairs, out: Path, seed: int, device: torch.device
+) -> list[Cell]:
+    alone = cache_folder(config.steps, device)
     fresh = out / "run" / "cells"
     cells = []
     for member in MEMBERS:
-        cells.append(
-            _cell(task, alone, None, f"{member} alone", member, "scratch", config.steps, seed)
-        )
+        name, steps = f"{member} alone", config.steps
+        cells.append(_cell(task, alone, None, name, member, "scratch", steps, seed, device))
     before = alone / f"T_alone-{seed}"
     for member, share in SHARES.items():
         for arm in SHOWN:
             steps = max(10, round(share * config.steps))
-            cells.append(_cell(task, fresh, before, f"{member} {arm}", member, arm, steps, seed))
+            name = f"{member} {arm}"
+            cells.append(_cell(task, fresh, before, name, member, arm, steps, seed, device))
         before = fresh / f"{member} {CHAIN}-{seed}".replace(" ", "_")
     return cells
 
@@ -93,6 +97,7 @@ def _cell(
     arm: str,
     steps: int,
     seed: int,
+    device: torch.device,
 ) -> Cell:
     place = folder / f"{name}-{seed}".replace(" ", "_")
     done = place / "cell.json"
@@ -114,14 +119,16 @@ def _cell(
         metric=METRIC,
         batch=BATCH,
         lr=RATE,
+        device=device,
     )
 
 
-def cache_folder(steps: int) -> Path:
-    """Where members trained alone are kept: a name for every setting and library version."""
+def cache_folder(steps: int, device: torch.device) -> Path:
+    """Where members trained alone are kept: a name for every setting, device and library version."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     versions = [version(name) for name in ("com-pt", "torch", *LIBRARIES)]
-    key = json.dumps([steps, MEMBERS, BATCH, RATE, versions], sort_keys=True)
+    settings = [steps, MEMBERS, BATCH, RATE, versions, device_name(device)]
+    key = json.dumps(settings, sort_keys=True)
     return root / "effml" / "com-pt" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,8 @@
-"""Zero-shot classification, retrieval, linear probe, top-1 and perplexity."""
+"""Zero-shot classification, retrieval, linear probe, top-1 and perplexity.
+
+The model's forward passes run where the model is, in the caller's autocast if there is one; embeddings
+and logits come back as float32, and every metric is computed from them in float32 or better.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+PAIRS = 2**26  # similarities that are ranked at once, which takes about 2 GB
 
 
 @torch.no_grad()
@@ -20,15 +26,12 @@ def evaluate_zero_shot(
     batch: int = 256,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy; a class is the renormalised mean of its unit prompt embeddings."""
-    device = next(model.parameters()).device
     n, templates, length = prompts.shape
     flat = prompts.reshape(n * templates, length)
-    words = torch.cat([model.encode_text(p.to(device), normalize=True) for p in flat.split(batch)])
+    words = encoded_texts(model, flat, batch)
     classes = F.normalize(words.reshape(n, templates, -1).mean(1), dim=-1)
-    pictures = encoded_images(model, images, batch)
-    return {
-        f"zero-shot {name}": value for name, value in top_k(pictures @ classes.T, labels).items()
-    }
+    hits = top_k(similarities(encoded_images(model, images, batch), classes), labels)
+    return {f"zero-shot {name}": value for name, value in hits.items()}
 
 
 def top_k(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> dict[str, float]:
@@ -43,11 +46,24 @@ def top_k(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> dict[str, 
 
 @torch.no_grad()
 def encoded_images(model: Any, images: Tensor, batch: int = 256) -> Tensor:
-    """Unit image embeddings [n, d]."""
+    """Unit image embeddings [n, d] in float32, on the model's device."""
     device = next(model.parameters()).device
-    return torch.cat(
-        [model.encode_image(part.to(device), normalize=True) for part in images.split(batch)]
-    )
+    parts = [model.encode_image(part.to(device)).float() for part in images.split(batch)]
+    return F.normalize(torch.cat(parts), dim=-1)
+
+
+@torch.no_grad()
+def encoded_texts(model: Any, tokens: Int[Tensor, "n length"], batch: int = 256) -> Tensor:
+    """Unit text embeddings [n, d] in float32, on the model's device."""
+    device = next(model.parameters()).device
+    parts = [model.encode_text(part.to(device)).float() for part in tokens.split(batch)]
+    return F.normalize(torch.cat(parts), dim=-1)
+
+
+def similarities(one: Float[Tensor, "n d"], other: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+    """Inner products in the embeddings' own precision, also within an autocast."""
+    with torch.autocast(one.device.type, enabled=False):
+        return one @ other.T
 
 
 @torch.no_grad()
@@ -62,30 +78,43 @@ def evaluate_retrieval(
 
     Image to text counts a hit if any of the image's captions is among the first k.
     """
-    device = next(model.parameters()).device
     owner = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor([len(t) for t in texts]))
-    flat = torch.cat(list(texts))
-    words = torch.cat([model.encode_text(p.to(device), normalize=True) for p in flat.split(batch)])
-    return retrieval_metrics(encoded_images(model, images, batch), words, owner.to(device))
+    words = encoded_texts(model, torch.cat(list(texts)), batch)
+    return retrieval_metrics(encoded_images(model, images, batch), words, owner.to(words.device))
 
 
 def retrieval_metrics(
     images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"], owner: Int[Tensor, " m"]
 ) -> dict[str, float]:
     """Recalls and ranks from embeddings; ``owner`` is the image that each text belongs to."""
-    similarity = images @ texts.T
-    best_first = similarity.argsort(dim=1, descending=True)
-    own = owner[best_first] == torch.arange(len(images), device=owner.device)[:, None]
-    to_text = own.float().argmax(dim=1)
-    by_text = similarity.T.argsort(dim=1, descending=True)
-    to_image = (by_text == owner[:, None]).float().argmax(dim=1)
+    number = torch.arange(len(images), device=images.device)
+    ways = {
+        "image to text": first_own_rank(images, texts, number, owner),
+        "text to image": first_own_rank(texts, images, owner, number),
+    }
     metrics = {}
-    for way, ranks in (("image to text", to_text), ("text to image", to_image)):
+    for way, ranks in ways.items():
         for k in (1, 5, 10):
             metrics[f"{way} R@{k}"] = float((ranks < k).float().mean())
         metrics[f"{way} mean rank"] = float(ranks.float().mean() + 1)
         metrics[f"{way} median rank"] = float(ranks.float().median() + 1)
     return metrics
+
+
+def first_own_rank(
+    queries: Float[Tensor, "n d"],
+    keys: Float[Tensor, "m d"],
+    query_owner: Int[Tensor, " n"],
+    key_owner: Int[Tensor, " m"],
+) -> Int[Tensor, " n"]:
+    """Rank, from 0, of the nearest key that has the query's owner; in chunks, for a card's memory."""
+    rows = max(1, PAIRS // max(1, len(keys)))
+    ranks = []
+    for part, owners in zip(queries.split(rows), query_owner.split(rows), strict=True):
+        best_first = similarities(part, keys).argsort(dim=1, descending=True)
+        own = key_owner[best_first] == owners[:, None]
+        ranks.append(own.float().argmax(dim=1))
+    return torch.cat(ranks)
 
 
 def linear_probe(

@@ -192,10 +192,14 @@ def check_weights(state: State) -> None:
     for name, value in state.items():
         if not value.is_floating_point() and value.dim() > 0:
             raise GrowthError(f"{name} is {value.dtype}; grow from an unquantised checkpoint")
-        if not bool(torch.isfinite(value).all()):
-            raise NonFiniteWeightsError(
-                f"{name} holds NaN or infinity; use an earlier checkpoint of the small model"
-            )
+
+    # One wait for the device, whatever the number of tensors.
+    finite = [torch.isfinite(value).all() for value in state.values()]
+    if finite and not bool(torch.stack(finite).all()):
+        name = next(name for name, fine in zip(state, finite, strict=True) if not bool(fine))
+        raise NonFiniteWeightsError(
+            f"{name} holds NaN or infinity; use an earlier checkpoint of the small model"
+        )
 
 
 def _layer_maps(

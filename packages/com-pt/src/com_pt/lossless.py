@@ -90,7 +90,7 @@ def duplicate(small: Tensor, fresh: Tensor, rule: Rule, generator: torch.Generat
         for axis, s, n in zip(rule.axes, small.shape, fresh.shape, strict=True)
     ]
     for axis, origin in enumerate(origins):
-        grown = grown.index_select(axis, origin)
+        grown = grown.index_select(axis, origin.to(grown.device))
     for axis, (role, origin) in enumerate(zip(rule.axes, origins, strict=True)):
         ratio = fresh.shape[axis] // small.shape[axis]
         if role.reads and ratio > 1:
@@ -99,7 +99,8 @@ def duplicate(small: Tensor, fresh: Tensor, rule: Rule, generator: torch.Generat
                 if its_role.writes:
                     first = _first_of_each(its_origin, small.shape[other])
                     shares = shares.index_select(other, first).index_select(other, its_origin)
-            grown = grown * shares.to(grown.dtype)
+            # Drawn in float64 on the CPU, so that a seed means the same on every device.
+            grown = grown * shares.to(grown.dtype).to(grown.device)
     return grown.clone()
 
 

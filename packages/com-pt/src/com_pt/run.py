@@ -69,6 +69,7 @@ def run_chain(
     task: Task | None = None,
     resume: bool = False,
     force: bool = False,
+    device: torch.device | None = None,
 ) -> list[Member]:
     """Train every member in turn.
 
@@ -78,6 +79,7 @@ def run_chain(
         task: Default the one that the chain names, with its data.
         resume: Go on where an interrupted run stopped, inside a stage or between two.
         force: Resume although settings have changed.
+        device: Where to compute; None leaves the choice to accelerate.
 
     Returns:
         The members, from small to large.
@@ -95,7 +97,7 @@ def run_chain(
     cost = plan_chain(chain, task)
     sizes = [_size(task, stage) for stage in chain.stages]
     check_order([stage.name for stage in chain.stages], sizes)
-    accelerator = make_accelerator(chain.precision)
+    accelerator = make_accelerator(chain.precision, device)
     _check_run(chain, out, resume=resume, force=force)
     # A slower process must not find what the first one writes.
     accelerator.wait_for_everyone()
@@ -174,6 +176,10 @@ def _grow(
         done = json.loads(record.read_text(encoding="utf-8"))
         scale_eps(model, layout_of(model), done["eps_factor"])
         return done["metrics"]
+    # On the device, except for models that are sharded because they do not fit there.
+    if not chain.shard:
+        predecessor.to(accelerator.device)
+        model.to(accelerator.device)
     report = grow(
         predecessor,
         model,

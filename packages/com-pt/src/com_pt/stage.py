@@ -7,13 +7,17 @@ each micro-batch carries that on to the weights: the same gradient as without mi
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from com_pt.adapters.sharding import whole
+from com_pt.chain import ChainConfig, StageConfig
 from com_pt.losses import InverseFeatureLoss
 from com_pt.tasks.base import Task
+from effml_common.finite import check_finite
 from effml_common.state import rng_state, set_rng_state
 
 NO_DECAY = (
@@ -50,6 +54,67 @@ class StageModel(nn.Module):
             for stream in self.task.streams
         }
         return {**outputs, **projected}
+
+
+def train_step(
+    stage: StageModel,
+    wrapped: nn.Module,
+    predecessor: StageModel | None,
+    batch: Any,
+    optimizer: Any,
+    accelerator: Any,
+    *,
+    micro_batches: int = 1,
+    step: int = 1,
+    last_good: Path | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One update from a batch that is on the device already; nothing is logged.
+
+    Args:
+        stage: The unwrapped module.
+        wrapped: The same, as accelerate wrapped it.
+        predecessor: The frozen smaller model; None without one.
+        batch: Tensors in tuples, lists or dicts.
+        optimizer: Of the module's parameters.
+        accelerator: An ``accelerate.Accelerator``.
+        micro_batches: Equal parts that the batch is computed in.
+        step: Number of the update, for messages.
+        last_good: Checkpoint folder, for messages.
+
+    Returns:
+        The loss and its named terms, detached, on the device.
+
+    Raises:
+        NonFiniteError: If a loss or gradient is NaN or infinite; the weights are unchanged then.
+    """
+    # The predecessor's streams are the targets of the feature loss.
+    parts = split(batch, micro_batches)
+    targets = [predecessor_streams(predecessor, part, accelerator) for part in parts]
+
+    optimizer.zero_grad()
+    total, terms = accumulate(stage, wrapped, parts, targets, accelerator)
+
+    # With fp16 the scaler looks at the gradients itself.
+    for name, value in terms.items():
+        check_finite(value, step=step, term=name, last_good=last_good)
+    if accelerator.scaler is None:
+        norm = nn.utils.get_total_norm([p.grad for p in stage.parameters() if p.grad is not None])
+        check_finite(total, whole(norm), step=step, term="total", last_good=last_good)
+
+    optimizer.step()
+    stage.task.after_step(stage.model)
+    return total, terms
+
+
+def predecessor_streams(
+    predecessor: StageModel | None, part: Any, accelerator: Any
+) -> dict[str, Tensor]:
+    """The predecessor's streams on the same batch; unit length is the loss's business."""
+    if predecessor is None:
+        return {}
+    with torch.no_grad(), accelerator.autocast():
+        outputs = predecessor(part)
+    return {name: outputs[name] for name in predecessor.task.streams}
 
 
 def losses_of(
@@ -125,17 +190,20 @@ def _plain(
     targets: Sequence[Mapping[str, Tensor]],
     accelerator: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    total: Tensor | None = None
     sums: dict[str, Tensor] = {}
-    total = torch.zeros(())
     for i, part in enumerate(parts):
         with _maybe_no_sync(accelerator, wrapped, last=i == len(parts) - 1):
             with accelerator.autocast():
                 outputs = wrapped(part)
             loss, terms = losses_of(stage, outputs, targets[i])
             accelerator.backward(loss / len(parts))
-        total = total.to(loss.device) + loss.detach() / len(parts)
+        share = loss.detach() / len(parts)
+        total = share if total is None else total + share
         for name, value in terms.items():
-            sums[name] = sums.get(name, torch.zeros_like(total)) + value.detach() / len(parts)
+            share = value.detach() / len(parts)
+            sums[name] = sums[name] + share if name in sums else share
+    assert total is not None
     return total, sums
 
 
@@ -164,6 +232,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
     from torch.utils import _pytree
 
     return _pytree.tree_map(lambda leaf: leaf.to(device, non_blocking=True), batch)
+
+
+def make_optimizer(module: nn.Module, chain: ChainConfig, stage: StageConfig) -> torch.optim.AdamW:
+    """A stage's own AdamW."""
+    return torch.optim.AdamW(
+        parameter_groups(module, stage.weight_decay),
+        lr=stage.lr,
+        betas=chain.betas,
+        eps=chain.eps,
+    )
 
 
 def parameter_groups(module: nn.Module, decay: float) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from com_pt.chain import ChainConfig, StageConfig
 from com_pt.growth import Mode
 from com_pt.run import plan_chain, run_chain
@@ -68,6 +70,7 @@ def train_cell(
     metric: str,
     batch: int,
     lr: float,
+    device: torch.device | None = None,
 ) -> Cell:
     """Train one member in one way into ``place``, from the cell in ``source`` if there is one."""
     mode, weight = ARMS[arm]
@@ -96,7 +99,8 @@ def train_cell(
     chain = ChainConfig(
         task=task_name, data=data, stages=tuple(stages), seed=seed, individual_epochs=epochs
     )
-    done = run_chain(chain, place / "run", task=task, resume=True, force=True)[-1]
+    run = place / "run"
+    done = run_chain(chain, run, task=task, resume=True, force=True, device=device)[-1]
     cell = Cell(
         cell=name,
         member=member,

@@ -1,6 +1,7 @@
 """Trains a stage on accelerate: the loop, its checkpoints, the predecessor beside it."""
 
 import copy
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,16 +18,14 @@ from com_pt.data.loading import Batches, seed_of
 from com_pt.losses import InverseFeatureLoss
 from com_pt.stage import (
     StageModel,
-    accumulate,
     learning_rate,
-    parameter_groups,
-    split,
+    make_optimizer,
     to_device,
+    train_step,
 )
 from com_pt.tasks.base import Task
 from effml_common import checkpoint
 from effml_common.errors import ConfigError, NonFiniteError
-from effml_common.finite import check_finite
 from effml_common.interrupt import StopSignal
 from effml_common.logging import RunLog, say, warn
 from effml_common.state import restore_training_state, training_state
@@ -106,12 +105,7 @@ class StageTrainer:
             for module in (self.module, self.predecessor):
                 if module is not None:
                     shard(module, device)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.module, stage.weight_decay),
-            lr=stage.lr,
-            betas=chain.betas,
-            eps=chain.eps,
-        )
+        optimizer = make_optimizer(self.module, chain, stage)
         if self.sharded:
             self.wrapped, self.optimizer = self.module, self.accelerator.prepare(optimizer)
         else:
@@ -122,10 +116,10 @@ class StageTrainer:
     def _feature_loss(self, model: nn.Module, predecessor: nn.Module) -> InverseFeatureLoss:
         batch = self.task.collate([self.batches.readable[0, i][0] for i in range(2)])
         widths = []
-        for one in (model.cpu().eval(), predecessor):
-            device = next(one.parameters()).device
+        batch = to_device(batch, self.accelerator.device)
+        for one in (model.to(self.accelerator.device).eval(), predecessor):
             with torch.no_grad():
-                outputs = self.task.features(one, to_device(batch, device))
+                outputs = self.task.features(one, batch)
             widths.append({name: outputs[name].shape[-1] for name in self.task.streams})
         dims = {name: (widths[0][name], widths[1][name]) for name in self.task.streams}
         torch.manual_seed(seed_of(self.chain.seed, self.stage.name, "projector"))
@@ -202,30 +196,20 @@ class StageTrainer:
             group["lr"] = rate
         # Dropout and the like: the same in a resumed run, different on every process.
         torch.manual_seed(seed_of(self.chain.seed, stage.name, step, accelerator.process_index))
-        parts = split(to_device(batch, accelerator.device), self.chain.accum_freq)
-        targets = [self._targets(part) for part in parts]
-        self.optimizer.zero_grad()
-        total, terms = accumulate(self.module, self.wrapped, parts, targets, accelerator)
-        for name, value in terms.items():
-            check_finite(value, step=step, term=name, last_good=root)
-        if accelerator.scaler is None:
-            norm = nn.utils.get_total_norm(
-                [p.grad for p in self.module.parameters() if p.grad is not None]
-            )
-            check_finite(total, whole(norm), step=step, term="total", last_good=root)
-        self.optimizer.step()
+        total, terms = train_step(
+            self.module,
+            self.wrapped,
+            self.predecessor,
+            to_device(batch, accelerator.device),
+            self.optimizer,
+            accelerator,
+            micro_batches=self.chain.accum_freq,
+            step=step,
+            last_good=root,
+        )
         self._count_skips(step, root)
-        self.task.after_step(self.module.model)
         self._warn_if_larger(terms)
         return total, terms, rate
-
-    def _targets(self, part: Any) -> dict[str, Tensor]:
-        """The predecessor's streams on the same batch; unit length is the loss's business."""
-        if self.predecessor is None:
-            return {}
-        with torch.no_grad(), self.accelerator.autocast():
-            outputs = self.predecessor(part)
-        return {name: outputs[name] for name in self.task.streams}
 
     def _count_skips(self, step: int, root: Path) -> None:
         if self.accelerator.scaler is None or not self.accelerator.optimizer_step_was_skipped:
@@ -291,20 +275,41 @@ class StageTrainer:
             )
 
 
-def make_accelerator(precision: str) -> Any:
-    """An accelerator of a precision.
+def make_accelerator(precision: str, device: torch.device | None = None) -> Any:
+    """An accelerator of a precision on a device.
+
+    Among several processes (torchrun, accelerate launch) every one computes on its own card of the
+    device's kind, over NCCL; on CPUs they talk over gloo.
+
+    Args:
+        precision: fp32, bf16 or fp16.
+        device: Where to compute; None leaves the choice to accelerate.
 
     Raises:
-        ConfigError: If the device cannot do it.
+        ConfigError: If the device cannot do it, or accelerate was launched for another kind.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import patch_environment
 
-    if precision == "fp16" and not torch.cuda.is_available():
+    on_cpu = not torch.cuda.is_available() if device is None else device.type == "cpu"
+    if precision == "fp16" and on_cpu:
         raise ConfigError("precision fp16 needs a GPU; use bf16 or fp32")
-    # It keeps the first precision of a process and refuses another; its process group stays.
-    AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=AMP[precision])
+
+    # It keeps the first precision and device of a process; a process group stays what it is.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    AcceleratorState._reset_state(reset_partial_state=alone)
+    if device is None:
+        return Accelerator(mixed_precision=AMP[precision])
+
+    # Alone it takes exactly this device; among several each process has a card of its own.
+    chosen = {"ACCELERATE_TORCH_DEVICE": str(device)} if alone else {}
+    with patch_environment(**chosen):
+        accelerator = Accelerator(mixed_precision=AMP[precision], cpu=device.type == "cpu")
+    if accelerator.device.type != device.type:
+        kind = accelerator.device.type
+        raise ConfigError(f"accelerate was launched for {kind}, not {device}; add --device {kind}")
+    return accelerator
 
 
 def use_checkpointing(model: Any) -> None:

@@ -103,23 +103,27 @@ def save_any(model: nn.Module, like: Loaded, spec: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def compare(small: Loaded, large: nn.Module) -> dict[str, dict[str, float]]:
-    """Cosine and largest difference of both models' outputs on random inputs, by stream."""
+    """Cosine and largest difference of both models' outputs on random inputs, by stream.
+
+    Both models are on one device; the inputs are drawn on the CPU, the same for every device.
+    """
     torch.manual_seed(0)
     pairs: dict[str, Any] = {}
     models: list[Any] = [small.model.eval(), large.eval()]
+    device = next(large.parameters()).device
     if small.library == "clip":
         size = models[1].visual.image_size
-        images = torch.randn(8, 3, *((size, size) if isinstance(size, int) else size))
+        images = torch.randn(8, 3, *((size, size) if isinstance(size, int) else size)).to(device)
         text = getattr(models[0], "text", models[0])
-        ids = torch.randint(1, text.vocab_size, (8, text.context_length))
+        ids = torch.randint(1, text.vocab_size, (8, text.context_length)).to(device)
         pairs["image"] = [m.encode_image(images) for m in models]
         pairs["text"] = [m.encode_text(ids) for m in models]
     elif small.library == "timm":
         stem = models[1].patch_embed
-        images = torch.randn(8, stem.proj.in_channels, *stem.img_size)
+        images = torch.randn(8, stem.proj.in_channels, *stem.img_size).to(device)
         pairs["logits"] = [m(images) for m in models]
     else:
-        ids = torch.randint(0, models[0].config.vocab_size, (4, 32))
+        ids = torch.randint(0, models[0].config.vocab_size, (4, 32)).to(device)
         pairs["logits"] = [m(input_ids=ids).logits for m in models]
     return {
         name: {

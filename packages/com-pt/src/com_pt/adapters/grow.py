@@ -79,7 +79,7 @@ def grow(
 
     Args:
         small: The finished model; not changed.
-        large: The freshly initialised model.
+        large: The freshly initialised model; growth is computed on its device.
         mode: ``embed``, ``official``, ``lossless`` or ``random``; see ``GrowthConfig``.
         depth: ``interleave``, ``stack`` or ``identity``.
         layout: Layout of both, if they are of a kind that is not registered.
@@ -110,10 +110,11 @@ def grow(
         source = replace(source, rules=target.rules)
     if resize_pos:
         old, source = _resized(old, fresh, source, target)
-    old = {name: value.to("cpu") for name, value in old.items()}
-    grown, report = grow_state(
-        old, {name: value.to("cpu") for name, value in fresh.items()}, source, target, config
-    )
+    # Everything is computed where the large model is.
+    device = next((value.device for value in fresh.values()), torch.device("cpu"))
+    old = {name: value.to(device) for name, value in old.items()}
+    there = {name: value.to(device) for name, value in fresh.items()}
+    grown, report = grow_state(old, there, source, target, config)
     for name, value in fresh.items():
         value.copy_(grown[name])
     scale_eps(large, target, report.eps_factor)

@@ -86,7 +86,8 @@ class ClassifyTask(Task):
     def accuracy(self, model: Any, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Of a model on images in memory."""
         device, batch = next(model.parameters()).device, int(self.data.get("val_batch", 256))
-        return top_k(torch.cat([model(p.to(device)) for p in images.split(batch)]).cpu(), labels)
+        logits = torch.cat([model(part.to(device)).float() for part in images.split(batch)])
+        return top_k(logits.cpu(), labels)
 
     def chance(self) -> float | None:
         """One in the number of classes, where there are held-out images."""

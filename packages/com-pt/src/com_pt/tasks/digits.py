@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from com_pt.data.captions import WordTokenizer
-from com_pt.evaluate import evaluate_zero_shot
+from com_pt.evaluate import encoded_images, encoded_texts, evaluate_zero_shot, similarities
 from com_pt.tasks.clip import ClipTask
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -71,12 +71,11 @@ class DigitPairs(ClipTask):
         return 0.01
 
     def _loss(self, model: Any, images: Tensor, labels: Tensor) -> float:
-        device = next(model.parameters()).device
-        flat = self.prompts.flatten(0, 1).to(device)
-        words = model.encode_text(flat, normalize=True).unflatten(0, self.prompts.shape[:2])
-        classes = F.normalize(words.mean(1), dim=-1)
-        logits = model.logit_scale.exp() * model.encode_image(images.to(device), True) @ classes.T
-        return float(F.cross_entropy(logits, labels.to(device)))
+        words = encoded_texts(model, self.prompts.flatten(0, 1), batch=512)
+        classes = F.normalize(words.unflatten(0, self.prompts.shape[:2]).mean(1), dim=-1)
+        pictures = encoded_images(model, images, batch=512)
+        logits = similarities(model.logit_scale.exp() * pictures, classes)
+        return float(F.cross_entropy(logits, labels.to(logits.device)))
 
     def _class(self, pair: Tensor) -> Tensor:
         return self.labels[pair[0]] * 10 + self.labels[pair[1]]
