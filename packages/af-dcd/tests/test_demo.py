@@ -134,5 +134,5 @@ def test_at_cityscapes_shape_the_chunked_contrast_takes_under_a_fifth_of_the_mem
     from af_dcd.bench import peak_of
     from af_dcd.config import BenchConfig
 
-    config = BenchConfig()
-    assert peak_of(config, "chunked") < peak_of(config, "naive") / 5
+    config, device = BenchConfig(), torch.device("cpu")
+    assert peak_of(config, "chunked", device) < peak_of(config, "naive", device) / 5

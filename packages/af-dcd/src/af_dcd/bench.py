@@ -16,6 +16,7 @@ from af_dcd.config import BenchConfig
 from af_dcd.contrast import omni_contrastive_loss
 from af_dcd.mimicking import MaskedGeneration, feature_loss
 from af_dcd.presets import PRESETS, changed, options
+from effml_common.device import device_name, resolve_device, synchronize
 from effml_common.errors import ConfigError, InputError
 from effml_common.logging import progress, say
 from effml_common.report import Report, Row, environment, write_report
@@ -31,22 +32,27 @@ def bench(config: BenchConfig) -> Report:
         InputError: If the settings do not fit the map, or the device is missing.
     """
     began = time.monotonic()
+    device = resolve_device(config.device)
+    if device.type == "mps":
+        raise InputError("bench reads peak memory, which mps does not count; use cpu or cuda")
     if config.preset not in PRESETS:
         raise ConfigError(f"no preset {config.preset!r}; use one of {', '.join(PRESETS)}")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("there is no CUDA device; use --device cpu")
     say("a few minutes at the default shape on a CPU; the naive form needs several GB there")
     torch.manual_seed(0)
-    parts = parts_of(config)
+    parts = parts_of(config, device)
+    if device.type != "cpu":
+        # The first run loads and chooses kernels, and takes memory that later runs find reserved.
+        for run in parts.values():
+            timed(run, device)
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     with progress("timing", config.repeats * len(parts)) as bar:
         for turn in range(config.repeats):
             for name, run in parts.items():
                 # Minutes at the paper's width on a CPU: once tells enough there.
-                if turn == 0 or name != GENERATOR or config.device.startswith("cuda"):
-                    seconds[name].append(timed(run, config.device))
+                if turn == 0 or name != GENERATOR or device.type != "cpu":
+                    seconds[name].append(timed(run, device))
                 bar.advance()
-    memory = {impl: peak_of(config, impl) for impl in IMPLS}
+    memory = {impl: peak_of(config, impl, device) for impl in IMPLS}
     setting = f"{config.batch} x {config.channels} x {config.height} x {config.width}"
     rows = []
     for name, values in seconds.items():
@@ -63,7 +69,7 @@ def bench(config: BenchConfig) -> Report:
         seconds=time.monotonic() - began,
         rows=rows,
         notes=notes_of(seconds, memory),
-        environment=environment((), config.device),
+        environment=environment((), device_name(device)),
     )
     out.mkdir(parents=True, exist_ok=True)
     write_report(report, out)
@@ -88,19 +94,19 @@ def median_ratio(ours: list[float], theirs: list[float]) -> float:
     return ratios[len(ratios) // 2]
 
 
-def parts_of(config: BenchConfig) -> dict[str, Callable[[], Any]]:
+def parts_of(config: BenchConfig, device: torch.device) -> dict[str, Callable[[], Any]]:
     """What is timed, by name: each a forward and a backward pass."""
     method = changed(PRESETS[config.preset], options(config.method))
     shape = config.batch, config.channels, config.height, config.width
-    generated = torch.randn(shape, device=config.device).requires_grad_()
-    teacher = torch.randn(shape, device=config.device).relu()
+    generated = torch.randn(shape, device=device).requires_grad_()
+    teacher = torch.randn(shape, device=device).relu()
     student = torch.randn(
-        (config.batch, config.student_channels, config.height, config.width), device=config.device
+        (config.batch, config.student_channels, config.height, config.width), device=device
     ).requires_grad_()
     generation = MaskedGeneration(
         config.student_channels, config.channels, mask=method.mask, enhanced=method.enhanced,
         hidden=config.hidden,
-    ).to(config.device)  # fmt: skip
+    ).to(device)  # fmt: skip
 
     def contrast(impl: str) -> Tensor:
         settings = {**method.contrast_settings(), "impl": impl}
@@ -114,22 +120,21 @@ def parts_of(config: BenchConfig) -> dict[str, Callable[[], Any]]:
     return parts
 
 
-def timed(run: Callable[[], Any], device: str) -> float:
+def timed(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one run, after the device has caught up."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    wait()
+    synchronize(device)
     began = time.perf_counter()
     run()
-    wait()
+    synchronize(device)
     return time.perf_counter() - began
 
 
-def peak_of(config: BenchConfig, impl: str) -> float:
+def peak_of(config: BenchConfig, impl: str, device: torch.device) -> float:
     """Bytes above the inputs that one forward and backward takes, in a process of its own.
 
     On a CPU from /proc, so on Linux only.
     """
-    words = [config.channels, config.height, config.width, config.batch, config.device, impl]
+    words = [config.channels, config.height, config.width, config.batch, device, impl]
     words += [config.preset, *config.method]
     done = subprocess.run(
         [sys.executable, "-m", "af_dcd.bench", *map(str, words)],
@@ -143,7 +148,7 @@ def peak_of(config: BenchConfig, impl: str) -> float:
 
 def _measure_here(words: list[str]) -> float:
     channels, height, width, batch = map(int, words[:4])
-    device, impl, preset, *method = words[4:]
+    device, (impl, preset, *method) = torch.device(words[4]), words[5:]
     torch.set_num_threads(1)
     settings = changed(PRESETS[preset], options(tuple(method))).contrast_settings()
     small = torch.randn(1, settings["groups"], *(4 * settings["pool"],) * 2).requires_grad_()
@@ -153,15 +158,25 @@ def _measure_here(words: list[str]) -> float:
     generated = torch.randn(shape, device=device).requires_grad_()
     teacher = torch.randn(shape, device=device)
     generated.grad = torch.zeros_like(generated)
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
+    settings["impl"] = impl
+    return extra_bytes(
+        lambda: omni_contrastive_loss(generated, teacher, **settings).backward(), device
+    )
+
+
+def extra_bytes(run: Callable[[], Any], device: torch.device) -> float:
+    """Bytes that a run takes at its peak above what was taken before, on the device named."""
+    if device.type == "cpu":
         before = _resident("VmRSS")
-    omni_contrastive_loss(generated, teacher, **{**settings, "impl": impl}).backward()
-    if device.startswith("cuda"):
-        return float(torch.cuda.max_memory_allocated() - before)
-    return max(1.0, _resident("VmHWM") - before)
+        run()
+        return max(1.0, _resident("VmHWM") - before)
+
+    # Every card has counters of its own; unless it is named, those of the current card answer.
+    counters = torch.get_device_module(device)
+    counters.reset_peak_memory_stats(device)
+    before = counters.memory_allocated(device)
+    run()
+    return float(counters.max_memory_allocated(device) - before)
 
 
 def _resident(name: str) -> float:

@@ -14,6 +14,7 @@ from af_dcd.demo_model import CROP, Segmenter, score, set_rate, task_loss
 from af_dcd.distillation import AfDCDLoss, kd_term
 from af_dcd.presets import DistillConfig, changed
 from af_dcd.rivals import cwd_loss, feature_mse_loss
+from effml_common.device import synchronize
 from effml_common.finite import check_finite
 from effml_common.logging import progress
 
@@ -88,7 +89,10 @@ def branch_of(arm: Arm, config: PairConfig) -> nn.Module | None:
 
 
 class Training:
-    """One arm's run; equal seeds share the student's start, the crops and their order."""
+    """One arm's run; equal seeds share the student's start, the crops and their order.
+
+    Computes where the scenes lie; the teacher must lie there too.
+    """
 
     def __init__(
         self, arm: Arm, config: PairConfig, teacher: Segmenter, scenes: Scenes, seed: int,
@@ -99,7 +103,10 @@ class Training:
         torch.manual_seed(seed)
         self.student = Segmenter(config.student_width)
         self.branch = branch_of(arm, config)
+        # Drawn on the host and moved then: every device starts from the same weights.
         parts = [self.student, *([self.branch] if self.branch else [])]
+        for part in parts:
+            part.to(scenes.images.device)
         self.optimizer = torch.optim.AdamW(
             [p for part in parts for p in part.parameters()], lr=rate, weight_decay=1e-4
         )
@@ -164,7 +171,10 @@ def step_seconds(trainings: list[Training], rounds: int = 8) -> list[float]:
     times: list[list[float]] = [[] for _ in trainings]
     for _ in range(rounds):
         for training, seen in zip(trainings, times, strict=True):
+            device = training.scenes.images.device
+            synchronize(device)
             began = time.perf_counter()
             training.step()
+            synchronize(device)
             seen.append(time.perf_counter() - began)
     return [sorted(seen[1:])[len(seen[1:]) // 2] for seen in times]

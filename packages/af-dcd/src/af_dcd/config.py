@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from effml_common.device import DEVICE_HELP
 from effml_common.settings import require, setting
 
 
@@ -30,6 +31,7 @@ class DemoConfig(PairConfig):
     steps: int = setting(300, "updates of a student")
     seeds: int = setting(1, "seeds of init, crops and masks; claims need 3")
     tests: int = setting(80, "scenes that everything is measured on")
+    device: str = setting("auto", DEVICE_HELP)
     out: str | None = setting(None, "folder; default runs/demo-<time>")
 
     def __post_init__(self) -> None:
@@ -59,8 +61,9 @@ class TrainConfig:
     iters: int | None = setting(None, "iterations; the rate's schedule is scaled along")
     amp: Literal["no", "fp16", "bf16"] = setting("no", "mixed precision, on CUDA")
     launcher: Literal["none", "pytorch", "slurm", "mpi"] = setting(
-        "none", "pytorch under torchrun; without CUDA it uses gloo"
+        "none", "pytorch under torchrun; on CPUs it uses gloo"
     )
+    device: str = setting("auto", DEVICE_HELP)
     seed: int = setting(0, "seed of the data order, the init and the masks")
     save_every: int = setting(1000, "iterations between checkpoints")
     resume: Literal["never", "auto"] = setting("never", "auto continues in the same --out")
@@ -77,6 +80,12 @@ class TrainConfig:
             require(
                 value is None or 0 <= value < float("inf"), f"{name} is {value}", "give 0 or more"
             )
+        require(
+            self.launcher == "none" or self.device in ("auto", "cpu", "cuda"),
+            f"device {self.device} does not go with launcher {self.launcher}, which gives every "
+            "process a device of its own",
+            "use auto, cpu or cuda",
+        )
         require(
             self.out is not None or self.resume == "never",
             "resume without a folder",
@@ -107,6 +116,7 @@ class EvalConfig:
     model: str = field(metadata={"help": "config: a file, mmseg::<file> or af-dcd::<file>"})
     checkpoint: str = field(metadata={"help": "weights (.pth)"})
     cfg_options: tuple[str, ...] = setting((), "changes of the config, as name=value")
+    device: str = setting("auto", DEVICE_HELP)
     out: str | None = setting(None, "folder; default runs/eval-<time>")
 
 
@@ -131,7 +141,7 @@ class BenchConfig:
     method: tuple[str, ...] = setting((), "changes of them, as name=value")
     hidden: int | None = setting(None, "inner channels of the generator; none: the teacher's")
     repeats: int = setting(3, "runs of each, in turns")
-    device: str = setting("cpu", "torch device")
+    device: str = setting("auto", DEVICE_HELP)
     out: str | None = setting(None, "folder; default runs/bench-<time>")
 
     def __post_init__(self) -> None:

@@ -77,7 +77,7 @@ def omni_contrastive_loss(
     with torch.autocast(student.device.type, enabled=False):
         s = as_patches(student.to(wide), groups, patch, pool, crop_to_fit)
         t = as_patches(teacher.detach().to(wide), groups, patch, pool, crop_to_fit)
-        allowed = pair_mask(s.shape[1], groups, negatives).to(s.device)
+        allowed = pair_mask(s.shape[1], groups, negatives, s.device)
         rows = _Chunked.apply(s, t, allowed, tau, p) if impl == "chunked" else None
         total = row_losses(s, t, allowed, tau, p).sum() if rows is None else rows
         return total * groups / (s.shape[0] * s.shape[1])
@@ -126,8 +126,16 @@ def as_patches(
     return x.permute(0, 3, 5, 4, 6, 1, 2).reshape(-1, ph * pw * groups, c // groups)
 
 
-def pair_mask(k: int, groups: int, negatives: Negatives) -> Bool[Tensor, "k k"]:
+def pair_mask(
+    k: int, groups: int, negatives: Negatives, device: torch.device | None = None
+) -> Bool[Tensor, "k k"]:
     """Which j stand in the softmax of row i: i itself and its negatives.
+
+    Args:
+        k: Vectors of a patch, pixels times groups.
+        groups: M.
+        negatives: ``cross_group`` or ``all``, see the module.
+        device: Where the mask is built; default torch's.
 
     Raises:
         InputError: If a row would have no negative, where the loss is constantly zero.
@@ -137,16 +145,16 @@ def pair_mask(k: int, groups: int, negatives: Negatives) -> Bool[Tensor, "k k"]:
         f"negatives is {negatives!r}",
         "give cross_group or all",
     )
-    allowed = torch.ones(k, k, dtype=torch.bool)
-    if negatives == "cross_group":
-        group = torch.arange(k) % groups
-        allowed = (group[:, None] != group) | torch.eye(k, dtype=torch.bool)
-    if int(allowed.sum()) == k:
+    # Known from the counts: asking the mask itself would wait for the device at every step.
+    if (groups if negatives == "cross_group" else k) == 1:
         raise InputError(
             f"{groups} group(s), {k} vectors a patch and {negatives} leave no negatives; "
             "use more groups, or larger patches with negatives=all"
         )
-    return allowed
+    if negatives == "all":
+        return torch.ones(k, k, dtype=torch.bool, device=device)
+    group = torch.arange(k, device=device) % groups
+    return (group[:, None] != group) | torch.eye(k, dtype=torch.bool, device=device)
 
 
 def row_losses(

@@ -14,6 +14,7 @@ from af_dcd.config import DemoConfig, PairConfig
 from af_dcd.demo_data import draw
 from af_dcd.demo_model import SEEDS, Segmenter, demo_teacher, score
 from af_dcd.pictures import bar_chart, maps_picture
+from effml_common.device import device_name, resolve_device
 from effml_common.errors import InputError
 from effml_common.logging import RunLog, say
 from effml_common.report import Claim, Report, Row, environment, write_report
@@ -32,12 +33,14 @@ def demo(config: DemoConfig) -> Report:
         NonFiniteError: If a training diverges.
     """
     began = time.monotonic()
+    device = resolve_device(config.device)
     torch.set_num_threads(1)  # layers this small gain nothing from more
     arms = [arm for arm in ARMS if arm.name in SHOWN]
     say("about 4 minutes once for the teacher, then about 2.5 minutes a seed on a quiet core")
     pair = PairConfig(**{f.name: getattr(config, f.name) for f in fields(PairConfig)})
-    teacher = demo_teacher(pair)
-    scenes, tests = draw(pair.scenes, SEEDS["students"]), draw(config.tests, SEEDS["test"])
+    teacher = demo_teacher(pair, device)
+    scenes = draw(pair.scenes, SEEDS["students"]).to(device)
+    tests = draw(config.tests, SEEDS["test"]).to(device)
     best = score(teacher, tests)
     out = Path(config.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
     cells: Cells = {}
@@ -72,7 +75,7 @@ def demo(config: DemoConfig) -> Report:
         claims=claims_of(cells),
         notes=notes_of(pair),
         files=[path.name for path in figures],
-        environment=environment(("mmsegmentation",)),
+        environment=environment(("mmsegmentation",), device_name(device)),
     )
     write_report(report, out / "run", figures=figures)
     say(f"report: {out / 'run' / 'report.html'}")
@@ -83,7 +86,7 @@ def matched_steps(
     arms: Sequence[Arm], pair: PairConfig, teacher: Segmenter, steps: int
 ) -> dict[str, int]:
     """Steps that cheaper arms can make in the time of the full method, by steps timed in turns."""
-    scenes = draw(4, SEEDS["students"])
+    scenes = draw(4, SEEDS["students"]).to(next(teacher.parameters()).device)
     timed = [arm for arm in arms if arm.name in (*MATCHED, FULL)]
     trainings = [Training(arm, pair, teacher, scenes, 0, arm.rate, 100) for arm in timed]
     seconds = dict(zip([arm.name for arm in timed], step_seconds(trainings), strict=True))

@@ -30,6 +30,10 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.images)
 
+    def to(self, device: torch.device) -> "Scenes":
+        """The scenes on a device, where what is trained on them computes."""
+        return Scenes(self.images.to(device), self.labels.to(device))
+
     def crops(self, count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random square crops of random scenes."""
         side = self.labels.shape[-1]

@@ -24,6 +24,7 @@ SEEDS = {"teacher": 1, "students": 2, "development": 3, "test": 4}  # of disjoin
 RATE = 3e-3
 TEACHER_BATCH = 8
 CROP = 64  # side of a training crop, in pixels
+CPU = torch.device("cpu")
 
 
 def segmenter_config(width: int) -> dict[str, Any]:
@@ -87,20 +88,21 @@ def score(model: Segmenter, scenes: Scenes) -> Scores:
     return scores
 
 
-def demo_teacher(config: PairConfig) -> Segmenter:
-    """The teacher, from the user's cache or trained now.
+def demo_teacher(config: PairConfig, device: torch.device = CPU) -> Segmenter:
+    """The teacher on a device, from the user's cache or trained there now.
 
     Raises:
         NonFiniteError: If its training diverges.
     """
     torch.manual_seed(0)
-    teacher = Segmenter(config.teacher_width)
-    path = cache_root() / f"teacher-{key_of(config)}.safetensors"
+    teacher = Segmenter(config.teacher_width).to(device)
+    path = cache_root() / f"teacher-{key_of(config, device)}.safetensors"
     if path.is_file():
         teacher.load_state_dict(load_file(path))
         return teacher.eval()
     say("training the teacher once, about 3 minutes; it is kept in the user cache folder")
-    train_teacher(teacher, draw(config.teacher_scenes, SEEDS["teacher"]), config.teacher_steps)
+    scenes = draw(config.teacher_scenes, SEEDS["teacher"]).to(device)
+    train_teacher(teacher, scenes, config.teacher_steps)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, save({k: v.contiguous() for k, v in teacher.state_dict().items()}))
     return teacher.eval()
@@ -128,10 +130,12 @@ def set_rate(optimizer: Any, rate: float, step: int, steps: int) -> None:
         group["lr"] = rate * min(1.0, (step + 1) / 20) * (1 - step / steps) ** 0.9
 
 
-def key_of(config: PairConfig) -> str:
-    """Cache key of the teacher's settings and the libraries."""
+def key_of(config: PairConfig, device: torch.device = CPU) -> str:
+    """Cache key of the teacher's settings, the libraries and the kind of device it is trained on."""
     settings = {k: v for k, v in asdict(config).items() if k.startswith("teacher")}
     settings |= {"rate": RATE, "batch": TEACHER_BATCH, "crop": CROP}
+    if device.type != "cpu":  # rounds differently, so that the weights are others
+        settings["device"] = device.type
     libraries = {name: version(name) for name in ("torch", "mmsegmentation")}
     text = json.dumps([settings, libraries], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -21,7 +21,8 @@ class AfDCDLoss(nn.Module):
     """Align and generate (trained, dropped at inference), then mimic and contrast.
 
     Contrast acts on the generated map, so its gradient reaches the generator, the alignment and the
-    student. Computed in float32 even under autocast, where a summed error would overflow.
+    student. Under autocast the alignment and the generator, the dear part, run in half precision; the
+    losses stay in float32, where a summed error cannot overflow.
 
     Args:
         c_s: Channels of the student's features.
@@ -51,9 +52,10 @@ class AfDCDLoss(nn.Module):
         """
         config = self.config
         wide = torch.promote_types(student.dtype, torch.float32)
+        fs, ft = same_size(student.to(wide), teacher.detach().to(wide), config.resize)
+        generated = self.generation(fs)
         with torch.autocast(student.device.type, enabled=False):
-            fs, ft = same_size(student.to(wide), teacher.detach().to(wide), config.resize)
-            generated = self.generation(fs)
+            generated = generated.to(wide)
             terms = {}
             if config.lambda_fd > 0:
                 error = feature_loss(generated, ft, config.fd_reduction)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from af_dcd.config import EvalConfig
 from af_dcd.train import LIBRARIES
+from effml_common.device import device_name, resolve_device
 from effml_common.report import Report, Row, environment, write_report
 
 
@@ -17,10 +18,11 @@ def evaluate(config: EvalConfig) -> Report:
         InputError: If config, checkpoint and data do not fit together.
     """
     began = time.monotonic()
+    device = resolve_device(config.device)
     from af_dcd.mm.testing import test
 
     out = Path(config.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
-    metrics = test(config, out / "run")
+    metrics = test(config, out / "run", device)
     report = Report(
         package="af-dcd",
         version=version("af-dcd"),
@@ -30,7 +32,7 @@ def evaluate(config: EvalConfig) -> Report:
         rows=[
             Row(Path(config.checkpoint).name, config.model, {k: [v] for k, v in metrics.items()})
         ],
-        environment=environment(LIBRARIES),
+        environment=environment(LIBRARIES, device_name(device)),
     )
     (out / "run").mkdir(parents=True, exist_ok=True)
     write_report(report, out / "run")

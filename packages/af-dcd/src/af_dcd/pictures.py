@@ -50,11 +50,11 @@ def maps_picture(
         return []
     from matplotlib.figure import Figure
 
-    images, truth = tests.images[:rows], tests.labels[:rows]
-    maps = [label_maps(model, images) for model in (alone, full)]
+    images, truth = tests.images[:rows], tests.labels[:rows].cpu()
+    maps = [label_maps(model, images).cpu() for model in (alone, full)]
     figure = Figure(figsize=(11, 1.9 * rows), layout="constrained")
     for row, panels in enumerate(figure.subplots(rows, len(COLUMNS))):
-        gray = images[row].mean(0)
+        gray = images[row].mean(0).cpu()
         panels[0].imshow(gray, cmap="gray", vmin=-2.5, vmax=2.5)
         for panel, labels in zip(panels[1:4], (truth, *maps), strict=True):
             panel.imshow(

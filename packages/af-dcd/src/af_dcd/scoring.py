@@ -17,7 +17,8 @@ class Scores:
         self.outlines = torch.zeros(classes, 4)
 
     def add(self, predicted: Int[Tensor, "b h w"], truth: Int[Tensor, "b h w"]) -> None:
-        """Count a batch of label maps."""
+        """Count a batch of label maps, on any device; the counts stay on the host."""
+        predicted, truth = predicted.cpu(), truth.cpu()
         seen = truth != self.ignored
         pairs = truth[seen] * self.classes + predicted[seen]
         counts = torch.bincount(pairs, minlength=self.classes**2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from af_dcd.config import TrainConfig
+from effml_common.device import device_name, resolve_device
 from effml_common.errors import CheckpointError, ConfigError, InputError
 from effml_common.files import atomic_write
 from effml_common.logging import rank, say
@@ -16,6 +17,7 @@ from effml_common.parsing import dump_config
 from effml_common.report import Report, Row, environment, write_report
 
 if TYPE_CHECKING:
+    import torch
     from mmengine.config import Config
 
 LIBRARIES = ("mmsegmentation", "mmengine", "mmcv-lite", "mmcv")
@@ -30,19 +32,21 @@ def train(config: TrainConfig) -> Report:
         Interrupted: If a signal stopped it; everything is saved.
     """
     began = time.monotonic()
+    device = resolve_device(config.device)
     from af_dcd.mm import compose, running
 
     out = Path(config.out or time.strftime("runs/train-%Y%m%d-%H%M%S"))
     run_dir = out / "run"
     whole = compose.compose(config, run_dir)
+    running.check_device(whole, device)
     if config.dry_run:
         from af_dcd.mm.describing import dry_run
 
-        return report_of(config, began, dry_run(whole))
+        return report_of(config, device, began, dry_run(whole, device))
     fresh = not out.exists()
     _claim(out, config)
     try:
-        runner = running.make_runner(whole, config)
+        runner = running.make_runner(whole, device)
     except InputError:
         if fresh:  # mmengine opens its log before it looks at the models
             shutil.rmtree(out, ignore_errors=True)
@@ -60,13 +64,17 @@ def train(config: TrainConfig) -> Report:
         atomic_write(out / "student.py", compose.student_of(whole).pretty_text)
     metrics = {name: [value] for name, value in loop.metrics.items()}
     row = Row("student", f"seed {config.seed}", {**metrics, "iterations": [float(loop.iter)]})
-    report = report_of(config, began, [row], running.facts(runner))
+    report = report_of(config, device, began, [row], running.facts(runner, device))
     write_report(report, run_dir)
     return report
 
 
 def report_of(
-    config: TrainConfig, began: float, rows: list[Row], notes: tuple[str, ...] = ()
+    config: TrainConfig,
+    device: "torch.device",
+    began: float,
+    rows: list[Row],
+    notes: tuple[str, ...] = (),
 ) -> Report:
     """The report of a run."""
     return Report(
@@ -78,7 +86,7 @@ def report_of(
         rows=rows,
         notes=notes,
         files=[] if config.dry_run else ["student.pth", "student.py"],
-        environment=environment(LIBRARIES),
+        environment=environment(LIBRARIES, device_name(device)),
     )
 
 
@@ -101,7 +109,7 @@ def _claim(out: Path, config: TrainConfig) -> None:
         from effml_common.parsing import parse
 
         earlier = parse(TrainConfig, ["--config", str(kept)], prog="af-dcd train")
-        free = {"resume", "save_every", "out", "launcher"}
+        free = {"resume", "save_every", "out", "launcher", "device"}
         for field in fields(TrainConfig):
             old, new = getattr(earlier, field.name), getattr(config, field.name)
             if field.name not in free and old != new:

@@ -99,10 +99,6 @@ def _optimizer(whole: Config, config: TrainConfig) -> None:
     if kind not in ("OptimWrapper", "AmpOptimWrapper") and not kind.startswith("AfDCD"):
         raise InputError(f"optimizer wrapper {kind} is not served; use OptimWrapper")
     if config.amp != "no" or "Amp" in kind:
-        import torch
-
-        if not torch.cuda.is_available():
-            raise InputError("amp needs a CUDA device here; leave --amp at no")
         wrapper.update(type="AfDCDAmpOptimWrapper")
         if config.amp != "no":
             wrapper.dtype = {"fp16": "float16", "bf16": "bfloat16"}[config.amp]

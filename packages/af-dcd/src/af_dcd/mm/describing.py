@@ -8,6 +8,7 @@ from mmengine.config import Config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from af_dcd.mm.running import without_sync_bn
 from af_dcd.mm.shims import build_model, quiet
 from af_dcd.mm.teacher import without_downloads
 from af_dcd.mm.watching import forward, ghost_of
@@ -97,20 +98,23 @@ def _tap(tap: Any) -> str:
     return ":".join(part for part in (tap.kind, tap.path, tap.entry) if part)
 
 
-def dry_run(whole: Config) -> list[Row]:
+def dry_run(whole: Config, device: torch.device) -> list[Row]:
     """One batch of noise through both models: the size of every weighted term, a row each."""
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
-    model = build_model(whole.model)
+    if device.type != "cuda":  # SyncBatchNorm runs on CUDA alone
+        without_sync_bn(whole.model)
+    model = build_model(whole.model).to(device)
     size = crop_of(whole, model)
     samples = []
     classes = model.decode_head.num_classes if hasattr(model.decode_head, "num_classes") else 2
     for _ in range(2):
-        labels = torch.randint(classes, (1, *size))
+        labels = torch.randint(classes, (1, *size), device=device)
         sample = SegDataSample(gt_sem_seg=PixelData(data=labels))
         samples.append(sample)
-    _, logged = model.train().parse_losses(model.loss(torch.randn(2, 3, *size), samples))
+    images = torch.randn(2, 3, *size, device=device)
+    _, logged = model.train().parse_losses(model.loss(images, samples))
     return [
         Row(name, "one batch of noise", {"value": [float(torch.as_tensor(value).detach())]})
         for name, value in logged.items()

@@ -3,6 +3,7 @@
 The weights keep mmseg's names, so a checkpoint loads without this package; only ``afdcd.*`` is added.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -87,6 +88,11 @@ class AfDCDMixin:
             self.afdcd = AfDCDLoss(fs[1], ft[1], config)
         return parsed
 
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        """Move a batch of the data loader to the device, prepare it and distil one step."""
+        batch = self.data_preprocessor(data, True)  # type: ignore[attr-defined]
+        return distill_step(self, batch, optim_wrapper)
+
     def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Any]:
         """The segmenter's losses and the distillation terms."""
         self._check_labels(data_samples)
@@ -109,12 +115,16 @@ class AfDCDMixin:
             NonFiniteError: With the iteration, every weighted term, and advice.
         """
         total, logged = super().parse_losses(losses)  # type: ignore[misc]
-        terms = {k: float(v.detach()) for k, v in logged.items() if "loss" in k and k != "loss"}
+        names = [k for k in logged if "loss" in k and k != "loss"]
+        # Read together: each number that is read alone waits for the device.
+        read = torch.stack([total.detach(), *(logged[name].detach() for name in names)]).tolist()
+        terms = dict(zip(names, read[1:], strict=True))
         step = int(MessageHub.get_current_instance().get_info("iter", 0) or 0) + 1
         words = " + ".join(f"{name} {value:.4g}" for name, value in terms.items())
-        source = "the teacher's features are not finite: " if not self._sound() else ""
+        broken = not math.isfinite(read[0]) and not self._sound()
+        source = "the teacher's features are not finite: " if broken else ""
         advice = "lower the weight of what is largest, raise tau, or use bf16 instead of fp16"
-        check_finite(total, step=step, term=f"total ({source}{words}; {advice})")
+        check_finite(read[0], step=step, term=f"total ({source}{words}; {advice})")
         if self._first:
             self._first = False
             task = sum(value for name, value in terms.items() if name.startswith("decode"))
@@ -133,9 +143,16 @@ class AfDCDMixin:
     def _check_labels(self, data_samples: Any) -> None:
         head = last_head(self)  # type: ignore[arg-type]
         classes = max(head.num_classes, 2)  # a single score still tells two classes
-        for sample in data_samples:
-            labels = sample.gt_sem_seg.data
-            wrong = labels[(labels != head.ignore_index) & ((labels < 0) | (labels >= classes))]
+
+        def outside(labels: Tensor) -> Tensor:
+            return (labels != head.ignore_index) & ((labels < 0) | (labels >= classes))
+
+        # One answer for all, so that a batch waits for the device once.
+        maps = [sample.gt_sem_seg.data for sample in data_samples]
+        if not torch.stack([outside(labels).any() for labels in maps]).any():
+            return
+        for sample, labels in zip(data_samples, maps, strict=True):
+            wrong = labels[outside(labels)]
             if len(wrong):
                 path = sample.metainfo.get("seg_map_path", "an image")
                 raise InputError(
@@ -148,6 +165,28 @@ class AfDCDMixin:
         if "teacher" in self.__dict__:
             self.teacher.model._apply(fn)
         return super()._apply(fn, recurse)  # type: ignore[misc]
+
+
+def distill_step(model: Any, batch: dict[str, Any], optim_wrapper: Any) -> dict[str, Tensor]:
+    """One update of the student and the branch; moves no data and logs nothing.
+
+    Args:
+        model: A segmenter with ``AfDCDMixin``.
+        batch: What its preprocessor gives: ``inputs`` [b, 3, h, w] and ``data_samples``, on the
+            model's device.
+        optim_wrapper: mmengine's, around an optimizer of the model's parameters.
+
+    Returns:
+        The weighted terms and their sum, on the device.
+
+    Raises:
+        NonFiniteError: If a term or a gradient is not finite.
+    """
+    with optim_wrapper.optim_context(model):
+        losses = model(**batch, mode="loss")
+    total, terms = model.parse_losses(losses)
+    optim_wrapper.update_params(total)
+    return terms
 
 
 @MODELS.register_module()

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import mmengine.device.utils
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
-from af_dcd.config import TrainConfig
 from af_dcd.mm.compose import one_error_line
 from af_dcd.mm.loop import bare
 from af_dcd.mm.reading import load_weights
@@ -24,18 +24,32 @@ from effml_common.logging import rank
 _RUNS = itertools.count()
 
 
-def make_runner(whole: Config, config: TrainConfig) -> Runner:
-    """Build everything that a config names.
+def check_device(whole: Config, device: torch.device) -> None:
+    """See that a device can do what a composed config asks for.
+
+    Raises:
+        InputError: If mixed precision or the launcher needs a card.
+    """
+    if "Amp" in whole.optim_wrapper.type and device.type != "cuda":
+        raise InputError(f"amp needs a CUDA device, not {device}; leave --amp at no")
+    if whole.launcher not in ("none", "pytorch") and device.type != "cuda":
+        raise InputError(
+            f"launcher {whole.launcher} needs a CUDA device, not {device}; use --launcher pytorch"
+        )
+
+
+def make_runner(whole: Config, device: torch.device) -> Runner:
+    """Build everything that a config names, on a device.
 
     Raises:
         InputError: If something cannot be built: a module, a file of the data, a pretrained backbone.
     """
-    if config.launcher == "pytorch" and not torch.cuda.is_available():
+    if whole.launcher == "pytorch" and device.type != "cuda":
         _gloo(whole)
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         # SyncBatchNorm runs on CUDA alone; one process on a CPU has nothing to synchronise.
         without_sync_bn(whole.model)
-    return build(whole)
+    return build(whole, device)
 
 
 class TerseRunner(Runner):
@@ -54,8 +68,24 @@ def _console(logger: MMLogger, level: int) -> None:
             handler.setLevel(level)
 
 
-def build(whole: Config) -> Runner:
+def use_device(device: torch.device) -> None:
+    """Make mmengine compute on a device: its Runner takes the first accelerator that is there.
+
+    mmengine asks ``get_device()`` for the kind ("cuda") wherever it moves a model or opens an autocast
+    region, and torch's current device has the index; ``resolve_device`` has set that.
+    """
+    mmengine.device.utils.DEVICE = device.type
+    # A newer mmengine may decide elsewhere: then another device must not be taken without a word.
+    if mmengine.device.get_device() != device.type:
+        raise InputError(
+            f"this mmengine computes on {mmengine.device.get_device()} alone, not on {device}; "
+            "leave --device at auto, or use mmengine 0.10"
+        )
+
+
+def build(whole: Config, device: torch.device) -> Runner:
     """A Runner; see ``make_runner``."""
+    use_device(device)
     # mmengine names a run by the second and shares loggers and visualizers by that name, so two
     # runs begun within a second in one process would write into the first one's folder.
     whole.setdefault("experiment_name", f"af-dcd-{os.getpid()}-{next(_RUNS)}")
@@ -147,7 +177,7 @@ def write_student(weights: dict[str, Any], metainfo: dict[str, Any], path: Path)
     atomic_write(path, buffer.getvalue())
 
 
-def facts(runner: Runner) -> tuple[str, ...]:
+def facts(runner: Runner, device: torch.device) -> tuple[str, ...]:
     """Lines for the report: taps, weights of the terms, teacher, memory."""
     model = bare(runner.model)
     config = model.distill
@@ -157,8 +187,9 @@ def facts(runner: Runner) -> tuple[str, ...]:
         f"ctr {config.lambda_ctr}",
         f"teacher sha256 {model.teacher.sha256}",
     ]
-    if torch.cuda.is_available():
-        lines.append(f"peak CUDA memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        lines.append(f"peak CUDA memory {peak / 2**30:.2f} GiB")
     return tuple(lines)
 
 

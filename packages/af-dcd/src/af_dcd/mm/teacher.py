@@ -54,7 +54,7 @@ class Teacher:
                 "nothing; --allow-untrained-teacher takes one for a dry run)"
             )
         self.model.eval().requires_grad_(False)
-        self._told = False
+        self._same_norm: bool | None = None
 
     def __deepcopy__(self, memo: Any) -> "Teacher":
         return self
@@ -68,28 +68,36 @@ class Teacher:
 
     def _prepared(self, images: Tensor, student: nn.Module) -> Tensor:
         """The images as the teacher's own preprocessor would have made them; padding comes along."""
-        ours, theirs = (_norm(p) for p in (student.data_preprocessor, self.model.data_preprocessor))
-        if ours == theirs:
+        ours: Any = student.data_preprocessor
+        theirs: Any = self.model.data_preprocessor
+        if self._same_norm is None:
+            # Once: the numbers lie on the device, and comparing them waits for it.
+            self._same_norm = _norm(ours) == _norm(theirs)
+            if not self._same_norm:
+                warn("teacher and student normalise images differently; converted between the two")
+        if self._same_norm:
             return images
-        if not self._told:
-            self._told = True
-            warn("teacher and student normalise images differently; converted between the two")
-        (mean, std, turned), (mean_t, std_t, turned_t) = ours, theirs
-        images = images * _column(std, images) + _column(mean, images)
-        images = images.flip(1) if turned != turned_t else images
-        return (images - _column(mean_t, images)) / _column(std_t, images)
+        if _normalises(ours):
+            images = images * ours.std + ours.mean
+        if _turns(ours) != _turns(theirs):
+            images = images.flip(1)
+        return (images - theirs.mean) / theirs.std if _normalises(theirs) else images
 
 
 def _norm(preprocessor: Any) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
-    turned = bool(getattr(preprocessor, "channel_conversion", False))
-    if not getattr(preprocessor, "_enable_normalize", False):
-        return (0.0,) * 3, (1.0,) * 3, turned
+    """Mean, standard deviation, and whether the channels are turned round."""
+    if not _normalises(preprocessor):
+        return (0.0,) * 3, (1.0,) * 3, _turns(preprocessor)
     numbers = [tuple(getattr(preprocessor, name).flatten().tolist()) for name in ("mean", "std")]
-    return numbers[0], numbers[1], turned
+    return numbers[0], numbers[1], _turns(preprocessor)
 
 
-def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return like.new_tensor(values).view(1, -1, 1, 1)
+def _normalises(preprocessor: Any) -> bool:
+    return bool(getattr(preprocessor, "_enable_normalize", False))
+
+
+def _turns(preprocessor: Any) -> bool:
+    return bool(getattr(preprocessor, "channel_conversion", False))
 
 
 def plain(model: ConfigDict) -> ConfigDict:

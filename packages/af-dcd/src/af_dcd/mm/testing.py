@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from af_dcd.config import EvalConfig
 from af_dcd.mm.compose import one_error_line
 from af_dcd.mm.reading import load_weights, read_config
@@ -12,8 +14,8 @@ from af_dcd.presets import options
 from effml_common.errors import InputError
 
 
-def test(config: EvalConfig, run_dir: Path) -> dict[str, float]:
-    """Metrics of the config's test evaluator.
+def test(config: EvalConfig, run_dir: Path, device: torch.device) -> dict[str, float]:
+    """Metrics of the config's test evaluator, computed on a device.
 
     Raises:
         InputError: If config, checkpoint and data do not fit together.
@@ -27,7 +29,7 @@ def test(config: EvalConfig, run_dir: Path) -> dict[str, float]:
     whole.work_dir, whole.load_from = str(run_dir / "mmengine"), None
     for name in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
         whole[name] = None
-    runner = build(whole)
+    runner = build(whole, device)
     load_weights(runner.model, config.checkpoint)
     try:
         with quiet():
