@@ -144,7 +144,9 @@ class Counter:
         if self.device.type != "meta":
             self._stack.enter_context(self.fake)
         self._stack.enter_context(_Dispatch(self))
-        self._stack.enter_context(_Functions(self))
+        self._stack.enter_context(_Attention())
+        # Backward runs in this thread, so that its operations have a line too.
+        self._stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         for patch in self._patches():
             self._stack.enter_context(patch)
         return self
@@ -195,9 +197,7 @@ class Counter:
         lists = ("_get_foreach_kernels_supported_devices", "_get_fused_kernels_supported_devices")
         patches = [
             mock.patch.object(F, "scaled_dot_product_attention", attention),
-            mock.patch.object(
-                torch.cuda, "synchronize", side_effect=lambda device=None: self.wait()
-            ),
+            mock.patch.object(torch.cuda, "synchronize", self._synchronize),
         ]
         for module in (foreach_utils, sys.modules["torch.optim.optimizer"]):
             for name in lists:
@@ -215,6 +215,9 @@ class Counter:
         """Count a wait of the host at the line that caused it."""
         if self.active:
             self.cost.waits[line()] += 1
+
+    def _synchronize(self, device: object = None) -> None:
+        self.wait()
 
     def _watch(self, tensor: Tensor) -> None:
         """Follow a storage until it is freed."""
@@ -283,7 +286,7 @@ class Counter:
         places = [f"{Path(path).name}:{function}" for path, function, _ in frames()]
         key = next((place for place in places if place in self.allow), None)
         if key is None:
-            where = "{}:{}, line {}".format(*next(frames()))
+            where = "{}:{}, line {}".format(*next(frames(), ("torch", "backward", 0)))
             raise HiddenWait(
                 f"{name} needs a value of {args[0].device} at {where}; allow it by name"
             )
@@ -331,12 +334,8 @@ class _Dispatch(TorchDispatchMode):
         return self.counter.answer(func, args)
 
 
-class _Functions(TorchFunctionMode):
-    """Sees what does not reach the dispatcher as one call."""
-
-    def __init__(self, counter: Counter) -> None:
-        super().__init__()
-        self.counter = counter
+class _Attention(TorchFunctionMode):
+    """Replaces attention that was imported by name before the counter was entered."""
 
     def __torch_function__(
         self,
@@ -345,14 +344,8 @@ class _Functions(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        # Attention that was imported by name before the counter was entered.
         if getattr(func, "__name__", "") == "scaled_dot_product_attention":
             return attention(*args, **(kwargs or {}))
-        # One copy to the host, however many numbers it brings.
-        if func is Tensor.tolist and self.counter.on_device(args[0]):
-            value = self.counter.answer(aten._local_scalar_dense.default, args)
-            with _disable_current_modes():
-                return torch.full(args[0].shape, value).tolist()
         return func(*args, **(kwargs or {}))
 
 

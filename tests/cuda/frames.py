@@ -23,7 +23,7 @@ def frames() -> Iterator[tuple[str, str, int]]:
 
 def line() -> str:
     """The innermost frame that is not torch's, as "file.py:function"."""
-    path, function, _ = next(frames())
+    path, function, _ = next(frames(), ("torch", "backward", 0))
     return f"{Path(path).name}:{function}"
 
 
