@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 from effml_common.cli import COMMON_FLAGS, parse
+from effml_common.device import DEVICE_HELP, resolve_device
 from effml_common.errors import InputError, NonFiniteError
 from effml_common.files import atomic_write
 from effml_common.report import Report, environment
@@ -58,6 +59,7 @@ class StudyConfig:
         default=("gate", "arms", "longer", "untrained", "sizes", "components"),
         metadata={"help": "parts to run, in order"},
     )
+    device: str = field(default="auto", metadata={"help": DEVICE_HELP})
     report: bool = field(default=False, metadata={"help": "only write tables and figures"})
 
 
@@ -66,13 +68,14 @@ class Study:
 
     def __init__(self, config: StudyConfig) -> None:
         self.config, self.folder = config, Path(config.cells) / config.data
+        self.device = resolve_device(config.device)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.labelled, self.epochs = BUDGETS[config.data]
         self.test = test_images(config.data)
 
     def teacher(self, width: int) -> Any:
         """The trained teacher of one width."""
-        return trained_teacher(width, data=self.config.data)
+        return trained_teacher(width, data=self.config.data, device=self.device)
 
     def cell(
         self, arm: str, kind: str, seed: int, rate: float, strength: float,
@@ -86,7 +89,7 @@ class Study:
             return json.loads(file.read_text())["accuracy"]
         network = self.teacher(width)
         if not trained:
-            network = swin_teacher(width, network.num_classes, seed=9).eval()
+            network = swin_teacher(width, network.num_classes, seed=9).to(self.device).eval()
         images = training_images(self.labelled, seed, self.config.data)
         started = time.process_time()
         try:
@@ -200,7 +203,7 @@ def write_results(study: Study, seconds: float) -> Report:
             *study.choices(table),
             *(f"teacher of width {w}: {found:.1f} %" for w, found in teachers.items()),
         ],
-        environment=environment(("timm",)),
+        environment=environment(("timm",), str(study.device)),
     )
     document = json.dumps(report.to_json(), indent=1, allow_nan=False)
     atomic_write(RESULTS / f"scalekd-{config.data}.json", document + "\n")

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from scalekd_runs import WORDS, make_photos, scalekd
 
 from effml_common.errors import InputError
@@ -31,7 +30,6 @@ def without(words: list[str], flag: str, values: int = 1) -> list[str]:
 TABLE = [
     (["--num-classes", "2"], "has 3 class folders, but there are 2 classes; set --num-classes"),
     (["--val-split", "test"], "has no folder test; add it, or name another split"),
-    (["--device", "tpu"], "--device got"),
     (
         ["--data-dir", "nowhere"],
         "nowhere is no folder; give one with train and class folders in it",
@@ -73,18 +71,6 @@ def test_train_refuses(change, message, photos, tmp_path, capsys) -> None:
     words = ["train", "--data-dir", photos, *WORDS, "--out", out, *change]
     assert message in refused(capsys, *words)
     assert not out.exists() or not list(out.rglob("*.safetensors"))
-
-
-def test_cuda_that_is_not_there_is_refused_before_anything_is_built(
-    photos, tmp_path, capsys
-) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is CUDA")
-    words = ["train", "--data-dir", photos, *WORDS, "--out", tmp_path / "run", "--device", "cuda"]
-    assert "there is no CUDA device; use --device cpu" in refused(capsys, *words)
-    assert "no CUDA device" in refused(
-        capsys, "eval", "x", "--data-dir", photos, "--device", "cuda"
-    )
 
 
 def test_a_teacher_without_learned_weights_is_refused(photos, tmp_path, capsys) -> None:

@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from effml_common.device import resolve_device
 from effml_common.errors import ConfigError, InputError
 from effml_common.files import atomic_write
 from effml_common.logging import progress, say, warn
-from scalekd.adapters.data import CheckedImages, dataset_of, training_loader
+from scalekd.adapters.data import CheckedImages, dataset_of, on_device, training_loader
 from scalekd.adapters.models import build_student, build_teacher, fingerprint
 from scalekd.adapters.pairing import normalisation
 from scalekd.adapters.tail import TeacherOut, TeacherSplit
@@ -54,8 +55,9 @@ def cache(config: CacheConfig) -> Cached:
     """Run the teacher over every view and write one shard per view.
 
     Raises:
-        InputError: If data or teacher cannot be used, or the folder is not empty.
+        InputError: If device, data or teacher cannot be used, or the folder is not empty.
     """
+    device = resolve_device(config.device)
     out = Path(config.out or time.strftime("runs/cache-%Y%m%d-%H%M%S"))
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty; choose another --out")
@@ -72,12 +74,17 @@ def cache(config: CacheConfig) -> Cached:
         config=config,
         img_size=size,
         teacher_resize=config.teacher_resize,
+        device=device,
     )
     loader = training_loader(
-        dataset, config, recipe, task.export_student(), min(64, len(dataset)), task.device, False
+        dataset, config, recipe, task.export_student(), min(64, len(dataset)), device, False
     )
     batches = torch.utils.data.DataLoader(
-        dataset, batch_size=64, num_workers=config.workers, shuffle=False
+        dataset,
+        batch_size=64,
+        num_workers=config.workers,
+        shuffle=False,
+        pin_memory=device.type == "cuda",
     )
     out.mkdir(parents=True, exist_ok=True)
     hashes = {}
@@ -86,7 +93,8 @@ def cache(config: CacheConfig) -> Cached:
         for view in range(config.views):
             dataset.view = view
             parts: list[dict[str, Tensor]] = []
-            for x, _, _ in batches:
+            for batch in batches:
+                x, _, _ = on_device(batch, device, config.channels_last)
                 parts.append(pack(task.teach(x), config.top_k))
                 bar.advance()
             whole = {k: torch.cat([part[k] for part in parts]).contiguous() for k in parts[0]}
@@ -107,7 +115,7 @@ def _warn_of_size(task: ScaleKDTask, dataset: CheckedImages, config: CacheConfig
 
 
 def pack(out: TeacherOut, top_k: int) -> dict[str, Tensor]:
-    """One batch as it is kept."""
+    """One batch as it is kept, in main memory."""
     kept = {"tokens": out.tokens.half()}
     if out.context.prefix is not None and out.context.prefix.shape[1]:
         kept["prefix"] = out.context.prefix.half()
@@ -115,7 +123,7 @@ def pack(out: TeacherOut, top_k: int) -> dict[str, Tensor]:
         logits = out.logits.float()
         values, classes = logits.topk(min(top_k, logits.shape[-1]))
         kept |= {"logits": values, "classes": classes.int(), "mass": logits.logsumexp(-1)}
-    return kept
+    return {name: value.cpu() for name, value in kept.items()}
 
 
 def unpack_logits(kept: dict[str, Tensor], classes: int) -> Tensor:

@@ -35,7 +35,7 @@ from scalekd.adapters.task import ScaleKDTask
 from scalekd.config import ScaleKDConfig
 from scalekd.demo_data import CLASSES, DIGIT_CLASSES, digits, drawn
 from scalekd.demo_models import student_of, swin_teacher
-from scalekd.rivals import DistTask, FeatureImitationTask
+from scalekd.rivals import DistTask, FeatureImitationTask, device_of
 
 BATCH = 50
 TEST_SEED, TEST_IMAGES = 1_000_000, 2000
@@ -90,7 +90,7 @@ test_images.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]
 def make_task(
     arm: str, student: nn.Module, teacher: nn.Module, strength: float = 1.0
 ) -> TrainingTask:
-    """The training task of an arm.
+    """The training task of an arm, on the device of the teacher.
 
     Args:
         arm: Its name.
@@ -101,30 +101,34 @@ def make_task(
     Raises:
         InputError: If there is no such arm.
     """
+    device = device_of(teacher)
     if arm in SCALEKD:
         config = SCALEKD[arm]
         scaled = {k: strength * (getattr(config, k) or 0.0) for k in ("w_full", "w_ac")}
-        return ScaleKDTask(student, teacher, config=replace(config, **scaled))
+        return ScaleKDTask(student, teacher, config=replace(config, **scaled), device=device)
+    student.to(device)
     if arm == "alone":
-        return ClassificationTask(student, nn.CrossEntropyLoss(), verbose=False)
+        return ClassificationTask(student, nn.CrossEntropyLoss(), device=device, verbose=False)
     if arm == "mixup":
-        return ClassificationTask(student, SoftTargetCrossEntropy(), verbose=False)
+        return ClassificationTask(student, SoftTargetCrossEntropy(), device=device, verbose=False)
     if arm == "kd":
         return LogitDistillationTask(
             student,
-            DistillationTeacher(teacher),
+            DistillationTeacher(teacher, device=device),
             nn.CrossEntropyLoss(),
             distill_loss_weight=0.5 * strength,
             task_loss_weight=0.5,
             temperature=4.0,
+            device=device,
             verbose=False,
         )
     if arm == "timm features":
         return FeatureDistillationTask(
             student,
-            DistillationTeacher(teacher),
+            DistillationTeacher(teacher, device=device),
             nn.CrossEntropyLoss(),
             distill_loss_weight=strength,
+            device=device,
             verbose=False,
         )
     split = TeacherSplit.from_timm(teacher)
@@ -146,12 +150,15 @@ def train_arm(
     seed: int,
     strength: float = 1.0,
 ) -> nn.Module:
-    """Train one student; returns it in evaluation mode.
+    """Train one student on the device of its teacher; returns it in evaluation mode.
+
+    Images are drawn, shifted and mixed in main memory, so that they are the same on every device.
 
     Raises:
         NonFiniteError: If the loss becomes NaN or infinite.
     """
     classes: Any = teacher.num_classes
+    device = device_of(teacher)
     student = student_of(kind, classes, seed)
     task = make_task(arm, student, teacher, strength).train()
     parameters = [p for p in task.parameters() if p.requires_grad]
@@ -167,7 +174,7 @@ def train_arm(
             optimizer.param_groups[0]["lr"] = rate * warm_cosine(step, steps)
             x, y = shifted(images.x[index], generator), images.y[index]
             x, y = mix(x, y) if mix else (x, y)
-            loss = task(x, y)["loss"]
+            loss = task(x.to(device), y.to(device))["loss"]
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, 5.0)
@@ -195,19 +202,25 @@ def shifted(x: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> float:
     """Top-1 in percent."""
+    device = device_of(model)
     hits = sum(
-        int((model(x).argmax(1) == y).sum())
+        int((model(x.to(device)).argmax(1).cpu() == y).sum())
         for x, y in zip(images.x.split(250), images.y.split(250), strict=True)
     )
     return 100 * hits / len(images.y)
 
 
 def trained_teacher(
-    width: int = 32, steps: int = 1500, batch: int = 64, data: Data = "drawn"
+    width: int = 32,
+    steps: int = 1500,
+    batch: int = 64,
+    data: Data = "drawn",
+    device: torch.device | None = None,
 ) -> nn.Module:
     """The demo's Swin, trained once; kept in the user's cache folder.
 
     Drawn images come as an unlimited stream, digits as all images that are not for testing, shifted.
+    It computes on ``device`` (default: the CPU) and comes back there.
 
     Raises:
         NonFiniteError: If training diverges.
@@ -217,15 +230,16 @@ def trained_teacher(
     model = swin_teacher(width, CLASSES if data == "drawn" else DIGIT_CLASSES)
     if file.exists():
         model.load_state_dict(load_file(file))
-        return model.eval()
+        return model.to(device).eval()
     say(f"training a Swin of width {width} once, about 2 minutes; it is kept in the cache folder")
+    model.to(device)
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     with progress("training the teacher", steps) as bar:
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 3e-3 * warm_cosine(step, steps)
             x, y = stream(batch, generator, data)
-            loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(model(x.to(device)), y.to(device))
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from effml_common.device import DEVICE_HELP
 from effml_common.settings import require, setting
 
 
@@ -127,7 +128,7 @@ class TrainConfig(PairConfig, DataConfig):
     compile: bool = setting(False, "torch.compile student, projectors and tail")
     channels_last: bool = setting(False, "channels-last memory, faster for CNNs on GPUs")
     cache: str | None = setting(None, "folder that scalekd cache wrote, instead of the live trunk")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA if it is there")
+    device: str = setting("auto", DEVICE_HELP)
     seed: int = setting(0, "seed of the start, the order and the augmentation")
     log_every: int = setting(50, "updates between lines of metrics.jsonl")
     save_every: int = setting(0, "updates between checkpoints; 0: every epoch")
@@ -158,7 +159,7 @@ class EvalConfig(DataConfig):
     checkpoint: str = field(metadata={"help": "out folder of train, or a checkpoint in it"})
     use_ema: bool = setting(True, "the averaged weights where there are some")
     batch_size: int = setting(256, "images per batch")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA if it is there")
+    device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
@@ -200,6 +201,7 @@ class DemoConfig:
     labelled: int = setting(400, "labelled images of the students")
     epochs: int = setting(30, "epochs of every student")
     students: tuple[str, ...] = setting(("cnn", "mlp", "vit"), "some of cnn, mlp, vit")
+    device: str = setting("auto", DEVICE_HELP)
     out: str | None = setting(None, "folder of the report; default runs/demo-<time>")
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from effml_common.cli import dump_config
+from effml_common.device import resolve_device
 from effml_common.files import atomic_write
 from effml_common.logging import RunLog, say
 from effml_common.report import Report, environment, write_report
@@ -31,9 +32,10 @@ def demo(config: DemoConfig) -> Report:
     """Train every student in every way and write the report.
 
     Raises:
-        InputError: If the teacher is hardly better than a student alone.
+        InputError: If the device is not there, or the teacher is hardly better than a student alone.
         NonFiniteError: If a training diverges.
     """
+    device = resolve_device(config.device)
     started = time.monotonic()
     say(
         "about 2.5 minutes a seed on two quiet CPU cores, 4 MiB of disk; the first run trains the "
@@ -42,7 +44,7 @@ def demo(config: DemoConfig) -> Report:
     # Layers this small gain nothing from a second thread.
     torch.set_num_threads(1)
     out = Path(config.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
-    teacher, test = trained_teacher(), test_images("drawn")
+    teacher, test = trained_teacher(device=device), test_images("drawn")
     best = accuracy(teacher, test)
     say(f"the teacher has {best:.1f} % on images that no training sees")
     table: dict[tuple[str, str, str], dict[int, float]] = {}
@@ -63,7 +65,7 @@ def demo(config: DemoConfig) -> Report:
                     if arm == "alone":
                         check_gate(best, score)
     figures = plot(table, out / "run")
-    report = report_of(config, table, best, figures, time.monotonic() - started)
+    report = report_of(config, table, best, figures, time.monotonic() - started, device)
     atomic_write(out / "run" / "config.yaml", dump_config(config))
     write_report(report, out / "run", figures)
     say(f"report: {out / 'run' / 'report.html'}")
@@ -71,7 +73,12 @@ def demo(config: DemoConfig) -> Report:
 
 
 def report_of(
-    config: DemoConfig, table: Table, best: float, figures: Sequence[Path], seconds: float
+    config: DemoConfig,
+    table: Table,
+    best: float,
+    figures: Sequence[Path],
+    seconds: float,
+    device: torch.device,
 ) -> Report:
     """All that the demo measured; ``best`` is the teacher's accuracy."""
     return Report(
@@ -88,5 +95,5 @@ def report_of(
             "a seed varies labelled images, initial weights and order",
         ],
         files=[path.name for path in figures],
-        environment=environment(("timm",)),
+        environment=environment(("timm",), str(device)),
     )

@@ -11,7 +11,8 @@ from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
 
 from effml_common import checkpoint
-from effml_common.errors import ConfigError, InputError
+from effml_common.device import resolve_device
+from effml_common.errors import InputError
 from effml_common.logging import progress
 from effml_common.parsing import parse
 from effml_common.report import Report, Row, environment
@@ -56,16 +57,13 @@ def evaluate(config: EvalConfig) -> Report:
     """Accuracy of a trained student.
 
     Raises:
-        InputError: If the run or the images cannot be read.
+        InputError: If the device is not there, or the run or the images cannot be read.
     """
     started = time.monotonic()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.device == "cuda" and device == "cpu":
-        raise ConfigError("there is no CUDA device; use --device cpu")
-    where = torch.device(device if config.device == "auto" else config.device)
+    device = resolve_device(config.device)
     student, settings, which = load_run(config.checkpoint, config.use_ema)
     score = accuracy_of(
-        student, config, settings.img_size, config.val_split, where, config.batch_size
+        student, config, settings.img_size, config.val_split, device, config.batch_size
     )
     return Report(
         package="scalekd",
@@ -74,7 +72,7 @@ def evaluate(config: EvalConfig) -> Report:
         seeds=[settings.seed],
         seconds=time.monotonic() - started,
         rows=[Row(settings.student, which, {name: [value] for name, value in score.items()})],
-        environment=environment(("timm",), str(where)),
+        environment=environment(("timm",), str(device)),
     )
 
 

@@ -16,6 +16,11 @@ from scalekd.adapters.taps import StudentTap
 from scalekd.losses import mimic_loss
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network's weights are."""
+    return next(model.parameters()).device
+
+
 def dist_loss(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0) -> Tensor:
     """One minus the Pearson correlation of probabilities, along classes and along the batch.
 
@@ -41,8 +46,9 @@ class DistTask(TrainingTask):
     """Labels plus DIST."""
 
     def __init__(self, student: nn.Module, teacher: TeacherSplit, weight: float = 1.0) -> None:
-        super().__init__(verbose=False)
-        self.trainable_module, self._split, self.weight = student, [teacher], weight
+        super().__init__(device=device_of(teacher.model), verbose=False)
+        self.trainable_module = student.to(self.device)
+        self._split, self.weight = [teacher], weight
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002
         """Loss and logits."""
@@ -76,13 +82,14 @@ class FeatureImitationTask(TrainingTask):
     """
 
     def __init__(self, student: nn.Module, teacher: TeacherSplit, weight: float) -> None:
-        super().__init__(verbose=False)
-        cfg: Any = student.pretrained_cfg
+        super().__init__(device=device_of(teacher.model), verbose=False)
+        cfg: Any = student.to(self.device).pretrained_cfg
         with torch.no_grad():
-            x = torch.zeros(2, *cfg["input_size"])
+            x = torch.zeros(2, *cfg["input_size"], device=self.device)
             out = teacher.forward(x)
             channels = StudentTap(student)(x)[2].shape[1]
-        self.trainable_module = FeatureImitator(student, channels, out.tokens.shape[-1])
+        imitator = FeatureImitator(student, channels, out.tokens.shape[-1])
+        self.trainable_module = imitator.to(self.device)
         self._split, self.weight = [teacher], weight
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module:

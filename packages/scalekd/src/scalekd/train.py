@@ -15,7 +15,8 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
 from effml_common.cli import dump_config
-from effml_common.errors import ConfigError
+from effml_common.device import resolve_device
+from effml_common.errors import ConfigError, InputError
 from effml_common.files import atomic_write
 from effml_common.logging import say
 from effml_common.report import Report, Row, environment, write_report
@@ -163,27 +164,21 @@ def start_processes(device: str, stack: ExitStack) -> tuple[torch.device, Proces
     """The device, and this process's place among those that torchrun started.
 
     Raises:
-        ConfigError: If CUDA is asked for and not there.
+        InputError: If the device is not there, or is of a kind that several processes cannot use.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device; use --device cpu")
-    kind = device
-    if device == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-        if kind == "cpu":
-            say("no CUDA device: running on the CPU")
+    where = resolve_device(device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        return torch.device(kind), Processes()
+        return where, Processes()
+    if where.type not in ("cpu", "cuda"):
+        raise InputError(
+            f"device {where} trains in one process, not {world}; start without torchrun"
+        )
     from torch import distributed
 
-    backend = "nccl" if kind == "cuda" and distributed.is_nccl_available() else "gloo"
+    backend = "nccl" if where.type == "cuda" and distributed.is_nccl_available() else "gloo"
     distributed.init_process_group(backend)
     stack.callback(distributed.destroy_process_group)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(where)
     return where, Processes(rank=distributed.get_rank(), world=world)
 
 

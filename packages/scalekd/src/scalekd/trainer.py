@@ -1,7 +1,7 @@
 """The loop of ``train``: updates, averages, checkpoints. It knows no command line."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,9 @@ from scalekd.recipe import Recipe
 
 SMALL = 0.01  # share of the loss under which a term is reported as negligible
 Cached = Callable[[Tensor, int], TeacherOut]  # (indices, view) -> what the teacher made of them
+Batch = tuple[
+    Tensor, Tensor, TeacherOut | None
+]  # images, labels, the teacher's pass if it is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,67 @@ class Processes:
 
     rank: int = 0
     world: int = 1
+
+
+def training_step(
+    task: ScaleKDTask,
+    batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+    amp: torch.dtype | None = None,
+    clip: float = 0.0,
+    step: int = 0,
+    last_good: Path | None = None,
+) -> dict[str, Tensor]:
+    """Make one update: passes, gradients, the check that they are finite, the optimizer.
+
+    Args:
+        task: In training mode.
+        batches: One or, for accumulated gradients, several; on the device of the task.
+        optimizer: Of what the task trains.
+        scaler: For float16, whose overflowing updates it skips.
+        amp: Type of the mixed precision; None is none.
+        clip: Largest norm of the gradient; 0 for no limit.
+        step: Number of the update, for the error.
+        last_good: Folder of checkpoints, for the error.
+
+    Returns:
+        What the task made of the last batch, and ``grad_norm``.
+
+    Raises:
+        NonFiniteError: If a loss or gradient is not finite; then nothing is updated.
+    """
+    assert not task.split.model.training, "the teacher must stay in evaluation mode"
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    result: dict[str, Tensor] = {}
+
+    # Gradients of every batch; processes exchange them at the last one only.
+    optimizer.zero_grad(set_to_none=True)
+    for i, (images, labels, teacher) in enumerate(batches):
+        last = i == len(batches) - 1
+        with (
+            nullcontext() if last else task.no_sync(),
+            torch.autocast(images.device.type, amp) if amp else nullcontext(),
+        ):
+            result = task(images, labels, teacher)
+            scaler.scale(result["loss"] / len(batches)).backward()
+
+    # Nothing is changed when a value is not finite.
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(task.get_clip_parameters(), clip or float("inf"))
+    bad = [n for n, v in result.items() if n != "output" and not torch.isfinite(v).all()]
+    shown = None if scaler.is_enabled() else norm  # the scaler skips updates that overflow
+    check_finite(
+        result["loss"].detach(),
+        shown,
+        step=step,
+        term=" and ".join(bad) or "loss",
+        last_good=last_good,
+    )
+    scaler.step(optimizer)
+    scaler.update()
+    return {**result, "grad_norm": norm}
 
 
 class Trainer:
@@ -176,43 +240,29 @@ class Trainer:
     def _update(
         self, group: list[Any], epoch: int, step: int, root: Path | None
     ) -> dict[str, Tensor]:
-        task, config = self.task, self.config
-        assert not task.split.model.training, "the teacher must stay in evaluation mode"
-        device, result = task.device, {}
-        amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.amp)
-        self.optimizer.zero_grad(set_to_none=True)
-        for i, batch in enumerate(group):
-            x, y, indices = on_device(batch, device, config.channels_last)
-            if self.mix is not None:
-                x, y = self.mix(x, y)
-            view = getattr(self.loader.dataset, "view", 0)
-            teacher = None if self.cached is None else self.cached(indices, view)
-            last = i == len(group) - 1
-            with (
-                nullcontext() if last else task.no_sync(),
-                torch.autocast(device.type, amp, enabled=amp is not None),
-            ):
-                result = task(x, y, teacher)
-                self.scaler.scale(result["loss"] / len(group)).backward()
-        self.scaler.unscale_(self.optimizer)
-        parameters = task.get_clip_parameters()
-        norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip or float("inf"))
-        bad = [n for n, v in result.items() if n != "output" and not torch.isfinite(v).all()]
-        shown = None if config.amp == "fp16" else norm  # the scaler skips updates that overflow
-        check_finite(
-            result["loss"].detach(),
-            shown,
+        result = training_step(
+            self.task,
+            [self._prepared(batch) for batch in group],
+            self.optimizer,
+            scaler=self.scaler,
+            amp={"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.amp),
+            clip=self.recipe.clip,
             step=step,
-            term=" and ".join(bad) or "loss",
             last_good=root,
         )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
         self.scheduler.step_update(num_updates=step)
-        task.update_ema(step=step)
+        self.task.update_ema(step=step)
         if step % self.updates == 0:
             self.scheduler.step(epoch + 1)
-        return {**result, "grad_norm": norm}
+        return result
+
+    def _prepared(self, batch: Any) -> Batch:
+        """A batch of the loader on the device, mixed, with what the cache holds of the teacher."""
+        x, y, indices = on_device(batch, self.task.device, self.config.channels_last)
+        if self.mix is not None:
+            x, y = self.mix(x, y)
+        view = getattr(self.loader.dataset, "view", 0)
+        return x, y, None if self.cached is None else self.cached(indices, view)
 
     def _log(self, log: RunLog, step: int, result: dict[str, Tensor]) -> None:
         shares = self.task.shares(result)

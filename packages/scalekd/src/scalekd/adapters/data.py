@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from effml_common.errors import InputError
 from effml_common.logging import warn
 from effml_common.parsing import one_line
-from effml_common.state import rng_state, set_rng_state
+from effml_common.state import host_rng_state, set_host_rng_state
 from scalekd.adapters.pairing import normalisation
 from scalekd.config import DataConfig, TrainConfig
 from scalekd.recipe import Recipe
@@ -198,16 +198,20 @@ class CheckedImages(torch.utils.data.Dataset[Any]):
 
 @contextmanager
 def repeatable(*key: int) -> Iterator[None]:
-    """Random numbers inside depend on ``key`` alone; outside nothing changes."""
-    before = rng_state()
+    """Random numbers inside depend on ``key`` alone; outside nothing changes.
+
+    It covers what draws in main memory, as augmentation does. The generators of cards are left alone:
+    a forked loading process may not touch them.
+    """
+    before = host_rng_state()
     seed = hash(key) % 2**32
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (timm's augmentations draw from it)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        set_rng_state(before)
+        set_host_rng_state(before)
 
 
 def training_loader(

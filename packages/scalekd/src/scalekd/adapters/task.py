@@ -134,7 +134,10 @@ class ScaleKDTask(TrainingTask):
             )
         teacher.model.to(self.device)
         self._split = [teacher]  # in a list: not a submodule
-        self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
+        # A loss may hold tensors of its own: weights of classes, say.
+        self.criterion = (criterion if criterion is not None else nn.CrossEntropyLoss()).to(
+            self.device
+        )
         size = self.size = img_size or _input_size(student) or (224, 224)
         self.teacher_size = _teacher_size(teacher.model, size, teacher_resize)
         tap = StudentTap(student, taps)
