@@ -2,7 +2,8 @@
 
 ``benchmarks/<module>/cuda.py`` lists the paths of a package. The tests in ``tests/cuda`` count them,
 ``python -m benchmarks.<module>.cuda --predict`` prints what a card should need, and without
-``--predict`` the same paths are timed on the card that is there.
+``--predict`` the same paths are timed on the card that is there. ``python -m benchmarks.hot_paths``
+prints the committed figures of all packages.
 """
 
 import argparse
@@ -366,7 +367,7 @@ def _print_table(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]
     """Print counted, predicted and measured figures of each path, side by side."""
     head = ("path", "launches", "waits", "peak GiB", "GB moved", "TFLOP", "device ms", "step ms")
     head += ("measured ms", "compiled ms", "measured GiB")
-    table = [head]
+    table: list[tuple[str, ...]] = [head]
     for name, cost, row in rows:
         cells = [name, *[""] * 7]
         if cost:
@@ -383,3 +384,9 @@ def _print_table(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]
     for line in table:
         cells = [text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True)]
         print("  ".join([line[0].ljust(widths[0]), *cells]).rstrip())
+
+
+if __name__ == "__main__":
+    for package, figures in json.loads(BUDGETS.read_text()).items():
+        print(f"\n{package} (predicted for one {H100.name})")
+        _print_table([(name, cost, {}) for name, cost in figures.items()])

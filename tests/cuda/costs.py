@@ -1,6 +1,8 @@
 """What one operation costs a GPU: bytes, FLOPs, and attention as the one call that it is there."""
 
 import math
+from collections import Counter as Tally
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +16,42 @@ aten = torch.ops.aten
 LOOKUPS = {"embedding", "index", "index_select", "gather"}
 SCATTERS = {"index_put", "index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_"}
 _WRITES_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Cost of one launch; ``dtype`` is that of the operands, or "tf32"."""
+
+    nbytes: int
+    flops: int
+    dtype: str
+
+
+@dataclass
+class Cost:
+    """What one run would ask of a device; lines are "file.py:function"."""
+
+    launches: Tally[Launch] = field(default_factory=Tally)
+    read: int = 0
+    written: int = 0
+    peak: int = 0
+    copies: Tally[str] = field(default_factory=Tally)  # "to host" or "to device", and the line
+    waits: Tally[str] = field(default_factory=Tally)
+    lines: Tally[str] = field(default_factory=Tally)  # launches by the line that caused them
+
+    @property
+    def launch_count(self) -> int:
+        """Number of launches."""
+        return self.launches.total()
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """FLOPs by type of the operands."""
+        totals: Tally[str] = Tally()
+        for launch, count in self.launches.items():
+            if launch.flops:
+                totals[launch.dtype] += launch.flops * count
+        return dict(totals)
 
 
 def attention(
@@ -117,8 +155,8 @@ def work(
 
 def _tf32(name: str) -> bool:
     if "conv" in name:
-        return torch.backends.cudnn.allow_tf32
-    return torch.backends.cuda.matmul.allow_tf32
+        return bool(torch.backends.cudnn.allow_tf32)
+    return bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 def _attention_flops(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

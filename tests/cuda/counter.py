@@ -26,9 +26,7 @@ What is counted:
 import contextlib
 import sys
 import weakref
-from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,6 +48,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from tests.cuda.costs import (
     LOOKUPS,
     SCATTERS,
+    Cost,
+    Launch,
     attention,
     is_mask,
     mutated,
@@ -70,42 +70,6 @@ _CHECKED = {"_linalg_check_errors", "_linalg_eigh", "_linalg_svd", "cholesky_inv
 
 class HiddenWait(Exception):
     """The host needs a value that the device has not computed; the message names the line."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Cost of one launch; ``dtype`` is that of the operands, or "tf32"."""
-
-    nbytes: int
-    flops: int
-    dtype: str
-
-
-@dataclass
-class Cost:
-    """What one run would ask of a device; lines are "file.py:function"."""
-
-    launches: Tally[Launch] = field(default_factory=Tally)
-    read: int = 0
-    written: int = 0
-    peak: int = 0
-    copies: Tally[str] = field(default_factory=Tally)  # "to host" or "to device", and the line
-    waits: Tally[str] = field(default_factory=Tally)
-    lines: Tally[str] = field(default_factory=Tally)  # launches by the line that caused them
-
-    @property
-    def launch_count(self) -> int:
-        """Number of launches."""
-        return self.launches.total()
-
-    @property
-    def flops(self) -> dict[str, int]:
-        """FLOPs by type of the operands."""
-        totals: Tally[str] = Tally()
-        for launch, count in self.launches.items():
-            if launch.flops:
-                totals[launch.dtype] += launch.flops * count
-        return dict(totals)
 
 
 class Counter:
@@ -175,7 +139,7 @@ class Counter:
             self.active = False
 
     def _place(self, module: nn.Module) -> None:
-        placed: dict[int, Tensor] = {}  # tied parameters stay tied
+        placed: dict[int, Any] = {}  # tied parameters stay tied
         for child in module.modules():
             for table in (child._parameters, child._buffers):
                 for name, value in table.items():
