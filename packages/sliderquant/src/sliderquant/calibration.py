@@ -22,7 +22,7 @@ from sliderquant.compensation import round_blocks_
 from sliderquant.config import FULL_BITS, SliderConfig, with_rounding
 from sliderquant.decoder import Decoder
 from sliderquant.learnables import BlockLearnables
-from sliderquant.sampling import all_reduce_, batches, own_share
+from sliderquant.sampling import all_reduce_, batches, own_share, to_device
 
 RETRIES = 2
 # Above this many weights in a window, its blocks are computed again in the backward pass.
@@ -150,10 +150,11 @@ def train_window(
     for epoch, index in batches(len(inputs), config.batch_size, epochs, seed):
         optimizer.zero_grad()
         mine = own_share(index)
-        loss = inputs.new_zeros(())
+        # A process without a sample takes part in the sum with a zero, on the device of its gradients.
+        loss = parameters[0].new_zeros(())
         if len(mine):
             simulated = simulate(inputs[mine])
-            error = simulated - targets[mine].to(simulated.device)
+            error = simulated - to_device(targets[mine], simulated.device)
             # The mean over the whole batch, of which this process may hold a part.
             loss = error.square().sum() / (len(index) * error[0].numel())
             loss.backward()

@@ -72,7 +72,9 @@ def steps_of(layout: BlockLayout) -> list[Step]:
 def damped(moment: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     """Return H from X^T X; inputs that are never active get the mean of the others."""
     mean = moment.diagonal().mean().clamp(min=torch.finfo(moment.dtype).tiny)
-    return moment + DAMPING * mean * torch.eye(len(moment), dtype=moment.dtype)
+    return moment + DAMPING * mean * torch.eye(
+        len(moment), dtype=moment.dtype, device=moment.device
+    )
 
 
 def regressed(
@@ -99,11 +101,38 @@ def feedback_codes(
         h: H, float64.
     """
     order = h.diagonal().argsort(descending=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    upper = inverse_factor(h[order][:, order]).to(weight.dtype)
     rest, step, zero = weight[:, order], step[:, order], zero[:, order]
+    result = torch.empty_like(rest)
+    result[:, order] = round_columns_(rest, step, zero, fmt, upper, len(order))
+    return result
+
+
+def inverse_factor(h: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """Return U, the upper Cholesky factor of H^-1."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def round_columns_(
+    rest: Float[Tensor, "out in"],
+    step: Float[Tensor, "out in"],
+    zero: Float[Tensor, "out in"],
+    fmt: WeightFormat,
+    upper: Float[Tensor, "in in"],
+    columns: int,
+) -> Float[Tensor, "out in"]:
+    """Return the codes of the leading columns; those behind them take over the errors, in place.
+
+    Args:
+        rest: W*, its columns in the order of rounding.
+        step: D of every weight, in that order.
+        zero: z of every weight.
+        fmt: Storage format.
+        upper: U.
+        columns: How many to round; fewer than all only to measure what one costs.
+    """
     found = torch.empty_like(rest)
-    columns = len(order)
     for begin in range(0, columns, LAZY):
         end = min(begin + LAZY, columns)
         errors = []
@@ -113,9 +142,7 @@ def feedback_codes(
             errors.append((rest[:, j] - value) / upper[j, j])
             rest[:, j + 1 : end] -= torch.outer(errors[-1], upper[j, j + 1 : end])
         rest[:, end:] -= torch.stack(errors, dim=1) @ upper[begin:end, end:]
-    result = torch.empty_like(found)
-    result[:, order] = found
-    return result
+    return found
 
 
 def fitted_steps(
@@ -153,14 +180,42 @@ def swept_codes(
     h: Float[Tensor, "in in"],
 ) -> Float[Tensor, "out in"]:
     """Return codes after one sweep of coordinate descent: each is the best one with the others held."""
-    code = code.clone()
-    slope = (target - (code - zero) * step) @ h
-    for j in h.diagonal().argsort(descending=True).tolist():
+    order = h.diagonal().argsort(descending=True)
+    slope = ((target - (code - zero) * step) @ h)[:, order]
+
+    # Columns are put in the order of the sweep on the device, so that the host need not know it.
+    code, step, zero, h = code[:, order], step[:, order], zero[:, order], h[order][:, order]
+    sweep_columns_(code, slope, step, zero, fmt, h, len(order))
+    result = torch.empty_like(code)
+    result[:, order] = code
+    return result
+
+
+def sweep_columns_(
+    code: Float[Tensor, "out in"],
+    slope: Float[Tensor, "out in"],
+    step: Float[Tensor, "out in"],
+    zero: Float[Tensor, "out in"],
+    fmt: WeightFormat,
+    h: Float[Tensor, "in in"],
+    columns: int,
+) -> None:
+    """Give the leading columns their best codes, one after the other, in place.
+
+    Args:
+        code: Codes so far, columns in the order of the sweep; so are the others.
+        slope: (W* - W^) H, kept up to date.
+        step: D of every weight.
+        zero: z of every weight.
+        fmt: Storage format.
+        h: H.
+        columns: How many to visit; fewer than all only to measure what one costs.
+    """
+    for j in range(columns):
         value = (code[:, j] - zero[:, j]) * step[:, j]
         new = codes(value + slope[:, j] / h[j, j], step[:, j], zero[:, j], fmt)
         slope -= torch.outer((new - code[:, j]) * step[:, j], h[j])
         code[:, j] = new
-    return code
 
 
 def rounded_with_feedback(
@@ -230,7 +285,7 @@ def round_blocks_(
         exact = tensors | scaled
         current = tensors | {name: stored(value, made.fmt) for name, value in scaled.items()}
         for step in steps_of(decoder.layout(block)):
-            moment, crosses = _moments(
+            moment, crosses = collect_moments(
                 decoder, block, step, (exact, current), (x_fp, x_q), batch_size, activations
             )
             for name in step.names:
@@ -243,6 +298,9 @@ def round_blocks_(
             for part in hidden.split(batch_size):
                 part.copy_(decoder.run_block(block, part, simulated, fmt))
         on_block(block)
+
+        # Codes of all blocks together would fill a card; they are read again block by block.
+        made.codes_to("cpu")
 
 
 def _smooth_(
@@ -268,7 +326,7 @@ def _smooth_(
         factor.copy_(smoothing_factors(site, weights, squares))
 
 
-def _moments(
+def collect_moments(
     decoder: Decoder,
     block: int,
     step: Step,

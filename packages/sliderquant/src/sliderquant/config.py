@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, TypeVar
 
+from effml_common.device import DEVICE_HELP
 from effml_common.settings import require, setting
 
 SCHEDULES = ("slider", "fixed", "block")
@@ -234,7 +235,7 @@ class QuantizeConfig(SliderConfig):
     resume: Literal["never", "auto"] = setting(
         "never", "auto continues an interrupted run in the same --out"
     )
-    device: str = setting("cpu", "torch device that computes: cpu, cuda, cuda:1, ...")
+    device: str = setting("auto", DEVICE_HELP)
     format: Literal["compressed-tensors", "native", "dense", "pre-quant"] = setting(
         "compressed-tensors",
         "compressed-tensors (packed; transformers, vLLM), native (packed; this package), dense "
@@ -277,7 +278,7 @@ class EvalConfig:
         "float32", "type to compute in: float32 with the stored values, or the stored type"
     )
     out: str | None = setting(None, "folder of the report; default runs/eval-<time>")
-    device: str = setting("cpu", "torch device that computes")
+    device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
         require(
@@ -315,7 +316,7 @@ class SensitivityConfig:
     nsamples: int = setting(8, "chunks of text, spread over all of it")
     seqlen: int = setting(512, "tokens per chunk; capped at the model's limit")
     out: str | None = setting(None, "folder of the report; default runs/sensitivity-<time>")
-    device: str = setting("cpu", "torch device that computes")
+    device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
         require(len(self.text) > 0, "text names no file", "give one or more text files")
@@ -342,7 +343,7 @@ class BenchConfig:
     tokens: int = setting(32, "tokens generated behind it")
     repeats: int = setting(3, "timed repetitions, after one to warm up")
     out: str | None = setting(None, "folder of the report; default runs/bench-<time>")
-    device: str = setting("cpu", "torch device that computes")
+    device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
         for name in ("prompt", "tokens", "repeats"):
@@ -423,6 +424,7 @@ class DemoConfig(DemoModelConfig):
     seeds: int = setting(1, "calibration seeds; claims need 3")
     bits: tuple[int, ...] = setting((4, 3, 2), "weight bits to compare")
     out: str | None = setting(None, "folder of the report; default runs/demo-<time>")
+    device: str = setting("auto", DEVICE_HELP)
     nsamples: int = setting(32, "calibration samples")
     epochs: int = setting(4, "passes of SliderQuant over the samples per window")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from effml_common.device import resolve_device
 from effml_common.logging import RunLog, progress, say
 from effml_common.report import Claim, Report, Row, environment, write_report
 from sliderquant.adapters.decoder import TransformersDecoder
@@ -143,12 +144,13 @@ def demo(config: DemoConfig) -> Report:
         NonFiniteError: If the training or a calibration diverges.
     """
     started = time.monotonic()
+    device = resolve_device(config.device, float64=True)
     say("estimate: 9 min to train the model on the first run, then 3 min per seed; under 2 GiB")
     # Matrices this small gain nothing from a second thread, and beside any other busy process the
     # threads wait for one another: 8 times slower was measured.
     torch.set_num_threads(1)
     corpus = library_corpus()
-    loaded = load_model(demo_model(config, corpus))
+    loaded = load_model(demo_model(config, corpus, device), device)
     decoder = TransformersDecoder(loaded.model)
     stream = encode(corpus.train, loaded.tokenizer)
     texts: Texts = {
@@ -186,7 +188,7 @@ def demo(config: DemoConfig) -> Report:
         claims=_claims(config, results),
         notes=_notes(config, decoder.depth),
         files=["perplexity.png"] if figures else [],
-        environment=environment(("transformers", "tokenizers")),
+        environment=environment(("transformers", "tokenizers"), str(device)),
     )
     write_report(report, out / "run", figures=figures)
     say(f"report: {out / 'run' / 'report.html'}")

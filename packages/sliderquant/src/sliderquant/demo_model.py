@@ -134,13 +134,19 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, ...])
     return torch.tensor(ids)
 
 
-def train_llama(config: DemoModelConfig, tokens: torch.Tensor, vocab_size: int) -> LlamaForCausalLM:
+def train_llama(
+    config: DemoModelConfig,
+    tokens: torch.Tensor,
+    vocab_size: int,
+    device: torch.device | str = "cpu",
+) -> LlamaForCausalLM:
     """Train a Llama from scratch on a token stream.
 
     Args:
         config: Shape and training budget.
         tokens: Training stream, int64 [n].
         vocab_size: Number of token ids.
+        device: Where it is trained and left.
 
     Returns:
         The trained model in float32, eval mode.
@@ -163,7 +169,7 @@ def train_llama(config: DemoModelConfig, tokens: torch.Tensor, vocab_size: int) 
             tie_word_embeddings=False,
         )
     )
-    train_language_model_(model, config, tokens)
+    train_language_model_(model.to(device), config, tokens)
     return model
 
 
@@ -171,6 +177,8 @@ def train_language_model_(
     model: PreTrainedModel, config: DemoModelConfig, tokens: torch.Tensor
 ) -> None:
     """Train a fresh model with AdamW and a warm-up-then-cosine schedule; leaves it in eval mode.
+
+    It is trained where it is.
 
     Args:
         model: Changed in place.
@@ -197,7 +205,7 @@ def train_language_model_(
             starts = torch.randint(
                 len(tokens) - config.context, (config.train_batch, 1), generator=generator
             )
-            batch = tokens[starts + offsets]
+            batch = tokens[starts + offsets].to(model.device)
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             optimizer.zero_grad()
             loss.backward()
@@ -214,13 +222,14 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "effml" / "sliderquant"
 
 
-def demo_model(config: DemoModelConfig, corpus: Corpus) -> Path:
+def demo_model(config: DemoModelConfig, corpus: Corpus, device: torch.device | str = "cpu") -> Path:
     """Return the directory of the trained demo model, training it on the first call.
 
     Args:
         config: Shape and training budget; part of the cache key, as are the text and the versions
             of torch, transformers and tokenizers.
         corpus: The text.
+        device: Where it is trained.
 
     Returns:
         A directory that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
@@ -237,7 +246,8 @@ def demo_model(config: DemoModelConfig, corpus: Corpus) -> Path:
         return target
     say(f"training a {config.layers}-block Llama once; it is kept in the user cache folder")
     tokenizer = train_tokenizer(corpus, config.vocab_size)
-    model = train_llama(config, encode_documents(tokenizer, corpus.train), len(tokenizer))
+    stream = encode_documents(tokenizer, corpus.train)
+    model = train_llama(config, stream, len(tokenizer), device)
     staging = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from effml_common.device import resolve_device
 from effml_common.errors import InputError, NonFiniteError
 from effml_common.logging import Progress, progress
 from effml_common.report import Report, Row, environment, write_report
@@ -61,7 +62,8 @@ def perplexity(
         losses += torch.nn.functional.cross_entropy(
             predicted.transpose(1, 2), tokens[:, 1:].to(predicted.device), reduction="none"
         ).mean(dim=1)
-    mean = torch.stack(losses).double().mean().item()
+    # On the host, because not every device knows float64.
+    mean = torch.stack(losses).cpu().double().mean().item()
     if not math.isfinite(mean):
         raise NonFiniteError("the model's cross-entropy is not finite; its weights are damaged")
     try:
@@ -118,11 +120,12 @@ def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
         The report: one row, one metric per file and per task metric.
 
     Raises:
-        InputError: If the model or a file cannot be used.
+        InputError: If the model, a file or the device cannot be used.
     """
     started = time.monotonic()
+    device = loaded.model.device if loaded else resolve_device(config.device)
     tasks = read_tasks(config.tasks)
-    loaded = loaded or load_any(config.model, config.device, upcast=config.dtype == "float32")
+    loaded = loaded or load_any(config.model, device, upcast=config.dtype == "float32")
     seqlen = config.seqlen or default_seqlen(loaded.context)
     metrics = {
         f"perplexity {Path(path).name}": [text_perplexity(loaded, path, seqlen, config.batch_size)]
@@ -153,7 +156,7 @@ def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
         rows=[Row(Path(config.model).name, f"{seqlen} tokens per chunk", metrics)],
         notes=notes,
         environment=environment(
-            ("transformers", "tokenizers", "lm-eval", "compressed-tensors"), config.device
+            ("transformers", "tokenizers", "lm-eval", "compressed-tensors"), str(device)
         ),
     )
     out = Path(config.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))

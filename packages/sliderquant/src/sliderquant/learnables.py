@@ -62,7 +62,7 @@ class LinearLearnables(nn.Module):
         if self.fmt.bits == UNQUANTIZED_BITS:
             return weight
         if self.rounded is not None:
-            return self.rounded.dequantize().to(self.lora_b.dtype)
+            return self.rounded.to(weight.device).dequantize().to(self.lora_b.dtype)
         return fake_quantize(self.corrected(weight), self.fmt, self.upper, self.lower, ratio)
 
     def lean(self, weight: Float[Tensor, "*experts out in"], ratio: float) -> Tensor:
@@ -203,15 +203,25 @@ class BlockLearnables(nn.Module):
 
     @torch.no_grad()
     def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters that changed, before rounding: W~ and scaled gains and biases."""
+        """Return the parameters that changed, before rounding: W~ and scaled gains and biases.
+
+        Weights whose codes were decided in closed form have no correction.
+        """
         scaled = scale_channels(tensors, self.sites, list(self.factors))
         for name, linear in zip(self.names, self.linears, strict=True):
-            scaled[name] = linear.corrected(scaled.get(name, tensors[name]))
+            if linear.rounded is None:
+                scaled[name] = linear.corrected(scaled.get(name, tensors[name]))
         return scaled
 
     def linear(self, name: str) -> LinearLearnables:
         """Return what is trained for one weight."""
         return self.linears[self.names.index(name)]
+
+    def codes_to(self, device: torch.device | str) -> None:
+        """Keep the codes that were decided in closed form on a device."""
+        for linear in self.linears:
+            if linear.rounded is not None:
+                linear.rounded = linear.rounded.to(device)
 
     def forget_codes(self) -> None:
         """Free the codes that were decided in closed form."""

@@ -18,9 +18,10 @@ from sliderquant.adapters.heap import return_large_blocks
 from sliderquant.adapters.processes import process_group
 from sliderquant.adapters.streaming import StreamedModel, open_model
 from sliderquant.adapters.text import calibration_samples, encode, read_documents
-from sliderquant.calibration import activation_format, run_blocks
+from sliderquant.calibration import activation_format
 from sliderquant.card import file_hashes, made_section, model_card
 from sliderquant.config import FULL_BITS, QuantizeConfig, SliderConfig, with_rounding
+from sliderquant.estimates import estimated_seconds
 from sliderquant.evaluation import chunks, default_seqlen
 from sliderquant.plan import decoder_shape, make_plan
 from sliderquant.saving import Job, calibrate_saved
@@ -45,14 +46,16 @@ def quantize(config: QuantizeConfig) -> Report:
         The report that is also written to ``<out>/run``.
 
     Raises:
-        InputError: If the model, a file or a setting cannot be used.
+        InputError: If the model, a file, the device or a setting cannot be used.
         CalibrationDivergedError: If a window diverges at three learning rates.
     """
     started = time.monotonic()
     out = Path(config.out or time.strftime("runs/quantize-%Y%m%d-%H%M%S"))
     if rank() == 0:
         _check_out(out, config.resume)
-    with process_group(config.device) as device:
+    # Windows compute in float32; compensated rounding and rotations need double precision.
+    float64 = config.rounding != "nearest" or config.rotate != "none"
+    with process_group(config.device, float64=float64) as device:
         opened = open_model(
             config.model,
             device=device,
@@ -143,7 +146,7 @@ def _prepare(
 
 
 def _announce(job: Job) -> None:
-    """Print the estimate of time, memory and disk, from one timed forward pass of block 0."""
+    """Print the estimate of time, memory and disk."""
     decoder, config = job.opened.decoder, job.config
     slides = job.plan.windows and config.schedule == "slider"
     if slides and decoder.depth < config.shallow + config.deep:
@@ -151,23 +154,13 @@ def _announce(job: Job) -> None:
             f"{decoder.depth} blocks are fewer than shallow + deep = {config.shallow + config.deep}: "
             "they are halved between both ends"
         )
-    decoder.hold([0])
-    hidden = decoder.block_inputs(job.samples[: config.batch_size])
-    run_blocks(decoder, [0], hidden, config.batch_size)
-    begin = time.perf_counter()
-    run_blocks(decoder, [0], hidden, config.batch_size)
-    seconds = time.perf_counter() - begin
-    decoder.hold([])
-    batches = -(-len(job.samples) // config.batch_size)
+    total = estimated_seconds(
+        decoder, job.samples, job.plan, config, weight_format(config, job.opened.dtype)
+    )
     if job.plan.windows:
-        # Forward, backward, and about as much again for the fake quantizer: measured 3.5 to 5.
-        forwards = 4 * job.plan.block_visits * config.epochs
         work = f"{len(job.plan.windows)} windows x {job.plan.stages} stages, {job.plan.updates} updates"
     else:
-        # Both models up to each of four kinds of layers, then the relay; products, factorisations.
-        forwards = 10 * decoder.depth
         work = f"{decoder.depth} blocks to round"
-    total = seconds * forwards * batches
     memory = sum((job.plan.memory_gib or {}).values())
     disk = sum(path.stat().st_size for path in weight_files(config.model)) / 2**30
     say(
@@ -255,5 +248,5 @@ def _report(job: Job, rows: list[Row], started: float) -> Report:
             f"stored as {job.config.format}; bits per weight counts the packed size",
         ],
         files=sorted(path.name for path in job.out.iterdir() if path.is_file()),
-        environment=environment(("transformers", "tokenizers"), job.config.device),
+        environment=environment(("transformers", "tokenizers"), str(job.opened.decoder.device)),
     )

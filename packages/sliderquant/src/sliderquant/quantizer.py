@@ -195,6 +195,13 @@ class QuantizedWeight:
             codes = codes - self.zero.unsqueeze(-1)
         return (codes.float() * self.step.float().unsqueeze(-1)).to(self.fmt.dtype).flatten(-2)
 
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
+        """Return the same weight on a device."""
+        zero = None if self.zero is None else self.zero.to(device)
+        return QuantizedWeight(
+            codes=self.codes.to(device), step=self.step.to(device), zero=zero, fmt=self.fmt
+        )
+
     def __getitem__(self, index: int | slice) -> "QuantizedWeight":
         """Return one expert, or a range along the first axis (experts, or rows)."""
         zero = None if self.zero is None else self.zero[index]

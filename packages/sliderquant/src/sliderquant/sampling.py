@@ -33,6 +33,13 @@ def own_share(index: Int[Tensor, " b"]) -> Int[Tensor, " part"]:
     return index[distributed.get_rank() :: distributed.get_world_size()]
 
 
+def to_device(hidden: Float[Tensor, "..."], device: torch.device) -> Float[Tensor, "..."]:
+    """Return hidden states on a device; those in the host's memory reach a card without a wait."""
+    if device.type == "cuda" and hidden.device.type == "cpu" and torch.cuda.is_available():
+        return hidden.pin_memory().to(device, non_blocking=True)
+    return hidden.to(device)
+
+
 def all_reduce_(loss: Float[Tensor, ""], parameters: Sequence[Tensor]) -> float:
     """Sum loss and gradients over all processes, in place; returns the summed loss."""
     if not distributed.is_initialized():

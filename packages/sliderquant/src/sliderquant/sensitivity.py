@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from effml_common.device import resolve_device
 from effml_common.errors import NonFiniteError
 from effml_common.logging import progress, say
 from effml_common.report import Report, Row, environment, write_report
@@ -55,10 +56,11 @@ def sensitivity(config: SensitivityConfig) -> Report:
         The report: one row per block, or per layer.
 
     Raises:
-        InputError: If the model or the text cannot be used.
+        InputError: If the model, the text or the device cannot be used.
     """
     started = time.monotonic()
-    opened = open_model(config.model, device=config.device)
+    device = resolve_device(config.device)
+    opened = open_model(config.model, device=device)
     decoder = opened.decoder
     check_group_size(decoder_shape(decoder).linears, config.group_size)
     stream = encode(read_documents(config.text, opened.tokenizer), opened.tokenizer)
@@ -88,7 +90,7 @@ def sensitivity(config: SensitivityConfig) -> Report:
         ],
         notes=advice(damages, config.metric) if config.mode == "single" else [],
         files=[f"run/{path.name}" for path in figures],
-        environment=environment(("transformers", "tokenizers"), config.device),
+        environment=environment(("transformers", "tokenizers"), str(device)),
     )
     write_report(report, out / "run", figures)
     return report

@@ -9,7 +9,7 @@ from torch import Tensor
 from sliderquant.activations import ActivationFormat
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.baselines import rtn_weights
-from sliderquant.config import FULL_BITS, SliderConfig
+from sliderquant.config import FULL_BITS, SliderConfig, with_rounding
 from sliderquant.evaluation import perplexity
 from sliderquant.learnables import BlockLearnables
 from sliderquant.plan import check_group_size
@@ -31,7 +31,10 @@ def weight_format(config: SliderConfig, dtype: torch.dtype) -> WeightFormat:
 def fresh_learnables(
     decoder: TransformersDecoder, config: SliderConfig, dtype: torch.dtype
 ) -> list[BlockLearnables]:
-    """Return untrained learnables for every block, on the model's device; reads no weight.
+    """Return untrained learnables for every block; reads no weight.
+
+    Those of windows are on the model's device. Compensated rounding only reads the channel scales:
+    corrections and clipping of all blocks stay in the host's memory.
 
     Raises:
         ShapeError: If the group size does not divide some layer.
@@ -47,7 +50,10 @@ def fresh_learnables(
         made = BlockLearnables(
             weights, fmt, config.lora_rank, seeded((config.seed, block)), sites, config.lwc
         )
-        learnables.append(made.to(decoder.device))
+        rounding = with_rounding(config, [weight.shape for weight in weights.values()]).rounding
+        trained = made if rounding == "nearest" else made.factors
+        trained.to(decoder.device)
+        learnables.append(made)
     return learnables
 
 

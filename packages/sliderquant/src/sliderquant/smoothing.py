@@ -37,7 +37,8 @@ def smoothing_factors(
     """
     touches = reading(site, weights)
     if not touches:
-        return torch.ones(site.size)
+        device = next(iter(weights.values())).device if weights else None
+        return torch.ones(site.size, device=device)
     x = torch.cat([squares[touch.name] for touch in touches])
     w = torch.cat([weights[touch.name].float().square().sum(dim=0) for touch in touches])
     rows = torch.cat([torch.full_like(squares[t.name], len(weights[t.name])) for t in touches])

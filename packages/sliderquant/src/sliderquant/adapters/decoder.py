@@ -21,6 +21,7 @@ from sliderquant.adapters.families import (
 from sliderquant.adapters.families import block_layout, family_of
 from sliderquant.adapters.rounding import ActivationRounding
 from sliderquant.layout import BlockLayout
+from sliderquant.sampling import to_device
 
 
 class ParameterSource(Protocol):
@@ -204,7 +205,7 @@ class TransformersDecoder:
         if block not in self._calls:
             raise RuntimeError("call block_inputs first: it captures masks and rotary tables")
         args, kwargs = self._calls[block]
-        hidden = hidden.to(self.device)
+        hidden = to_device(hidden, self.device)
         module = self.blocks[block]
         parameters = weights or {}
         if len(parameters) < sum(1 for _ in module.parameters()):
@@ -292,7 +293,7 @@ class TransformersDecoder:
             outside: Embedding, norm and head, to read them once for many calls.
         """
         outside = outside or self.source.outside()
-        hidden = hidden.to(self.device)
+        hidden = to_device(hidden, self.device)
         stand_ins = nn.ModuleList(_Injected(block, hidden) for block in self.blocks)
         with self._instead_of_blocks(stand_ins):
             return self._whole_model(outside, inputs_embeds=hidden).logits

@@ -105,21 +105,6 @@ def load_config(
     return config
 
 
-def check_device(device: str) -> torch.device:
-    """Return a device that can be computed on.
-
-    Raises:
-        InputError: If torch does not know it or it is not there.
-    """
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {device!r} is not usable ({reason}); use cpu") from None
-    return target
-
-
 def load_tokenizer(
     directory: str | Path, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
@@ -139,27 +124,31 @@ def load_tokenizer(
 
 
 def load_model(
-    directory: str | Path, device: str = "cpu", allow_rounded: bool = False
+    directory: str | Path,
+    device: torch.device | str = "cpu",
+    allow_rounded: bool = False,
+    *,
+    upcast: bool = True,
 ) -> LoadedModel:
-    """Load model and tokenizer from safetensors, in float32, never from the network or a pickle.
+    """Load model and tokenizer from safetensors, never from the network or a pickle.
 
     Args:
         directory: Local Hugging Face directory.
         device: Torch device.
         allow_rounded: See ``load_config``.
+        upcast: Load the weights in float32; else in the stored type.
 
     Raises:
         InputError: If a file is missing, damaged or does not fit, or a weight is NaN or infinite.
     """
     directory = Path(directory)
     config = load_config(directory, allow_rounded=allow_rounded)
-    target = check_device(device)
     dtype = _stored_dtype(directory)
     try:
         with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
                 directory,
-                dtype=torch.float32,
+                dtype=torch.float32 if upcast else dtype,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
@@ -176,7 +165,7 @@ def load_model(
         if not torch.isfinite(weight).all():
             raise InputError(f"weight {name} holds NaN or infinity; use an intact checkpoint")
     return LoadedModel(
-        model=model.to(target),
+        model=model.to(device),
         tokenizer=load_tokenizer(directory),
         dtype=dtype,
         context=config.max_position_embeddings,

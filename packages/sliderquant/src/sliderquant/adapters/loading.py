@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from effml_common.errors import InputError
 from sliderquant.adapters.files import (
     LoadedModel,
-    check_device,
     load_model,
     load_tokenizer,
     quiet_transformers,
@@ -20,7 +19,9 @@ from sliderquant.adapters.formats import NATIVE_TYPE
 from sliderquant.adapters.native import load, read_raw_config
 
 
-def load_any(directory: str | Path, device: str = "cpu", *, upcast: bool = True) -> LoadedModel:
+def load_any(
+    directory: str | Path, device: torch.device | str = "cpu", *, upcast: bool = True
+) -> LoadedModel:
     """Load a model directory for evaluation.
 
     Args:
@@ -35,11 +36,8 @@ def load_any(directory: str | Path, device: str = "cpu", *, upcast: bool = True)
     raw = read_raw_config(directory)
     native = raw.get("model_type") == NATIVE_TYPE
     if not native and "quantization_config" not in raw:
-        loaded = load_model(directory, device, allow_rounded=True)
-        if not upcast:
-            _cast_(loaded.model, loaded.dtype)
-        return loaded
-    model = load(directory, device) if native else _load_compressed(directory, device)
+        return load_model(directory, device, allow_rounded=True, upcast=upcast)
+    model = load(directory, torch.device(device)) if native else _load_compressed(directory, device)
     dtype = model.dtype
     if upcast:
         _cast_(model, torch.float32)
@@ -51,9 +49,8 @@ def load_any(directory: str | Path, device: str = "cpu", *, upcast: bool = True)
     )
 
 
-def _load_compressed(directory: Path, device: str) -> PreTrainedModel:
+def _load_compressed(directory: Path, device: torch.device | str) -> PreTrainedModel:
     """Load what transformers' own quantizers load; compressed-tensors unpacks at the first pass."""
-    target = check_device(device)
     try:
         # compressed-tensors draws four progress bars on stderr.
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
@@ -66,9 +63,9 @@ def _load_compressed(directory: Path, device: str) -> PreTrainedModel:
                     f"{directory} lacks {len(info['missing_keys'])} weights, such as "
                     f"{sorted(info['missing_keys'])[0]}; restore its files"
                 )
-            model = model.to(target).eval()
+            model = model.to(device).eval()
             with torch.no_grad():
-                model(torch.zeros(1, 1, dtype=torch.int64, device=target), use_cache=False)
+                model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
     except ImportError as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(

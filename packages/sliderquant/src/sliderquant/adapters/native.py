@@ -10,10 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from effml_common.device import resolve_device
 from effml_common.errors import InputError
 from sliderquant.activations import ActivationFormat
 from sliderquant.adapters.families import family_of
-from sliderquant.adapters.files import check_device, quiet_transformers, weight_files
+from sliderquant.adapters.files import quiet_transformers, weight_files
 from sliderquant.adapters.formats import MARK, NATIVE_TYPE, NATIVE_VERSION
 from sliderquant.adapters.rounding import ActivationRounding
 from sliderquant.adapters.streaming import EMBEDDING, HEAD, empty_model
@@ -24,13 +25,16 @@ INDEX = "sliderquant.safetensors.index.json"
 
 
 def load(
-    directory: str | Path, device: str = "cpu", *, kernel: Literal["torch", "triton"] = "torch"
+    directory: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    kernel: Literal["torch", "triton"] = "torch",
 ) -> PreTrainedModel:
     """Load a native model directory; linear layers stay packed.
 
     Args:
         directory: Written by ``sliderquant quantize --format native`` or ``sliderquant export``.
-        device: Torch device.
+        device: A device, or a name as for --device.
         kernel: "triton" multiplies few rows at a time (decoding) without unpacking the weight first;
             needs a GPU, and has been run under Triton's interpreter only.
 
@@ -39,9 +43,11 @@ def load(
         to what was calibrated, they are rounded.
 
     Raises:
-        InputError: If the directory is no native model, or a file is missing or damaged.
+        InputError: If the directory is no native model, a file is missing or damaged, or the device
+            is not there.
     """
-    directory, target = Path(directory), check_device(device)
+    directory = Path(directory)
+    target = resolve_device(device) if isinstance(device, str) else device
     raw = read_raw_config(directory)
     if raw.get("model_type") != NATIVE_TYPE:
         raise InputError(

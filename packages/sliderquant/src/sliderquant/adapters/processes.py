@@ -7,26 +7,32 @@ from contextlib import contextmanager
 import torch
 from torch import distributed
 
+from effml_common.device import resolve_device
+
 
 @contextmanager
-def process_group(device: str) -> Iterator[str]:
+def process_group(device: str, *, float64: bool = False) -> Iterator[torch.device]:
     """Join the processes that ``torchrun`` started, if it did; yields this process's device.
 
     Gloo connects CPU processes, NCCL those with a GPU each.
 
     Args:
-        device: As the user asked for it; "cuda" becomes the GPU of this process.
+        device: As the user asked for it; "auto" and "cuda" mean the GPU of this process.
+        float64: Whether the computation needs double precision.
+
+    Raises:
+        InputError: If the device is unknown or not there.
     """
+    target = resolve_device(device, float64=float64)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
-        yield device
+        yield target
         return
-    on_gpu = device.startswith("cuda")
-    if on_gpu:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    on_gpu = target.type == "cuda"
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo", device_id=target if on_gpu else None
+    )
     try:
-        yield device
+        yield target
     finally:
         distributed.destroy_process_group()
 

@@ -33,7 +33,6 @@ from sliderquant.adapters.families import (
     family_of,
 )
 from sliderquant.adapters.files import (
-    check_device,
     load_config,
     load_tokenizer,
     quiet_transformers,
@@ -87,7 +86,7 @@ class CheckpointParameters:
         self,
         directory: str | Path,
         model: PreTrainedModel,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
         r1: Float[Tensor, "h h"] | None = None,
         r2: Sequence[Float[Tensor, "d d"]] | None = None,
     ) -> None:
@@ -256,7 +255,7 @@ class StreamedModel:
 def open_model(
     directory: str | Path,
     *,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     rotate: str = "none",
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -274,7 +273,6 @@ def open_model(
         InputError: If something is missing, damaged or does not fit, or R1 is not possible.
     """
     config = load_config(directory, trust_remote_code)
-    check_device(device)
     model = empty_model(config, trust_remote_code)
     source = CheckpointParameters(directory, model, device)
     decoder = TransformersDecoder(model, source)
