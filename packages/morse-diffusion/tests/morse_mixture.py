@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from morse_diffusion.jumps import Process, vp_jump
-from morse_diffusion.objective import make_pair, pair_losses
+from morse_diffusion.objective import draw, make_pair, pair_losses
 from morse_diffusion.plan import MorsePlan
 from morse_diffusion.sampler import MorseSampler
 
@@ -73,9 +73,9 @@ def trained_dot(
     left: list[float] = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
-        pair = make_pair(
-            mixture.noise, PROCESS, mixture.sample(256, generator), generator, gap_max=0.4
-        )
+        clean = mixture.sample(256, generator)
+        draws = draw(PROCESS, clean.shape, generator, gap_max=0.4)
+        pair = make_pair(mixture.noise, PROCESS, clean, draws)
         loss, repeated = pair_losses(dot, pair)
         optimizer.zero_grad()
         loss.mean().backward()

@@ -14,7 +14,7 @@ from effml_common.errors import ConfigError, Interrupted, NonFiniteError
 from morse_diffusion.adapters.dot import MorseDot
 from morse_diffusion.adapters.estimate import GuidedDash
 from morse_diffusion.adapters.schedulers import process_of
-from morse_diffusion.objective import make_pair, min_snr_weight, pair_losses
+from morse_diffusion.objective import draw, make_pair, min_snr_weight, pair_losses
 from morse_diffusion.trainer import DotTrainer, LoopConfig, TrainingData
 
 HERE = Path(__file__).parent
@@ -31,6 +31,10 @@ def trainer(steps: int = 8, dtype=torch.float32, **settings) -> DotTrainer:
     return DotTrainer(dash, dot, process, TrainingData(clean=images.to(dtype)), loop)
 
 
+def seeded(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
 def weights(made: DotTrainer) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in made.dot.state_dict().items()}
 
@@ -41,7 +45,7 @@ def test_a_pair_is_algorithm_one_of_the_paper() -> None:
     process, generator = process_of(scheduler), torch.Generator().manual_seed(4)
     clean = torch.randn(3, 3, 8, 8)
     dash = GuidedDash(unet, process, "epsilon")
-    pair = make_pair(dash, process, clean, torch.Generator().manual_seed(4))
+    pair = make_pair(dash, process, clean, draw(process, clean.shape, seeded(4)))
     t_s, t_o = process.draw_pair(3, generator)
     noise = torch.randn(clean.shape, generator=generator)
     x_s = scheduler.add_noise(clean, noise, t_s.long())
@@ -66,14 +70,9 @@ def test_guidance_is_one_scale_per_sample_on_the_guided_estimate() -> None:
     unet, process = tiny_conditional_unet(), process_of(ddim())
     text, empty = torch.randn(4, 7, 32), torch.randn(1, 7, 32)
     dash = GuidedDash(unet, process, "epsilon", {"encoder_hidden_states": empty})
-    pair = make_pair(
-        dash,
-        process,
-        torch.randn(4, 4, 16, 16),
-        torch.Generator().manual_seed(0),
-        cond={"encoder_hidden_states": text},
-        guidance=(2.0, 10.0),
-    )
+    clean = torch.randn(4, 4, 16, 16)
+    draws = draw(process, clean.shape, seeded(0), guidance=(2.0, 10.0))
+    pair = make_pair(dash, process, clean, draws, cond={"encoder_hidden_states": text})
     w = pair.cond["w"]
     assert bool(((w >= 2) & (w <= 10)).all())
     assert len(set(w.tolist())) == 4
@@ -92,8 +91,9 @@ def test_a_rolled_out_pair_lands_where_a_dot_step_in_the_middle_leads() -> None:
         called.append((t_s, t_i))
         return torch.zeros_like(z_s)
 
-    plain = make_pair(dash, process, clean, torch.Generator().manual_seed(0))
-    rolled = make_pair(dash, process, clean, torch.Generator().manual_seed(0), middle=middle)
+    draws = draw(process, clean.shape, seeded(0))
+    plain = make_pair(dash, process, clean, draws)
+    rolled = make_pair(dash, process, clean, draws, middle=middle)
     # A Dot that returns zero does not leave the straight jump.
     torch.testing.assert_close(rolled.x_o, plain.x_o, atol=1e-3, rtol=1e-3)
     t_s, t_m = called[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from effml_common.device import device_name, resolve_device
 from effml_common.errors import InputError
 from effml_common.logging import progress, say, warn
 from effml_common.report import Report, environment, write_report
@@ -41,7 +42,8 @@ def bench(config: BenchConfig) -> Report:
         InputError: If the inputs cannot be used, or the measured N is too small for any gain.
     """
     started = time.monotonic()
-    pipe = load_pipeline(config.pipe, config.device)
+    device = resolve_device(config.device)
+    pipe = load_pipeline(config.pipe, device)
     denoiser = denoiser_of(pipe)
     dot = MorseDot.from_pretrained(config.dot, denoiser)
     inputs = call_inputs(pipe, config.prompt, config.batch)
@@ -71,7 +73,7 @@ def bench(config: BenchConfig) -> Report:
             *speed_up_notes(table),
         ],
         files=[path.name for path in figures],
-        environment=environment(("diffusers",), config.device),
+        environment=environment(("diffusers",), device_name(device)),
     )
     write_report(report, out / "run", figures=figures)
     say(f"report: {out / 'run' / 'report.html'}")

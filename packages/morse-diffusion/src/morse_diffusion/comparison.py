@@ -14,6 +14,7 @@ from torch import Tensor
 from morse_diffusion.adapters.dot import MorseDot
 from morse_diffusion.adapters.hook import apply_morse
 from morse_diffusion.adapters.pixels import PixelPipeline, as_images
+from morse_diffusion.adapters.summary import clock
 from morse_diffusion.plan import MorsePlan, make_plan
 from morse_diffusion.sampler import Dot, ExtrapolationDot
 
@@ -104,14 +105,14 @@ def measure_times(
     t = torch.full((batch,), 500.0, device=x.device)
     calls: dict[str, Callable[[], Any]] = {"dash": lambda: pipe.unet(x, t)}
     if dot is not None:
-        dot.to(x.device).fold_()
+        dot.to(x.device, x.dtype).fold_()
         calls["dot"] = lambda: dot(x, x, x, t, t)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
-            began = clock(x)
+            began = clock(x.device)
             call()
-            times[name].append(1e3 * (clock(x) - began))
+            times[name].append(1e3 * (clock(x.device) - began))
     cached = None
     if deepcache:
         cached = _cached_time(pipe, x, repeats)
@@ -127,9 +128,9 @@ def _cached_time(pipe: PixelPipeline, x: Tensor, repeats: int) -> float:
     full, cached = [], []
     with deepcached(pipe, 2):
         for i, t in enumerate(pipe.scheduler.timesteps):
-            began = clock(x)
+            began = clock(x.device)
             pipe.unet(x, t)
-            (cached if i % 2 else full).append(1e3 * (clock(x) - began))
+            (cached if i % 2 else full).append(1e3 * (clock(x.device) - began))
     return median(some / whole for some, whole in zip(cached[1:], full[1:], strict=True))
 
 
@@ -235,10 +236,3 @@ def _cost(arm: Arm, plan: MorsePlan | int, times: Times) -> dict[str, Any]:
         pattern = "".join("c" if i % DEEPCACHE_INTERVAL else "D" for i in range(plan))
         return {"lsd": lsd, "pattern": pattern}
     return {"lsd": float(plan), "pattern": "D" * plan}
-
-
-def clock(x: Tensor) -> float:
-    """Seconds, after the device has caught up."""
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from effml_common.device import DEVICE_HELP
 from effml_common.settings import require, setting
 
 BASELINES = ("ddim", "dpmpp", "unipc", "extrapolate", "deepcache")
@@ -91,6 +92,7 @@ class TrainDotConfig:
         False, "weigh errors near t = 0 down, where noise cannot be predicted; not in the paper"
     )
     cosine: bool = setting(False, "let the learning rate fall to 0 along a cosine; for short runs")
+    device: str = setting("auto", DEVICE_HELP)
     precision: Literal["no", "bf16"] = setting("no", "bf16 runs the networks in bfloat16")
     checkpointing: bool = setting(False, "recompute shared blocks in the backward pass")
     seed: int = setting(0, "seed of the start and of every draw")
@@ -140,7 +142,7 @@ class SampleConfig:
     n: int = setting(4, "images")
     seed: int = setting(0, "seed of the noise")
     out: str | None = setting(None, "folder of the images; default runs/sample-<time>")
-    device: str = setting("cpu", "torch device")
+    device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
         require(self.n >= 1, f"n must be 1 or more, got {self.n}", "give a positive count")
@@ -164,7 +166,7 @@ class BenchConfig:
     batch: int = setting(64, "images per call")
     seeds: int = setting(1, "seeds of the noise; claims need 3")
     out: str | None = setting(None, "folder of the report; default runs/bench-<time>")
-    device: str = setting("cpu", "torch device")
+    device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.baselines if name not in BASELINES]
@@ -225,6 +227,7 @@ class DemoConfig(DemoDotConfig):
         1.5, "r, steps per LSD; the paper has 2 to 3, this Dot does less well there"
     )
     out: str | None = setting(None, "folder of the report; default runs/demo-<time>")
+    device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
         DemoDotConfig.__post_init__(self)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from effml_common.device import device_name, resolve_device
 from effml_common.logging import RunLog, say
 from effml_common.report import Report, Row, environment, write_report
 from morse_diffusion.adapters.pixels import PixelPipeline
@@ -40,6 +41,7 @@ def demo(config: DemoConfig) -> Report:
         NonFiniteError: If a training that is not cached diverges.
     """
     started = time.monotonic()
+    device = resolve_device(config.device)
     say(
         "about 2.5 minutes a seed on two quiet CPU cores; other settings than the default train first"
     )
@@ -47,7 +49,7 @@ def demo(config: DemoConfig) -> Report:
     # threads wait for one another: N was 2 instead of 4.
     torch.set_num_threads(1)
     own = {name: getattr(config, name) for name in DemoDotConfig.__dataclass_fields__}
-    dash, dot = demo_pair(DemoDotConfig(**own))
+    dash, dot = demo_pair(DemoDotConfig(**own), device)
     pipe = PixelPipeline(dash, solver("ddim", schedule_of(config.data)))
     times = measure_times(pipe, dot, BATCH)
     say(f"N = {times.speed_ratio:.2f}: a Dot step takes 1/{times.speed_ratio:.2f} of a Dash step")
@@ -92,7 +94,7 @@ def demo(config: DemoConfig) -> Report:
             *speed_up_notes(table),
         ],
         files=[path.name for path in figures],
-        environment=environment(("diffusers",)),
+        environment=environment(("diffusers",), device_name(device)),
     )
     write_report(report, out / "run", figures=figures)
     say(f"report: {out / 'run' / 'report.html'}")

@@ -25,7 +25,7 @@ from morse_diffusion.adapters.estimate import GuidedDash
 from morse_diffusion.adapters.schedulers import process_of
 from morse_diffusion.config import DashConfig, DemoDotConfig
 from morse_diffusion.demo_data import SIDE, images_of
-from morse_diffusion.trainer import DotTrainer, LoopConfig, TrainingData
+from morse_diffusion.trainer import DotTrainer, LoopConfig, TrainingData, accelerator_on
 
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -38,13 +38,22 @@ CHANNELS = {"digits": 1, "shapes": 3}
 # many updates: an error in the noise at t near T is one of 160 times in the image.
 PREDICTIONS = {"digits": "epsilon", "shapes": "v_prediction"}
 ASSETS = Path(__file__).parent / "assets"
-# Without such vectors torch emulates bfloat16 convolutions, 20 times slower than float32.
-HALF = torch.backends.cpu.get_cpu_capability() == "AVX512"
+CPU = torch.device("cpu")
 
 
 def schedule_of(data: str) -> dict[str, Any]:
     """Settings of the schedulers that fit the Dash of one data set."""
     return {**SCHEDULE, "prediction_type": PREDICTIONS[data]}
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 rather than emulates it.
+
+    A CPU without AVX-512 takes 20 times as long for such a convolution as in float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def untrained_dash(config: DashConfig) -> UNet2DModel:
@@ -65,16 +74,16 @@ def untrained_dash(config: DashConfig) -> UNet2DModel:
     )
 
 
-def train_dash(config: DashConfig) -> UNet2DModel:
+def train_dash(config: DashConfig, device: torch.device = CPU) -> UNet2DModel:
     """Train the Dash on noise or velocity prediction: AdamW, cosine rate, weights averaged at the end.
 
-    Forward and backward run in bfloat16 (autocast) where the CPU has it, weights in float32.
+    Forward and backward run in bfloat16 (autocast) where the device has it, weights in float32.
 
     Raises:
         NonFiniteError: If the loss becomes NaN or infinite.
     """
     images, _ = images_of(config.data)
-    model = untrained_dash(config).train()
+    model = placed(untrained_dash(config).train(), device)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     scheduler = DDPMScheduler(**schedule_of(config.data))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.dash_lr, weight_decay=0.0)
@@ -107,14 +116,15 @@ def denoising_loss(
     t = torch.randint(1000, (batch,), generator=generator)
     velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(clean, noise, t) if velocity else noise
-    with torch.autocast("cpu", torch.bfloat16, enabled=HALF):
+    device = next(model.parameters()).device
+    clean, noise, target, t = (x.to(device) for x in (clean, noise, target, t))
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
         guess = model(scheduler.add_noise(clean, noise, t), t).sample
     return (guess.float() - target).square().mean()
 
 
 def train_demo_dot(config: DemoDotConfig, dash: UNet2DModel) -> MorseDot:
-    """Train the demo's Dot; forwards run in bfloat16 (autocast) where the CPU has it."""
-    from accelerate import Accelerator
+    """Train the demo's Dot where its Dash is; forwards run in bfloat16 (autocast) if they can."""
     from diffusers import DDIMScheduler
 
     prediction = PREDICTIONS[config.data]
@@ -132,7 +142,8 @@ def train_demo_dot(config: DemoDotConfig, dash: UNet2DModel) -> MorseDot:
         rollout=config.rollout,
     )
     data = TrainingData(clean=images_of(config.data)[0])
-    accelerator = Accelerator(mixed_precision="bf16" if HALF else "no", cpu=True)
+    device = next(dash.parameters()).device
+    accelerator = accelerator_on(device, "bf16" if has_bfloat16(device) else "no")
     estimate = GuidedDash(dash, process, prediction)
     # Kept until the Dot is done: a training that is stopped goes on where it was.
     unfinished = cache_root() / f"training-{key_of(vars_of(config))}"
@@ -147,36 +158,44 @@ def train_demo_dot(config: DemoDotConfig, dash: UNet2DModel) -> MorseDot:
     return dot
 
 
-def demo_pair(config: DemoDotConfig) -> tuple[UNet2DModel, MorseDot]:
-    """The Dash and its Dot: from the package, from the user's cache, or trained once.
+def demo_pair(config: DemoDotConfig, device: torch.device = CPU) -> tuple[UNet2DModel, MorseDot]:
+    """The Dash and its Dot on a device: from the package, the user's cache, or trained once.
 
     Raises:
         NonFiniteError: If training diverges.
     """
     shipped = ASSETS / config.data
     if config == DemoDotConfig(data=config.data) and shipped.is_dir():
-        return load_pair(shipped)
+        return load_pair(shipped, device)
     own = {field.name: getattr(config, field.name) for field in fields(DashConfig)}
     dash_folder = cache_root() / f"dash-{key_of(own)}"
     if not dash_folder.is_dir():
         say(f"training a small denoiser on {config.data} once; it is kept in the user cache folder")
-        keep(train_dash(DashConfig(**own)), dash_folder)
-    dash = load_dash(dash_folder)
+        keep(train_dash(DashConfig(**own), device), dash_folder)
+    dash = load_dash(dash_folder, device)
     dot_folder = cache_root() / f"dot-{key_of(vars_of(config))}"
     if not dot_folder.is_dir():
         keep(train_demo_dot(config, dash), dot_folder)
     return dash, MorseDot.from_pretrained(str(dot_folder), dash)
 
 
-def load_pair(folder: Path) -> tuple[UNet2DModel, MorseDot]:
+def load_pair(folder: Path, device: torch.device = CPU) -> tuple[UNet2DModel, MorseDot]:
     """A Dash and its Dot from ``folder/dash`` and ``folder/dot``."""
-    dash = load_dash(folder / "dash")
+    dash = load_dash(folder / "dash", device)
     return dash, MorseDot.from_pretrained(str(folder / "dot"), dash)
 
 
-def load_dash(folder: Path) -> UNet2DModel:
+def load_dash(folder: Path, device: torch.device = CPU) -> UNet2DModel:
     """A Dash in float32, whatever precision it was stored in."""
-    return UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False).float().eval()
+    dash = UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False).float().eval()
+    return placed(dash, device)
+
+
+def placed(network: UNet2DModel, device: torch.device) -> UNet2DModel:
+    """The network, moved to a device."""
+    module: Any = network  # diffusers' own ``to`` has no types
+    module.to(device)
+    return network
 
 
 def keep(model: Any, folder: Path) -> None:

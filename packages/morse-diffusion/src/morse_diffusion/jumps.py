@@ -8,7 +8,7 @@ schedulers, whose input scaling makes it so), EDM's c_in-scaled x, or a flow's s
 the denoised x0 (``edm``), the velocity e - x0 (``flow``).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -88,6 +88,10 @@ class Process:
         if self.steps < 2:
             raise ConfigError(f"the schedule has T = {self.steps} steps; a jump needs at least 2")
 
+    def to(self, device: torch.device) -> "Process":
+        """The same process with its levels on a device, if that has float64."""
+        return self if device.type == "mps" else replace(self, levels=self.levels.to(device))
+
     @property
     def space(self) -> str:
         """Name of the residual space."""
@@ -128,13 +132,14 @@ class Process:
         """(alpha, sigma) of the process at times ``t``, shaped to broadcast over a sample."""
         shape = (-1, *(1,) * (ndim - 1))
         if self.family == "edm":
-            sigma = (4 * t.double()).exp()
+            sigma = (4 * exact(t)).exp()
             return torch.ones_like(sigma).view(shape).float(), sigma.view(shape).float()
         if self.family == "flow":
-            sigma = t.double() / self.steps
+            sigma = exact(t) / self.steps
             return (1 - sigma).view(shape).float(), sigma.view(shape).float()
-        level = self.levels.to(t.device).double()[t.long()]
-        return level.sqrt().view(shape).float(), (1 - level).sqrt().view(shape).float()
+        tables = self.levels.sqrt().float(), (1 - self.levels).sqrt().float()
+        alpha, sigma = (table.to(t.device)[t.long()].view(shape) for table in tables)
+        return alpha, sigma
 
     def noised(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The network's input at ``t``: forward noising of real data."""
@@ -161,6 +166,11 @@ class Process:
             t = t_s.view(-1, *(1,) * (x.ndim - 1))
             return lcm_jump(x, z, a_s, s_s, a_o, s_o, t, noise)
         return edm_jump(x, z, s_s, s_o) if self.family == "edm" else flow_jump(x, z, s_s, s_o)
+
+
+def exact(t: Tensor) -> Tensor:
+    """Times in float64, on devices that have it."""
+    return t if t.device.type == "mps" else t.double()
 
 
 def space_coefficients(

@@ -72,9 +72,7 @@ class LowRankResiduals(nn.Module):
         for path, name, layer in targets({root: module}):
             key = path.replace(".", "/")
             delta = low_rank_delta(self.down[key], self.up[key]) * self.scale
-            weights[f"{name}.weight" if name else "weight"] = layer.weight + delta.to(
-                layer.weight.dtype
-            )
+            weights[f"{name}.weight" if name else "weight"] = layer.weight + delta.to(layer.weight)
         return weights
 
     def peft_state(self) -> dict[str, Tensor]:

@@ -37,16 +37,63 @@ class Pair:
     cond: Any
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Every random number of one update.
+
+    Attributes:
+        t_s: Times, float [b]; ``t_o`` is smaller.
+        t_o: See ``t_s``.
+        noise: Of the forward process, shaped like the data.
+        fresh: Of the jump, shaped like the data; jumps without noise ignore it.
+        w: Guidance scales, [b]; None without guidance.
+    """
+
+    t_s: Tensor
+    t_o: Tensor
+    noise: Tensor
+    fresh: Tensor
+    w: Tensor | None
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same numbers on a device."""
+        return Draws(**nested(vars(self), lambda t: t.to(device)))
+
+
+def draw(
+    process: Process,
+    shape: torch.Size,
+    generator: torch.Generator,
+    *,
+    guidance: tuple[float, float] | None = None,
+    gap_max: float = 1.0,
+) -> Draws:
+    """Draw the random numbers of one update, on the CPU, so that a step can be drawn again.
+
+    Args:
+        process: Noise schedule and jump.
+        shape: Of the data, [b, ...].
+        generator: Source of every number.
+        guidance: Range that one scale per sample is drawn from.
+        gap_max: Largest t_s - t_o, as a share of T.
+    """
+    t_s, t_o = process.draw_pair(shape[0], generator, gap_max)
+    noise, fresh = (torch.randn(shape, generator=generator) for _ in range(2))
+    w = None
+    if guidance is not None:
+        low, high = guidance
+        w = low + (high - low) * torch.rand(shape[0], generator=generator)
+    return Draws(t_s=t_s, t_o=t_o, noise=noise, fresh=fresh, w=w)
+
+
 @torch.no_grad()
 def make_pair(
     dash: Estimate,
     process: Process,
     clean: Tensor,
-    generator: torch.Generator,
+    draws: Draws,
     *,
     cond: Any = None,
-    guidance: tuple[float, float] | None = None,
-    gap_max: float = 1.0,
     middle: Callable[..., Tensor] | None = None,
 ) -> Pair:
     """Noise real data to t_s, take one jump to t_o, and ask the Dash at both ends.
@@ -55,24 +102,14 @@ def make_pair(
         dash: The frozen network.
         process: Noise schedule and jump.
         clean: Data, [b, ...].
-        generator: Source of every random number, on the CPU, so that a step can be drawn again.
+        draws: From ``draw``, on the device of ``clean``.
         cond: Passed to ``dash`` and the Dot.
-        guidance: Range that one scale per sample is drawn from.
-        gap_max: Largest t_s - t_o, as a share of T.
         middle: A Dot. Then the jump stops half way for one Dot step, as sampling does; t_o stays.
-
-    Returns:
-        The pair, on the device of ``clean``.
     """
-    n, device = len(clean), clean.device
-    t_s, t_o = (t.to(device) for t in process.draw_pair(n, generator, gap_max))
-    noise, fresh = (torch.randn(clean.shape, generator=generator).to(device) for _ in range(2))
-    w = None
-    if guidance is not None:
-        low, high = guidance
-        w = (low + (high - low) * torch.rand(n, generator=generator)).to(device)
+    t_s, t_o, fresh, w = draws.t_s, draws.t_o, draws.fresh, draws.w
+    if w is not None:
         cond = {**(cond or {}), "w": w}
-    x_s = process.noised(clean, noise, t_s)
+    x_s = process.noised(clean, draws.noise, t_s)
     z_s = dash(x_s, t_s, cond, w)
     x, z, t = x_s, z_s, t_s
     if middle is not None:

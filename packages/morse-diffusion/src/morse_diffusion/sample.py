@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from effml_common.device import resolve_device
 from effml_common.files import atomic_write
 from effml_common.logging import jsonable
 from morse_diffusion.adapters.calls import denoiser_of
@@ -40,7 +41,7 @@ def sample(config: SampleConfig) -> Sampled:
     Raises:
         InputError: If the pipeline, the Dot or the budget cannot be used.
     """
-    pipe = load_pipeline(config.pipe, config.device)
+    pipe = load_pipeline(config.pipe, resolve_device(config.device))
     dot = MorseDot.from_pretrained(config.dot, denoiser_of(pipe))
     fast = MorsePipeline.from_pipe(pipe, dot, speed_ratio=config.speed_ratio, early=config.early)
     inputs = call_inputs(pipe, config.prompt, config.n, config.guidance_scale)

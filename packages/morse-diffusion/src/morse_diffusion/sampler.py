@@ -48,10 +48,12 @@ class ExtrapolationDot:
     ) -> Tensor:
         """(z_s - z_before) / (t_s - t_before) * (t_i - t_s), or zeros after one Dash step."""
         then, now = (float(getattr(t, "flatten", lambda t=t: [t])()[0]) for t in (t_s, t_i))
-        if self._newer is None or then > self._newer[0] or z_s.shape != self._newer[1].shape:
+        newer = self._newer
+        moved = newer and (newer[1].shape, newer[1].device) != (z_s.shape, z_s.device)
+        if newer is None or moved or then > newer[0]:
             self._older, self._newer = None, (then, z_s)
-        elif then < self._newer[0]:
-            self._older, self._newer = self._newer, (then, z_s)
+        elif then < newer[0]:
+            self._older, self._newer = newer, (then, z_s)
         if self._older is None:
             return z_s.new_zeros(z_s.shape)
         before, z_before = self._older

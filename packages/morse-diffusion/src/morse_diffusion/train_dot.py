@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from effml_common.cli import dump_config
+from effml_common.device import device_name, resolve_device
 from effml_common.errors import ConfigError
 from effml_common.files import atomic_write
 from effml_common.logging import say, warn
@@ -20,7 +21,7 @@ from morse_diffusion.adapters.images import training_data
 from morse_diffusion.adapters.loading import load_pipeline
 from morse_diffusion.adapters.schedulers import check_scheduler, prediction_of, process_of
 from morse_diffusion.config import TrainDotConfig
-from morse_diffusion.trainer import FAILING, DotTrainer, LoopConfig
+from morse_diffusion.trainer import FAILING, DotTrainer, LoopConfig, accelerator_on
 
 
 def train_dot(config: TrainDotConfig) -> Report:
@@ -30,21 +31,18 @@ def train_dot(config: TrainDotConfig) -> Report:
         InputError: If the pipeline, the data or the out folder cannot be used.
         NonFiniteError: If the loss becomes NaN or infinite.
     """
-    from accelerate import Accelerator
-
     started = time.monotonic()
     out = Path(config.out or time.strftime("runs/train-dot-%Y%m%d-%H%M%S"))
     if (out / "config.json").exists() and config.resume == "never":
         raise ConfigError(f"{out} holds a Dot already; choose another --out, or --resume auto")
-    pipe = load_pipeline(config.pipe)
+    device = resolve_device(config.device)
+    pipe = load_pipeline(config.pipe, device)
     check_scheduler(pipe.scheduler)
-    if not torch.cuda.is_available():
-        say("no CUDA device: training on the CPU")
-    accelerator = Accelerator(mixed_precision=config.precision)
-    run, device = out / "run", accelerator.device
+    accelerator, run = accelerator_on(device, config.precision), out / "run"
     data, negative, guidance = training_data(pipe, config.data, config.guidance, run / "cache")
     process, prediction = process_of(pipe.scheduler), prediction_of(pipe.scheduler)
-    denoiser = denoiser_of(pipe).to(device)
+    denoiser = denoiser_of(pipe)
+    del pipe  # its text encoders and decoder have done their work
     torch.manual_seed(config.seed)
     dot = MorseDot.build(
         denoiser,
@@ -101,7 +99,7 @@ def train_dot(config: TrainDotConfig) -> Report:
         ],
         notes=["residual left: squared error over that of repeating the last Dash estimate"],
         files=["config.json", "dot_blocks.safetensors", "adapter_model.safetensors"],
-        environment=environment(("diffusers", "accelerate"), str(device)),
+        environment=environment(("diffusers", "accelerate"), device_name(device)),
     )
     if accelerator.is_main_process:
         dot.save_pretrained(str(out), training)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from effml_common import checkpoint
-from effml_common.errors import ConfigError
+from effml_common.errors import ConfigError, InputError
 from effml_common.finite import check_finite
 from effml_common.interrupt import StopSignal
 from effml_common.logging import RunLog, say, warn
+from effml_common.parsing import one_line
 from effml_common.state import restore_training_state, training_state
 from morse_diffusion.jumps import Process
-from morse_diffusion.objective import Estimate, make_pair, min_snr_weight, nested, pair_losses
+from morse_diffusion.objective import (
+    Draws,
+    Estimate,
+    Pair,
+    draw,
+    make_pair,
+    min_snr_weight,
+    nested,
+    pair_losses,
+)
 
 FAILING = 0.9  # of the residual left after the first half of a run
 
@@ -57,6 +68,21 @@ class LoopConfig:
     log_every: int = 10
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one update learns from, on the device that it is made on.
+
+    Attributes:
+        clean: Images or latents, [b, ...].
+        cond: The Dash's other inputs.
+        draws: Random numbers.
+    """
+
+    clean: Tensor
+    cond: dict[str, Any]
+    draws: Draws
+
+
 class DotTrainer:
     """Algorithm 1 with AdamW, an exponential average of the weights, and resuming.
 
@@ -70,7 +96,7 @@ class DotTrainer:
         process: Noise schedule and jump.
         data: Training data, at least one batch.
         config: Settings.
-        accelerator: An ``accelerate.Accelerator``; default one for this device.
+        accelerator: An ``accelerate.Accelerator``; default one for the device of the Dot.
 
     Raises:
         ConfigError: If the data are fewer than a batch, or the batch cannot be split evenly.
@@ -85,10 +111,10 @@ class DotTrainer:
         config: LoopConfig,
         accelerator: Any = None,
     ) -> None:
-        from accelerate import Accelerator
-
-        self.accelerator = accelerator or Accelerator()
-        self.dash, self.process, self.data, self.config = dash, process, data, config
+        device = next(dot.parameters()).device
+        self.accelerator = accelerator or accelerator_on(device)
+        self.dash, self.data, self.config = dash, data, config
+        self.process = process.to(self.accelerator.device)
         world = self.accelerator.num_processes
         if len(data.clean) < config.batch:
             raise ConfigError(
@@ -156,38 +182,34 @@ class DotTrainer:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         index = torch.randint(len(self.data.clean), (config.batch,), generator=generator)
         clean, cond = self.data.batch(index, accelerator.device)
+        draws = draw(
+            self.process,
+            clean.shape,
+            generator,
+            guidance=config.guidance,
+            gap_max=config.gap_max,
+        )
+        batch = Batch(clean=clean, cond=cond, draws=draws.to(accelerator.device))
+
         if config.cosine:
             rate = config.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
             self.optimizer.param_groups[0]["lr"] = rate
         rolled = step > config.steps * (1 - config.rollout)
-        with accelerator.autocast():
-            pair = make_pair(
-                self.dash,
-                self.process,
-                clean,
-                generator,
-                cond=cond,
-                guidance=config.guidance,
-                gap_max=config.gap_max,
-                middle=self.dot if rolled else None,
-            )
-            mine = slice(accelerator.process_index, None, accelerator.num_processes)
-            part = nested(vars(pair), lambda t: t[mine])
-            error, size = pair_losses(self.wrapped, type(pair)(**part))
-            weight = min_snr_weight(self.process, part["t_o"]) if config.min_snr else 1.0
-            loss = (weight * error).mean()
-        self.optimizer.zero_grad()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(self.dot.parameters(), config.clip)
-        check_finite(loss.detach(), norm, step=step, term="squared residual", last_good=root)
-        self.optimizer.step()
-        both = accelerator.reduce(torch.stack([error.detach().mean(), size.mean()]), "mean")
-        self.left += (float(both[0] / both[1].clamp(min=1e-12)) - self.left) / min(50, step)
-        with torch.no_grad():
-            decay = min(config.ema, (1 + step) / (10 + step))
-            for name, p in self.dot.named_parameters():
-                self.average[name].lerp_(p, 1 - decay)
-        return both[0]
+        error, left = update_dot(
+            self.wrapped,
+            batch,
+            self.optimizer,
+            dash=self.dash,
+            process=self.process,
+            config=config,
+            accelerator=accelerator,
+            step=step,
+            middle=self.dot if rolled else None,
+            last_good=root,
+        )
+        self.left += (left - self.left) / min(50, step)
+        update_average(self.average, self.dot, min(config.ema, (1 + step) / (10 + step)))
+        return error
 
     def _restore(self, root: Path) -> int:
         found = checkpoint.latest(root)
@@ -227,3 +249,93 @@ class DotTrainer:
                 f"after {step} steps {self.left:.0%} of the residual is left: the Dot is not "
                 "learning; raise --lr, --rank or --channels, or lower --gap-max"
             )
+
+
+def update_dot(
+    model: nn.Module,
+    batch: Batch,
+    optimizer: Any,
+    *,
+    dash: Estimate,
+    process: Process,
+    config: LoopConfig,
+    accelerator: Any,
+    step: int,
+    middle: Callable[..., Tensor] | None = None,
+    last_good: Path | None = None,
+) -> tuple[Tensor, float]:
+    """Make one update of a Dot; nothing is moved between devices and nothing is logged.
+
+    Args:
+        model: The Dot, as accelerate wraps it.
+        batch: Of all processes; each learns from its part.
+        optimizer: Of the Dot's weights.
+        dash: See ``DotTrainer``.
+        process: See ``DotTrainer``, on the device of the batch.
+        config: See ``DotTrainer``.
+        accelerator: See ``DotTrainer``.
+        step: Number of this update, from 1.
+        middle: See ``make_pair``.
+        last_good: Checkpoint that an error names.
+
+    Returns:
+        Mean squared error, a scalar on the device, and the share of the residual that is left.
+
+    Raises:
+        NonFiniteError: If the loss or the gradient is not finite; then nothing is changed.
+    """
+    # What the Dash says at two times, and what the Dot makes of the first.
+    with accelerator.autocast():
+        pair = make_pair(dash, process, batch.clean, batch.draws, cond=batch.cond, middle=middle)
+        mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        pair = Pair(**nested(vars(pair), lambda t: t[mine]))
+        error, size = pair_losses(model, pair)
+        weight = min_snr_weight(process, pair.t_o) if config.min_snr else 1.0
+        loss = (weight * error).mean()
+
+    # One update.
+    optimizer.zero_grad()
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
+    check_finite(loss.detach(), norm, step=step, term="squared residual", last_good=last_good)
+    optimizer.step()
+
+    # Averages over all processes.
+    both = accelerator.reduce(torch.stack([error.detach().mean(), size.mean()]), "mean")
+    return both[0], float(both[0] / both[1].clamp(min=1e-12))
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """Move an exponential average of a model's weights towards what they are now, in place."""
+    for name, weight in model.named_parameters():
+        average[name].lerp_(weight, 1 - decay)
+
+
+def accelerator_on(device: torch.device, precision: str = "no") -> Any:
+    """An ``accelerate.Accelerator`` that computes on a device.
+
+    Args:
+        device: As ``resolve_device`` gives it.
+        precision: ``no`` or ``bf16``.
+
+    Raises:
+        InputError: If accelerate's launcher, or an earlier run in this process, set another device or
+            precision.
+    """
+    from accelerate import Accelerator
+
+    try:
+        accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    except ValueError as error:
+        raise InputError(
+            f"accelerate cannot compute on {device} with precision {precision}: {one_line(str(error))}; "
+            "start another process"
+        ) from error
+    found = accelerator.device
+    if found.type != device.type or found.index not in (None, device.index or 0):
+        raise InputError(
+            f"accelerate was set to {found} by its launcher or by an earlier run in this process, not "
+            f"to {device}; use --device {found.type}, or start another process"
+        )
+    return accelerator

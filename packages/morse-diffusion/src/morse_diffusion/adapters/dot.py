@@ -90,13 +90,13 @@ class MorseDot(nn.Module, ABC):
             settings: Fields of ``DotShape``, instead of ``shape``.
 
         Raises:
-            UnsupportedDenoiserError: If the Dash is of another class.
+            UnsupportedDenoiserError: If the Dash is of another class, or offloaded layer by layer.
         """
         from morse_diffusion.adapters.dot_transformer import TransformerDot, is_transformer
 
         shape = shape or DotShape(**settings)
         kind = TransformerDot if is_transformer(dash) else UNetDot
-        return kind(dash, shape).to(next(dash.parameters()).device)
+        return kind(dash, shape).to(device_of_weights(dash))
 
     @staticmethod
     def from_pretrained(path: str, dash: nn.Module, *, strict: bool = True) -> "MorseDot":
@@ -117,13 +117,26 @@ class MorseDot(nn.Module, ABC):
         Raises:
             DotMismatchError: If the Dot was trained for another Dash or scheduler; with
                 ``strict=False`` a warning.
+            UnsupportedDenoiserError: If the denoiser is offloaded layer by layer.
         """
         from morse_diffusion.adapters.files import check_fits
 
+        device = device_of_weights(denoiser)
         check_fits(self, denoiser, scheduler, strict=strict)
-        weight = next(denoiser.parameters())
-        if not self._copies or next(self.parameters()).dtype != weight.dtype:
-            self.to(weight.device, weight.dtype).fold_()
+        if self.dash is not denoiser and same_weights(self.dash, denoiser):
+            # Another copy of the same network: the one that runs is also the one in the right place.
+            object.__setattr__(self, "dash", denoiser)
+            self._copies = {}
+
+        # An offloaded Dash comes to its device with its first call, and the Dot follows it there.
+        if not hasattr(denoiser, "_hf_hook"):
+            self.follow(denoiser, device)
+
+    def follow(self, denoiser: nn.Module, device: torch.device) -> None:
+        """Be folded on ``device``, in the dtype of the denoiser; does nothing where that is so."""
+        own, dtype = next(self.parameters()), next(denoiser.parameters()).dtype
+        if not self._copies or (own.device, own.dtype) != (device, dtype):
+            self.to(device, dtype).fold_()
 
     @abstractmethod
     def shared(self) -> dict[str, nn.Module]:
@@ -134,14 +147,14 @@ class MorseDot(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters())
 
     def fold_(self) -> "MorseDot":
-        """Copy the shared blocks with the residuals added, for the fastest sampling.
+        """Copy the shared blocks with the residuals added, on the Dot's device, for fast sampling.
 
         Costs the memory of one more Dash; ``train()`` and ``.to()`` drop the copies again.
         """
-        copies = {}
+        copies, device = {}, next(self.parameters()).device
         for root, module in self.shared().items():
             weights = self.residuals.folded(root, module)
-            copies[root] = copy.deepcopy(module).requires_grad_(False)
+            copies[root] = copy.deepcopy(module).requires_grad_(False).to(device)
             parameters = dict(copies[root].named_parameters())
             with torch.no_grad():
                 for name, weight in weights.items():
@@ -328,6 +341,28 @@ class UNetDot(MorseDot):
             h = self._run(f"up_blocks.{i}", h, skips[-n:], emb, **extra(block))
             skips = skips[:-n]
         return h
+
+
+def device_of_weights(dash: nn.Module) -> torch.device:
+    """Where the weights of a Dash are.
+
+    Raises:
+        UnsupportedDenoiserError: If they are only lent to each layer while it runs.
+    """
+    device = next(dash.parameters()).device
+    if device.type == "meta":
+        raise UnsupportedDenoiserError(
+            "the Dash has no weights in memory (sequential offloading or a meta device), and the Dot "
+            "keeps a folded copy of them; use pipe.enable_model_cpu_offload(), or load the weights"
+        )
+    return device
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two networks are copies of one, by their fingerprints."""
+    from morse_diffusion.adapters.files import fingerprint
+
+    return fingerprint(a) == fingerprint(b)
 
 
 def max_before(width: tuple[int, ...], i: int) -> int:

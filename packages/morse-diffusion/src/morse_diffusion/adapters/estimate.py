@@ -27,7 +27,9 @@ class GuidedDash:
         negative: dict[str, Any] | None = None,
     ) -> None:
         self.denoiser = denoiser.eval().requires_grad_(False)
-        self._process, self._prediction, self._negative = process, prediction, negative
+        device = next(denoiser.parameters()).device
+        self._process, self._prediction = process.to(device), prediction
+        self._negative = nested(negative, lambda v: v.to(device))
         config: Any = denoiser.config
         self._learned_sigma = config.out_channels == 2 * config.in_channels
 
@@ -38,7 +40,7 @@ class GuidedDash:
             out = self._call(x, t, inputs)
         else:
             assert self._negative is not None
-            blank = nested(self._negative, lambda v: v.to(x.device).expand(len(x), *v.shape[1:]))
+            blank = nested(self._negative, lambda v: v.expand(len(x), *v.shape[1:]))
             both = join(blank, inputs)
             out = self._call(torch.cat([x, x]), torch.cat([t, t]), both)
             negative, positive = out.chunk(2)

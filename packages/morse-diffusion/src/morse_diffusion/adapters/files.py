@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from effml_common.files import atomic_write
 from effml_common.logging import warn
-from morse_diffusion.adapters.dot import DotShape, MorseDot
+from morse_diffusion.adapters.dot import DotShape, MorseDot, device_of_weights
 from morse_diffusion.adapters.schedulers import family_of, prediction_of
 from morse_diffusion.errors import DotMismatchError
 from morse_diffusion.lora import path_without_adapters
@@ -107,8 +107,10 @@ def load_dot(path: str | Path, dash: nn.Module, *, strict: bool = True) -> Morse
 
     Raises:
         DotMismatchError: If the Dash or the files differ from what was saved.
+        UnsupportedDenoiserError: If the Dash is offloaded layer by layer.
     """
     config, folder = read_config(path), Path(path)
+    device_of_weights(dash)
     shape = DotShape(
         m=config["m"],
         channels=tuple(config["channels"]),

@@ -7,19 +7,20 @@ the guided estimate in both halves of the batch: u + w (c - u) is then exactly t
 
 import inspect
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from effml_common.logging import warn
 from morse_diffusion.adapters.calls import Guidance, denoiser_of, half, refuse_side_inputs
 from morse_diffusion.adapters.schedulers import check_scheduler, check_times, from_space, to_space
-from morse_diffusion.adapters.summary import Summary
+from morse_diffusion.adapters.summary import Summary, clock
 from morse_diffusion.errors import NumericsError, StateError
 from morse_diffusion.plan import MorsePlan
 from morse_diffusion.sampler import Dot
@@ -98,15 +99,20 @@ class MorseHook(ModelHook):
             kind = "Dot"
         answer = None
         if kind == "Dot":
-            began = now(x)
+            began = clock(x.device)
             answer = self._dot_step(run, index, call, x, t, bound)
-            self.summary.record("Dot", now(x) - began, new_step=call == 0)
+            self.summary.record("Dot", clock(x.device) - began, new_step=call == 0)
         if answer is None:
-            began = now(x)
+            began = clock(x.device)
             answer = self.fn_ref.original_forward(*args, **kwargs)
-            self.summary.record("Dash", now(x) - began, new_step=call == 0)
+            self.summary.record("Dash", clock(x.device) - began, new_step=call == 0)
             self._keep(run, index, call, x, t, answer)
         run.calls += 1
+
+        # Offloading is for want of memory: the Dot leaves the device to the pipeline's next part.
+        offloaded = isinstance(getattr(module, "_hf_hook", None), CpuOffload)
+        if run.finished and offloaded and isinstance(self.dot, nn.Module):
+            self.dot.to("cpu")
         return answer
 
     def _locate(
@@ -151,6 +157,11 @@ class MorseHook(ModelHook):
         self.summary = Summary(plan)
         guidance = Guidance.of(self.pipe, module, x, self._guidance, self._calls_per_step, bound)
         guidance.compare_with(self.dot)
+
+        # The pipeline may have been moved, or brought here by an offloading hook, since the last run.
+        follow: Callable[..., None] | None = getattr(self.dot, "follow", None)
+        if follow is not None:
+            follow(module, x.device)
         return Trajectory(
             scheduler_list=scheduler.timesteps,
             times=times,
@@ -286,7 +297,8 @@ def apply_morse(
         calls_per_step=calls_per_step,
         on_nan=on_nan,
     )
-    HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(hook, NAME)
+    with beneath_offloading(denoiser):
+        HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(hook, NAME)
     return MorseHandle(pipe, hook)
 
 
@@ -307,13 +319,31 @@ def remove_morse(pipe: Any, *, force: bool = False) -> None:
             "Morse cannot be removed in the middle of a run; wait for its end, "
             "or use remove_morse(pipe, force=True) after one that was broken off"
         )
-    registry.remove_hook(NAME)
+    with beneath_offloading(denoiser):
+        registry.remove_hook(NAME)
     if not registry.hooks:
         del denoiser._diffusers_hook
         # The registry puts the bound method back as an attribute; the class has it anyway.
         forward = vars(denoiser).get("forward")
         if getattr(forward, "__func__", None) is type(denoiser).forward:
             del denoiser.forward
+
+
+@contextmanager
+def beneath_offloading(denoiser: Any) -> Iterator[None]:
+    """Change a denoiser's forward below accelerate's offloading hook, where there is one.
+
+    Offloading pipelines take their hook off and put it on again at the end of every call; what stood
+    above it would be lost. Below it, Dash and Dot find their inputs on the device that they run on.
+    """
+    if not hasattr(denoiser, "_old_forward"):
+        yield
+        return
+    offloading, denoiser.forward = denoiser.forward, denoiser._old_forward
+    try:
+        yield
+    finally:
+        denoiser._old_forward, denoiser.forward = denoiser.forward, offloading
 
 
 def refuse_caches(denoiser: nn.Module) -> None:
@@ -361,10 +391,3 @@ def close(a: float, b: float) -> bool:
 def time_scale(module: nn.Module) -> float:
     """Factor from the time that the network is given to the scheduler's."""
     return 1000.0 if type(module).__name__ == "FluxTransformer2DModel" else 1.0
-
-
-def now(x: Tensor) -> float:
-    """Seconds, after the device has caught up."""
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter()

@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 
 from effml_common.errors import InputError
 from morse_diffusion.adapters.pixels import PixelPipeline
 
 
-def load_pipeline(path: str, device: str = "cpu") -> Any:
+def load_pipeline(path: str, device: torch.device) -> Any:
     """Load a diffusers pipeline; one of a bare ``UNet2DModel`` becomes a ``PixelPipeline``.
 
     Raises:
-        InputError: If the folder holds no pipeline, or the device is not there.
+        InputError: If the folder holds no pipeline, or one that does not fit on the device.
     """
     if not (Path(path) / "model_index.json").is_file():
         raise InputError(

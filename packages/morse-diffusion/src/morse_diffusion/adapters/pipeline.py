@@ -1,10 +1,13 @@
 """``MorsePipeline``: a user's own pipeline, called with a time budget."""
 
+import functools
+import inspect
 from typing import Any
 
 import torch
 
 from effml_common.logging import say
+from morse_diffusion.adapters.calls import denoiser_of
 from morse_diffusion.adapters.hook import apply_morse
 from morse_diffusion.adapters.schedulers import fitted
 from morse_diffusion.adapters.summary import Summary
@@ -19,7 +22,9 @@ _CALL = ("budget_lsd", "dash_steps", "dot_steps", "plan")
 class MorsePipeline:
     """Wraps a pipeline without copying a weight; every other attribute is the pipeline's own.
 
-    The hook is on the denoiser only during a call, so the wrapped pipeline stays usable as it was.
+    Attributes that are set here are set on the pipeline, and a method that returns the pipeline, such as
+    ``to``, returns the wrapper. The hook is on the denoiser only during a call, so the wrapped pipeline
+    stays usable as it was.
 
     Args:
         pipe: A diffusers pipeline.
@@ -41,6 +46,7 @@ class MorsePipeline:
         self._pipe, self._dot, self._ratio, self._options = pipe, dot, speed_ratio, options
         self._early = early
         self._summary: Summary | None = None
+        self._measured: tuple[torch.device, float] | None = None
 
     @classmethod
     def from_pipe(cls, pipe: Any, dot: Dot, **options: Any) -> "MorsePipeline":
@@ -48,7 +54,27 @@ class MorsePipeline:
         return cls(pipe, dot, **options)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipe, name)
+        # copy and pickle look for private names before there is a pipeline to ask.
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        value = getattr(self._pipe, name)
+        return self._returning_self(value) if inspect.ismethod(value) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._pipe, name, value)
+
+    def _returning_self(self, method: Any) -> Any:
+        """A method of the pipeline that returns this wrapper where it would return the pipeline."""
+
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            return self if result is self._pipe else result
+
+        return call
 
     def __call__(
         self,
@@ -98,24 +124,40 @@ class MorsePipeline:
         return self._summary
 
     def measure_speed_ratio(self, *args: Any, **kwargs: Any) -> float:
-        """Measure N with a short run of the same kind of call, and remember it."""
+        """Measure N with a short run of the same kind of call, and remember it for this device."""
         kwargs = {k: v for k, v in kwargs.items() if not k.startswith("callback")}
         if kwargs.get("generator") is not None:
             kwargs["generator"] = None  # the caller's stays where it is
-        before = self._summary
-        with torch.random.fork_rng():
+        before, device = self._summary, self._device
+        cards = [device] if device.type in ("cuda", "xpu") else []
+        with torch.random.fork_rng(cards, device_type=cards[0].type if cards else "cuda"):
             self._run(fitted(MorsePlan(10, (0, 5)), self._pipe.scheduler), args, kwargs)
         assert self._summary is not None
         # The first step of a kind warms up; the fastest is the least disturbed.
         dash, dot = (min(self._summary.milliseconds[kind]) for kind in ("Dash", "Dot"))
-        self._summary, self._ratio = before, float(f"{dash / dot:.2g}")
-        say(f"measured N = {self._ratio:g}: a Dash step takes {dash:.3g} ms, a Dot step {dot:.3g}")
-        return self._ratio
+        ratio = float(f"{dash / dot:.2g}")
+        self._summary, self._measured = before, (device, ratio)
+        say(f"measured N = {ratio:g}: a Dash step takes {dash:.3g} ms, a Dot step {dot:.3g}")
+        return ratio
+
+    @property
+    def _known_ratio(self) -> float | None:
+        """N as given, or as measured on the device that the denoiser is on; else None."""
+        if self._ratio is not None or self._measured is None:
+            return self._ratio
+        device, ratio = self._measured
+        return ratio if device == self._device else None
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the denoiser runs, also while an offloading pipeline keeps it elsewhere."""
+        device = getattr(self._pipe, "_execution_device", None)
+        return device or next(denoiser_of(self._pipe).parameters()).device
 
     def _plan(
         self, given: dict[str, Any], dot_steps: int | None, args: Any, kwargs: Any
     ) -> MorsePlan:
-        known = self._ratio or float("inf")
+        known = self._known_ratio or float("inf")
         if given["dash_steps"] is not None:
             assert dot_steps is not None
             plan = MorsePlan.spread(given["dash_steps"], dot_steps, known, self._early)
@@ -124,7 +166,7 @@ class MorsePipeline:
             dash = max(1, round(DASH_SHARE * total))
             plan = MorsePlan.spread(dash, total - dash, known, self._early)
         else:
-            ratio = self._ratio or self.measure_speed_ratio(*args, **kwargs)
+            ratio = self._known_ratio or self.measure_speed_ratio(*args, **kwargs)
             plan = make_plan(given["budget_lsd"], ratio, early=self._early)
         fits = fitted(plan, self._pipe.scheduler)
         if fits != plan:

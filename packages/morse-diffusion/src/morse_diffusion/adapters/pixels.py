@@ -18,6 +18,12 @@ class PixelPipeline:
     def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
         self.unet, self.scheduler = unet, scheduler
 
+    def to(self, device: torch.device | str) -> "PixelPipeline":
+        """Move the network; returns the pipeline, as diffusers' own do."""
+        network: Any = self.unet  # diffusers' own ``to`` has no types
+        network.to(device)
+        return self
+
     @torch.no_grad()
     def __call__(
         self,
@@ -44,19 +50,21 @@ class PixelPipeline:
             side = config.sample_size
             height, width = (side, side) if isinstance(side, int) else side
             shape = (batch_size, config.in_channels, height, width)
-            latents = torch.randn(shape, generator=generator)
+            place = generator.device if generator is not None else torch.device("cpu")
+            latents = torch.randn(shape, generator=generator, device=place)
         if timesteps is None:
             self.scheduler.set_timesteps(num_inference_steps, device=weight.device)
         else:
             self.scheduler.set_timesteps(timesteps=timesteps, device=weight.device)
         x = latents.to(weight) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        labels = None if class_labels is None else class_labels.to(weight.device)
         options: dict[str, Any] = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             options["generator"] = generator
         scale = getattr(self.scheduler, "scale_model_input", None)  # flow matching has none
         for t in self.scheduler.timesteps:
             seen = scale(x, t) if scale else x
-            out = self.unet(seen, t, class_labels=class_labels).sample
+            out = self.unet(seen, t, class_labels=labels).sample
             x = self.scheduler.step(out, t, x, **options).prev_sample
         return x
 

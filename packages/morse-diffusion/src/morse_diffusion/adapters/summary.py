@@ -1,9 +1,13 @@
 """What a run did: proof that Morse was active."""
 
+import time
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import torch
+
+from effml_common.device import synchronize
 from effml_common.logging import warn
 from morse_diffusion.plan import MorsePlan
 
@@ -66,3 +70,9 @@ class Summary:
             f"{number['ms_per_dot_step']} ms; N {number['N']}, "
             f"effective LSD {number['effective_lsd']}"
         )
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after the device has done what was asked of it."""
+    synchronize(device)
+    return time.perf_counter()
