@@ -150,13 +150,15 @@ def cost(config: CostConfig) -> Facts:
 
 def train(config: TrainConfig) -> Report:
     """Train a chain."""
-    return _train(config, with_overrides(load_chain(config.chain), config), "train")
+    device = resolve_device(config.device)
+    return _train(config, with_overrides(load_chain(config.chain), config), "train", device)
 
 
 def individual(config: IndividualConfig) -> Report:
     """Train one member alone."""
+    device = resolve_device(config.device)
     chain = with_overrides(load_chain(config.chain), config).individual(config.member)
-    return _train(config, chain, "individual")
+    return _train(config, chain, "individual", device)
 
 
 def with_overrides(chain: ChainConfig, config: TrainConfig) -> ChainConfig:
@@ -173,9 +175,8 @@ def with_overrides(chain: ChainConfig, config: TrainConfig) -> ChainConfig:
     return replace(chain, data=data, **given)
 
 
-def _train(config: TrainConfig, chain: ChainConfig, command: str) -> Report:
+def _train(config: TrainConfig, chain: ChainConfig, command: str, device: torch.device) -> Report:
     started = time.monotonic()
-    device = resolve_device(config.device)
     out = Path(config.out or time.strftime(f"runs/{command}-%Y%m%d-%H%M%S"))
     task = task_class(chain.task)(chain.data)
     resume = config.resume == "auto"
