@@ -3,21 +3,23 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from effml_common.device import device_name, resolve_device, synchronize
 from effml_common.errors import InputError
 from effml_common.logging import progress, say
 from effml_common.report import Report, Row, environment, write_report
 from fis_dit.adapters.apply import apply_fis
+from fis_dit.adapters.pipelines import with_defaults
 from fis_dit.adapters.table import adapter_of
 from fis_dit.config import BenchConfig, FISConfig
-from fis_dit.cost import flops
+from fis_dit.cost import BlockShape, flops
 
 CPU_FLOPS = 3e10  # per second and core in float32, for the estimate only
 
@@ -97,52 +99,65 @@ def bench(config: BenchConfig) -> Report:
     Raises:
         InputError: If the device is not there, or is the CPU and the model is not ``tiny``.
     """
-    started, architecture = time.monotonic(), ARCHITECTURES[config.arch]
-    adapter, device = adapter_of(architecture.model), torch.device(config.device)
+    device, started = resolve_device(config.device), time.monotonic()
+    architecture = ARCHITECTURES[config.arch]
+    adapter = adapter_of(architecture.model)
     settings = {name: _setting(name, architecture.dense_ends) for name in config.settings}
-    _refuse(config, architecture, len(settings))
-    model, inputs = _build(architecture, device)
-    shape, (frames, tokens) = adapter.shape(model.config), architecture.geometry
-    if config.arch == "tiny":
-        shape = replace(shape, text=8)
-    depth = len(getattr(model, adapter.blocks))
+    _refuse_or_estimate(config, architecture, device)
+
+    # Text padding is trimmed in every arm where that is exact.
+    model, inputs = build(architecture, device)
     trims = FISConfig(stride=1, drop_text_padding=adapter.trims_text)
     arms: dict[str, FISConfig] = {"dense": trims}
     arms |= {k: replace(v, drop_text_padding=adapter.trims_text) for k, v in settings.items()}
-    seconds = _measure(config, model, inputs, arms)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    rows = []
-    for name, setting in arms.items():
-        cost = flops(
-            shape, setting if name != "dense" else FISConfig(blocks=()), depth, frames, tokens
-        )
-        predicted, measured = cost.speedup, median["dense"] / median[name]
-        metrics = {
-            "seconds": seconds[name],
-            "speed-up": [median["dense"] / value for value in seconds[name]],
-            "by FLOPs": [predicted],
-            "share of it": [measured / predicted],
-            "TFLOP/s": [cost.sparse / median[name] / 1e12],
-        }
-        rows.append(Row(name, f"{config.arch}, {frames} x {tokens} tokens", metrics))
+    measured = _measure(config, model, inputs, arms, device)
+
+    depth = len(getattr(model, adapter.blocks))
+    shape = adapter.shape(model.config)
+    if config.arch == "tiny":
+        shape = replace(shape, text=8)
     notes = [f"{depth} blocks, {architecture.dense_ends} dense at each end; one forward, batch 1"]
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-        notes.append(f"{torch.cuda.get_device_name(device)}, peak memory {peak:.1f} GiB")
     report = Report(
         package="fis-dit",
         version=version("fis-dit"),
         command=sys.argv,
         seeds=[0],
         seconds=time.monotonic() - started,
-        rows=rows,
+        rows=_rows(config.arch, shape, depth, arms, measured),
         notes=notes,
-        environment=environment(("diffusers",), config.device),
+        environment=environment(("diffusers",), device_name(device)),
     )
     out = Path(config.out or time.strftime("runs/bench-%Y%m%d-%H%M%S"))
     (out / "run").mkdir(parents=True, exist_ok=True)
     write_report(report, out / "run")
     return report
+
+
+def _rows(
+    arch: str,
+    shape: BlockShape,
+    depth: int,
+    arms: Mapping[str, FISConfig],
+    measured: Mapping[str, "Measured"],
+) -> list[Row]:
+    frames, tokens = ARCHITECTURES[arch].geometry
+    dense_seconds, rows = statistics.median(measured["dense"].seconds), list[Row]()
+    for name, setting in arms.items():
+        # What the FLOPs model promises, and what the clock says.
+        counted = setting if name != "dense" else FISConfig(blocks=())
+        cost, arm = flops(shape, counted, depth, frames, tokens), measured[name]
+        seconds = statistics.median(arm.seconds)
+        metrics: dict[str, list[float]] = {
+            "seconds": arm.seconds,
+            "speed-up": [dense_seconds / value for value in arm.seconds],
+            "by FLOPs": [cost.speedup],
+            "share of it": [dense_seconds / seconds / cost.speedup],
+            "TFLOP/s": [cost.sparse / seconds / 1e12],
+        }
+        if arm.peak_gib:
+            metrics["peak GiB"] = [max(arm.peak_gib)]
+        rows.append(Row(name, f"{arch}, {frames} x {tokens} tokens", metrics))
+    return rows
 
 
 def _setting(name: str, dense_ends: int) -> FISConfig:
@@ -157,45 +172,74 @@ def _setting(name: str, dense_ends: int) -> FISConfig:
     )
 
 
-def _refuse(config: BenchConfig, architecture: Architecture, settings: int) -> None:
-    device = torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {config.device} is not there; use a machine with CUDA, or cpu")
+def _refuse_or_estimate(
+    config: BenchConfig, architecture: Architecture, device: torch.device
+) -> None:
+    """Say how long it takes on the CPU, or refuse where that is hours."""
+    if device.type != "cpu":
+        return
     frames, tokens = architecture.geometry
-    from fis_dit.adapters.pipelines import _with_defaults
-
-    values = _with_defaults(architecture.model, architecture.settings)
+    values = with_defaults(architecture.model, architecture.settings)
     shape = adapter_of(architecture.model).shape(values)
     dense = flops(shape, FISConfig(blocks=()), values["num_layers"], frames, tokens).dense
-    runs = (settings + 1) * (config.repeats + config.warmup)
+    runs = (len(config.settings) + 1) * (config.repeats + config.warmup)
     seconds, gib = dense / CPU_FLOPS, architecture.parameters * 4 + 2
-    if device.type == "cpu" and config.arch != "tiny":
+    if config.arch != "tiny":
         raise InputError(
             f"{config.arch} on the CPU would take about {seconds / 3600:.1f} hours a forward and "
             f"{gib:.0f} GiB; use --device cuda, or --arch tiny"
         )
-    if device.type == "cpu":
-        say(f"estimate: {runs} forwards, about {runs * seconds * 0.7 / 60:.1f} min, under 2 GiB")
+    say(f"estimate: {runs} forwards, about {runs * seconds * 0.7 / 60:.1f} min, under 2 GiB")
 
 
-def _build(architecture: Architecture, device: torch.device) -> tuple[Any, dict[str, Any]]:
+def build(
+    architecture: Architecture, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A model with random weights and the arguments of one forward.
+
+    Args:
+        architecture: Its shapes.
+        device: Of both.
+        dtype: Of the weights, save those that diffusers keeps in float32; default bfloat16, on the CPU
+            float32.
+    """
     import diffusers
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     torch.manual_seed(0)
-    with torch.device(device):
-        model = getattr(diffusers, architecture.model)(**architecture.settings)
+
+    # Made in its final type, as diffusers loads it: in float32 A14B would need 57 GB on the way.
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = getattr(diffusers, architecture.model)(**architecture.settings)
+    finally:
+        torch.set_default_dtype(default)
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     for name, parameter in model.named_parameters():
-        if not any(part in name for part in kept):
-            parameter.data = parameter.data.to(dtype)
+        if any(part in name for part in kept):
+            parameter.data = parameter.data.float()
     model.eval().requires_grad_(False)
+    return model, forward_inputs(
+        architecture, model, lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
+    )
 
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype)
 
+def forward_inputs(
+    architecture: Architecture, model: Any, noise: Callable[..., torch.Tensor]
+) -> dict[str, Any]:
+    """Arguments of one forward, of one sample.
+
+    Args:
+        architecture: Of the model.
+        model: The transformer.
+        noise: Makes a tensor of a shape; the others follow its device and type.
+    """
+    hidden = noise(1, *architecture.latent)
+    device, dtype = hidden.device, hidden.dtype
     inputs: dict[str, Any] = {
-        "hidden_states": noise(1, *architecture.latent),
+        "hidden_states": hidden,
         "timestep": torch.full((1,), 500.0, device=device),
         "return_dict": False,
     }
@@ -215,37 +259,42 @@ def _build(architecture: Architecture, device: torch.device) -> tuple[Any, dict[
         # TI2V-5B: a time step per token.
         total = architecture.geometry[0] * architecture.geometry[1]
         inputs["timestep"] = inputs["timestep"].expand(1, total).contiguous()
-    return model, inputs
+    return inputs
+
+
+@dataclass
+class Measured:
+    """Of every timed forward of an arm: seconds, and peak memory in GiB where the device tells it."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak_gib: list[float] = field(default_factory=list)
 
 
 @torch.no_grad()
 def _measure(
-    config: BenchConfig, model: Any, inputs: dict[str, Any], arms: dict[str, FISConfig]
-) -> dict[str, list[float]]:
-    """Seconds of every forward; arms take turns, so that a busy machine hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    timer = _cuda_seconds if torch.device(config.device).type == "cuda" else _cpu_seconds
+    config: BenchConfig,
+    model: Any,
+    inputs: dict[str, Any],
+    arms: dict[str, FISConfig],
+    device: torch.device,
+) -> dict[str, Measured]:
+    """Time every forward; arms take turns, so that a busy machine hits all alike."""
+    measured = {name: Measured() for name in arms}
+    memory = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
     with progress("timing", len(arms) * (config.repeats + config.warmup)) as bar:
         for repeat in range(config.warmup + config.repeats):
             for name, setting in arms.items():
                 with apply_fis(model, setting):
-                    value = timer(lambda: model(**inputs))
+                    synchronize(device)
+                    if memory is not None:
+                        memory.reset_peak_memory_stats(device)
+                    start = time.perf_counter()
+                    model(**inputs)
+                    synchronize(device)
+                    seconds = time.perf_counter() - start
                 if repeat >= config.warmup:
-                    seconds[name].append(value)
+                    measured[name].seconds.append(seconds)
+                    if memory is not None:
+                        measured[name].peak_gib.append(memory.max_memory_allocated(device) / 2**30)
                 bar.advance()
-    return seconds
-
-
-def _cpu_seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _cuda_seconds(run: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    return measured

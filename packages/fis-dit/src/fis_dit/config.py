@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from effml_common.device import DEVICE_HELP
 from effml_common.errors import ConfigError
 from effml_common.settings import require, setting
 
@@ -226,7 +227,7 @@ class PlanConfig(ClipShape):
     guidance_scale: float = setting(1.0, "1 turns guidance off, as distilled models want it")
     seed: int = setting(0, "seed of the noise")
     out: str = setting("plan.json", "file to write")
-    device: str = setting("cpu", "torch device that computes")
+    device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
         ClipShape.__post_init__(self)
@@ -257,7 +258,7 @@ class GenerateConfig(ClipShape):
     format: Literal["gif", "mp4"] = setting("gif", "of the clips; mp4 needs fis-dit[video]")
     fps: int = setting(16, "frames per second of the file")
     out: str | None = setting(None, "folder to write; default runs/generate-<time>")
-    device: str = setting("cpu", "torch device that computes")
+    device: str = setting("auto", DEVICE_HELP)
     dtype: Literal["float32", "bfloat16", "float16"] = setting("bfloat16", "of the weights")
 
     def __post_init__(self) -> None:
@@ -271,7 +272,7 @@ class BenchConfig:
 
     arch: Literal["tiny", "wan-a14b", "wan-5b", "hy15"] = setting("tiny", "shapes of the model")
     random_weights: bool = setting(True, "there is no other way: speed does not depend on weights")
-    device: str = setting("cpu", "cpu runs tiny only")
+    device: str = setting("auto", f"{DEVICE_HELP}; cpu runs tiny only")
     settings: tuple[str, ...] = setting(
         ("block-n2", "block-n3", "attn-n2", "attn-n3"),
         "sites-stride to time; add -full for all keys",
@@ -304,6 +305,7 @@ class DemoConfig:
     data: Literal["shapes", "digits"] = setting("shapes", "clips: bouncing shapes, drifting digits")
     seeds: int = setting(1, "seeds of noise and labels; claims need 3")
     clips: int = setting(48, "clips per seed")
+    device: str = setting("auto", DEVICE_HELP)
     out: str | None = setting(None, "folder of the report; default runs/demo-<time>")
 
     def __post_init__(self) -> None:

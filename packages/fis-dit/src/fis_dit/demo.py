@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from effml_common.device import device_name, resolve_device
 from effml_common.logging import RunLog, progress, say
 from effml_common.report import Claim, Report, Row, environment, write_report
 from fis_dit.config import PRESETS, DemoConfig
@@ -121,10 +122,11 @@ def demo(config: DemoConfig) -> Report:
     Returns:
         The report: a row per arm with one value per seed, and claims on paired gaps.
     """
-    started, name = time.monotonic(), config.data
-    say(f"estimate: {config.seeds * config.clips * 1.6 / 60 + 0.3:.1f} min, under 1 GiB")
+    device, started, name = resolve_device(config.device), time.monotonic(), config.data
+    if device.type == "cpu":
+        say(f"estimate: {config.seeds * config.clips * 1.6 / 60 + 0.3:.1f} min, under 1 GiB")
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
-    student, judge = load(name, "student"), Judge(name)
+    student, judge = load(name, "student").to(device), Judge(name)
     noise, prompt = make_noise(name, 16, seed=0)
     chosen = arms(magnitude_ratios(student, noise, prompt))
     out = Path(config.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
@@ -152,7 +154,7 @@ def demo(config: DemoConfig) -> Report:
         claims=_claims(results, peer),
         notes=_notes(peer),
         files=sorted(path.name for path in (out / "run").glob("clips.*")),
-        environment=environment(("diffusers",)),
+        environment=environment(("diffusers",), device_name(device)),
     )
     write_report(report, out / "run", figures)
     say(f"report: {out / 'run' / 'report.html'}")

@@ -81,7 +81,7 @@ def noise_levels(steps: int, shift: float = SHIFT) -> list[float]:
 
 def velocity(model: nn.Module, x: Tensor, level: float | Tensor, prompt: Tensor) -> Tensor:
     """The model's velocity for noisy clips "b 1 f h w" at one noise level, or one per clip."""
-    time = torch.as_tensor(level, dtype=torch.float32).expand(len(x)) * 1000
+    time = torch.as_tensor(level, dtype=torch.float32, device=x.device).expand(len(x)) * 1000
     return model(x, time, prompt, return_dict=False)[0]
 
 

@@ -115,6 +115,12 @@ class FrameTensors:
     order: Tensor
     frames: Tensor  # arange(F): a tensor, so that compiled code is not specialised on the phase
 
+    def to(self, device: torch.device) -> "FrameTensors":
+        """The same on another device; itself where it is there already."""
+        if self.anchors.device == device:
+            return self
+        return FrameTensors(**{name: value.to(device) for name, value in vars(self).items()})
+
 
 def frame_tensors(plan: Neighbours, device: torch.device) -> FrameTensors:
     """Build the tensors of one phase."""
@@ -137,9 +143,12 @@ def frame_tensors(plan: Neighbours, device: torch.device) -> FrameTensors:
 
 
 def gather_frames(tokens: Tensor, plan: FrameTensors, dim: int = 1) -> Tensor:
-    """Keep the anchors' tokens; ``dim`` has F * P frame-major entries and afterwards K * P."""
+    """Keep the anchors' tokens; ``dim`` has F * P frame-major entries and afterwards K * P.
+
+    The result is on the device of the tokens, wherever the plan is.
+    """
     split = tokens.unflatten(dim, (plan.frames.shape[0], -1))
-    return split.index_select(dim, plan.anchors).flatten(dim, dim + 1)
+    return split.index_select(dim, plan.anchors.to(tokens.device)).flatten(dim, dim + 1)
 
 
 def lift_block(
@@ -152,7 +161,8 @@ def lift_block(
 
     With d = block(x) - x at the anchors, a skipped frame f between anchors a and b becomes
     h[f] + (1-u) d[a] + u d[b] ("residual", "hold"), stays h[f] ("carry"), or is replaced by
-    (1-u) y[a] + u y[b] ("state"). Anchors are copied exactly.
+    (1-u) y[a] + u y[b] ("state"). Anchors are copied exactly. The result is on the device of the block's
+    output, as it is for a dense block whose weights are on another device than its input.
 
     Args:
         hidden: The block's input, all frames, frame-major.
@@ -160,6 +170,7 @@ def lift_block(
         plan: Of the phase.
         lift: As above.
     """
+    hidden, plan = hidden.to(computed.device), plan.to(computed.device)
     frames = hidden.unflatten(1, (plan.frames.shape[0], -1))
     kept = computed.unflatten(1, (plan.anchors.shape[0], -1))
     if lift == "state":
@@ -175,6 +186,7 @@ def lift_attention(
     computed: Float[Tensor, "b k d"], plan: FrameTensors, lift: str = "residual"
 ) -> Float[Tensor, "b s d"]:
     """Fill an attention output, which is itself a residual: (1-u) o[a] + u o[b], or 0 ("carry")."""
+    plan = plan.to(computed.device)
     kept = computed.unflatten(1, (plan.anchors.shape[0], -1))
     filled = _mixed(kept, plan)
     filled = torch.zeros_like(filled) if lift == "carry" else filled

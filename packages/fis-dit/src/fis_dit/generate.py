@@ -1,7 +1,9 @@
 """The ``generate`` command: a clip from a local pipeline, frame-sparse, and dense to compare."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ import numpy as np
 import torch
 
 from effml_common.cli import dump_config
+from effml_common.device import device_name, resolve_device, synchronize
 from effml_common.errors import InputError, NonFiniteError
 from effml_common.files import atomic_write
 from effml_common.logging import say
 from effml_common.report import Report, Row, environment, write_report
-from fis_dit.adapters.apply import apply_fis
+from fis_dit.adapters.apply import COMPONENTS, apply_fis
 from fis_dit.adapters.pipelines import load_pipeline, read_plan, run_pipeline, write_clip
 from fis_dit.config import FISConfig, GenerateConfig
 from fis_dit.metrics import coverage, motion_error, psnr, relative_l2
@@ -27,29 +30,30 @@ def generate(config: GenerateConfig) -> Report:
         InputError: If the model, the plan, the image or the LoRA cannot be used.
         NonFiniteError: If the clip holds NaN or infinity.
     """
-    started = time.monotonic()
+    device, started = resolve_device(config.device), time.monotonic()
     chosen = read_plan(config.plan) or FISConfig.from_preset(config.preset)
     if chosen.num_inference_steps is None:
         chosen = FISConfig(**{**vars(chosen), "num_inference_steps": config.num_inference_steps})
-    pipe = load_pipeline(config.model, getattr(torch, config.dtype), config.device)
+    pipe = load_pipeline(config.model, getattr(torch, config.dtype), device)
     if config.lora is not None:
         _load_lora(pipe, config.lora)
     out = Path(config.out or time.strftime("runs/generate-%Y%m%d-%H%M%S"))
     with apply_fis(pipe, chosen) as handle:
         say("sparse run")
-        clip, seconds = _timed(pipe, config)
+        clip, seconds = _timed_clip(pipe, config, device)
         summary = handle.summary()
     if not np.isfinite(clip).all():
         raise NonFiniteError("the clip is not finite; use --dtype float32 or bfloat16")
     clips = {"fis": clip}
-    rows = [Row("FIS", _setting(chosen), {"seconds": [seconds]})]
+    rows = [Row("FIS", _setting(chosen), seconds)]
     if config.compare_dense:
         say("dense run")
-        clips["dense"], dense_seconds = _timed(pipe, config)
-        rows.append(Row("dense", "", {"seconds": [dense_seconds]}))
+        clips["dense"], dense_seconds = _timed_clip(pipe, config, device)
+        rows.append(Row("dense", "", dense_seconds))
         distances = _distances(clip, clips["dense"])
-        distances["speed-up"] = [dense_seconds / seconds]
-        rows[0] = Row("FIS", rows[0].setting, {"seconds": [seconds], **distances})
+        dense_of_transformer = dense_seconds["transformer seconds"][0]
+        distances["speed-up"] = [dense_of_transformer / seconds["transformer seconds"][0]]
+        rows[0] = Row("FIS", rows[0].setting, {**seconds, **distances})
     (out / "run").mkdir(parents=True, exist_ok=True)
     for name, frames in clips.items():
         write_clip(frames, out / f"{name}.{config.format}", config.fps)
@@ -64,7 +68,7 @@ def generate(config: GenerateConfig) -> Report:
         rows=rows,
         notes=[_told(name, told) for name, told in summary.items()],
         files=[f"{name}.{config.format}" for name in clips],
-        environment=environment(("diffusers", "transformers"), config.device),
+        environment=environment(("diffusers", "transformers"), device_name(device)),
     )
     write_report(report, out / "run")
     say(f"clips: {out}")
@@ -82,18 +86,56 @@ def _load_lora(pipe: Any, path: str) -> None:
         raise InputError(f"{path} does not fit the model ({error}); check the file") from error
 
 
-def _timed(pipe: Any, config: GenerateConfig) -> tuple[np.ndarray, float]:
+def _timed_clip(
+    pipe: Any, config: GenerateConfig, device: torch.device
+) -> tuple[np.ndarray, dict[str, list[float]]]:
+    """A clip, and seconds of the whole run and of its transformers.
+
+    Where two runs are compared, one step is made before, so that neither pays for what a device loads
+    and allocates once.
+    """
+    if config.compare_dense:
+        _make_clip(pipe, config, steps=1, output_type="latent")
     start = time.monotonic()
-    clip = run_pipeline(
+    with _transformer_seconds(pipe, device) as inside:
+        clip = _make_clip(pipe, config, steps=config.num_inference_steps, output_type="np")
+    seconds = {"seconds": [time.monotonic() - start], "transformer seconds": [sum(inside)]}
+    return np.asarray(clip, dtype=np.float32), seconds
+
+
+def _make_clip(pipe: Any, config: GenerateConfig, *, steps: int, output_type: str) -> Any:
+    return run_pipeline(
         pipe,
         config.prompt,
         clip=(config.num_frames, config.height, config.width),
-        steps=config.num_inference_steps,
+        steps=steps,
         guidance=config.guidance_scale,
         seed=config.seed,
         image=config.image,
+        output_type=output_type,
     )
-    return np.asarray(clip, dtype=np.float32), time.monotonic() - start
+
+
+@contextlib.contextmanager
+def _transformer_seconds(pipe: Any, device: torch.device) -> Iterator[list[float]]:
+    """Seconds of every forward of the pipeline's transformers while the context lasts."""
+    starts, seconds = list[float](), list[float]()
+
+    def begin(*_: Any) -> None:
+        synchronize(device)
+        starts.append(time.perf_counter())
+
+    def end(*_: Any) -> None:
+        synchronize(device)
+        seconds.append(time.perf_counter() - starts.pop())
+
+    models = [getattr(pipe, name, None) for name in COMPONENTS]
+    with contextlib.ExitStack() as hooks:
+        for model in models:
+            if model is not None:
+                hooks.callback(model.register_forward_pre_hook(begin).remove)
+                hooks.callback(model.register_forward_hook(end).remove)
+        yield seconds
 
 
 def _distances(clip: np.ndarray, dense: np.ndarray) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from effml_common.device import resolve_device
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.logging import progress, say
@@ -133,7 +134,7 @@ def _local_error(
     hook.plan, hook.tokens = frame_tensors(plan, first.device), first.shape[1]
     sparse = hook.evaluate(block, block, named)
     wanted, got = (value[0] if isinstance(value, tuple) else value for value in (out, sparse))
-    return float((got - wanted).norm() / (wanted - first).norm())
+    return float((got - wanted).norm() / (wanted - first.to(wanted.device)).norm())
 
 
 def plan(
@@ -203,7 +204,8 @@ def _plan(
             )
             for number, prompt in enumerate(prompts)
         ]
-        return torch.stack([torch.as_tensor(video) for video in videos])
+        # Compared in float64, which not every device has.
+        return torch.stack([torch.as_tensor(video).cpu() for video in videos])
 
     scores, (frames, tokens) = block_scores(model, run, base, method)
     shape = adapter_of(model).shape(model.config)
@@ -225,11 +227,12 @@ def write_plan(config: PlanConfig) -> Plan:
     Raises:
         InputError: If the model, the prompts or the target cannot be used.
     """
+    device = resolve_device(config.device)
     prompts = [line for path in config.prompts for line in _lines(path)]
     if not prompts:
         raise InputError(f"{', '.join(config.prompts)} holds no prompt; write one a line")
-    dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
-    pipe = load_pipeline(config.model, dtype, config.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    pipe = load_pipeline(config.model, dtype, device)
     say(f"calibrating on {len(prompts)} prompts, {config.num_inference_steps} steps each")
     found = _plan(
         pipe,

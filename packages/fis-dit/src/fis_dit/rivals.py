@@ -46,7 +46,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Run:
-    """Clips "b 1 f h w", the first step's velocity, and the FLOPs of the transformer."""
+    """Clips "b 1 f h w" and the first step's velocity, on the CPU; FLOPs of the transformer."""
 
     clips: Tensor
     velocity: Tensor
@@ -58,21 +58,21 @@ def run_arm(model: Any, arm: Arm, noise: Tensor, prompt: Tensor, *, batch: int =
     """Make clips in one arm.
 
     Args:
-        model: The demo's transformer; unchanged afterwards.
+        model: The demo's transformer, on any device; unchanged afterwards.
         arm: As above.
-        noise: "b 1 f h w".
-        prompt: "b 2 16".
+        noise: "b 1 f h w", on the CPU, so that every device starts from the same.
+        prompt: "b 2 16", on the CPU.
         batch: Clips at a time; adaptive caches decide per batch.
     """
-    clips, velocities, total = [], [], 0.0
+    clips, velocities, total, device = [], [], 0.0, model.device
     for part, words in zip(noise.split(batch), prompt.split(batch), strict=True):
         with arm.change(model), FlopCounterMode(display=False) as counter:
-            steps = list(euler(model, part, words, arm.levels))
+            steps = list(euler(model, part.to(device), words.to(device), arm.levels))
             model._reset_stateful_cache()
         velocities.append(steps[0][0])
         clips.append(steps[-1][1])
         total += counter.get_total_flops()
-    return Run(torch.cat(clips), torch.cat(velocities), total)
+    return Run(torch.cat(clips).cpu(), torch.cat(velocities).cpu(), total)
 
 
 def fis(name: str, group: str = "FIS", **settings: Any) -> Arm:
@@ -130,6 +130,7 @@ def magnitude_ratios(model: Any, noise: Tensor, prompt: Tensor) -> list[float]:
     last = model.blocks[-1].register_forward_hook(
         lambda _, __, out: residuals.append(out - entered.pop())
     )
+    noise, prompt = noise.to(model.device), prompt.to(model.device)
     with torch.no_grad():
         for _ in euler(model, noise, prompt, noise_levels(STUDENT_STEPS)):
             pass

@@ -74,6 +74,7 @@ class SparseHook(ModelHook, ABC):
         self.lift, self.debug = config.lift, config.debug
         self.plan: FrameTensors | None = None
         self.tokens = 0  # S; 0 until the geometry hook has run
+        self.device: torch.device | None = None  # where the block's output was last time
         self.full_input: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None
         self.processor: Any = None  # set with kv="full"
 
@@ -95,7 +96,8 @@ class SparseHook(ModelHook, ABC):
         hidden, plan = named[self.names[0]], self.plan
         assert plan is not None
         if self.processor is not None:
-            self._lend_full_keys(module, named)
+            read = self.full_input or (lambda _, arguments: arguments[self.names[0]])
+            self.processor.lend(read, module, named)
         small = {**named, self.names[0]: gather_frames(hidden, plan)}
         tokens = hidden.shape[1]
         for name, rule in self.per_token.items():
@@ -103,6 +105,7 @@ class SparseHook(ModelHook, ABC):
                 small[name] = _gather_argument(small[name], rule, tokens, plan, name)
         out = forward(**small)
         computed = out[0] if isinstance(out, tuple) else out
+        self.device = computed.device  # the next plan is made there
         full = self.fill(hidden, computed, plan)
         if self.debug and not bool(torch.isfinite(full).all()):
             raise NonFiniteError(
@@ -120,10 +123,6 @@ class SparseHook(ModelHook, ABC):
             f"block {self.number} got hidden states of shape {tuple(hidden.shape)}, but {found} was "
             "read; describe the layout with fis_dit.register_adapter"
         )
-
-    def _lend_full_keys(self, module: nn.Module, named: Mapping[str, Any]) -> None:
-        full = named[self.names[0]] if self.full_input is None else self.full_input(module, named)
-        self.processor.lend(full, named["rotary_emb"])
 
 
 class BlockHook(SparseHook):
@@ -185,7 +184,9 @@ class GeometryHook(ModelHook):
         tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         for rank, hook in enumerate(self._sparse):
             hook.tokens = math.prod(geometry)
-            hook.plan = None if dense else self._plan(geometry[0], rank, step, tensor.device)
+            # With a device map every block has its own device, which its last output told.
+            device = hook.device or tensor.device
+            hook.plan = None if dense else self._plan(geometry[0], rank, step, device)
         return args, kwargs
 
     def reset_state(self, module: nn.Module) -> nn.Module:

@@ -37,10 +37,10 @@ def _wan_shape(config: Config) -> BlockShape:
 
 
 def _wan_attention_input(block: Any, arguments: Mapping[str, Any]) -> Tensor:
-    """What WanTransformerBlock feeds its self-attention, for all frames."""
-    hidden, temb = arguments["hidden_states"], arguments["temb"]
-    per_token = temb.ndim == 4
+    """What WanTransformerBlock feeds its self-attention, for all frames, on the block's device."""
     table = block.scale_shift_table
+    hidden, temb = (arguments[name].to(table.device) for name in ("hidden_states", "temb"))
+    per_token = temb.ndim == 4
     shift, scale = ((table.unsqueeze(0) if per_token else table) + temb.float()).chunk(6, dim=-2)[
         :2
     ]

@@ -13,7 +13,7 @@ from effml_common.errors import InputError
 from fis_dit.adapters.table import adapter_of
 
 
-def load_pipeline(directory: str, dtype: torch.dtype, device: str) -> Any:
+def load_pipeline(directory: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Load a pipeline with diffusers.
 
     Raises:
@@ -123,10 +123,11 @@ def read_transformer_config(model: str) -> tuple[str, dict[str, Any], tuple[int,
     name = config.get("_class_name", "")
     adapter_of(str(name))
     vae = path / "vae" / "config.json"
-    return str(name), _with_defaults(str(name), config), _compression(vae)
+    return str(name), with_defaults(str(name), config), _compression(vae)
 
 
-def _with_defaults(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a diffusers class: its defaults, where ``config`` says nothing else."""
     import inspect
 
     import diffusers

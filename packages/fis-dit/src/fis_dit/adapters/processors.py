@@ -3,14 +3,17 @@
 Both take over the attention backend of the processor they replace.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fis_dit.errors import HookStateError
+
+AttentionInput = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
 class FullKeysProcessor:
@@ -20,11 +23,19 @@ class FullKeysProcessor:
         self.replaced = replaced
         self._attention_backend = getattr(replaced, "_attention_backend", None)
         self._parallel_config = getattr(replaced, "_parallel_config", None)
-        self._lent: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self._lent: tuple[AttentionInput, nn.Module, Mapping[str, Any]] | None = None
 
-    def lend(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
-        """Give the normalised hidden states and rotary tables of all frames, for one call."""
-        self._lent = hidden, rotary
+    def lend(self, read: AttentionInput, module: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Give what the attention's input of all frames is computed from, for one call.
+
+        It is computed in the call: only there are the weights of an offloaded block on its device.
+
+        Args:
+            read: Computes the input "b s d" from the two others.
+            module: The hooked module.
+            arguments: Its arguments by name, for all frames; they may be on another device.
+        """
+        self._lent = read, module, arguments
 
     def __call__(
         self,
@@ -39,7 +50,10 @@ class FullKeysProcessor:
             return self.replaced(
                 attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
             )
-        (full, full_rotary), self._lent = self._lent, None
+        (read, module, arguments), self._lent = self._lent, None
+        device = hidden_states.device
+        full = read(module, arguments).to(device)
+        full_rotary = [table.to(device) for table in arguments["rotary_emb"]]
         if attn.fused_projections:
             width = attn.to_qkv.out_features // 3
             weight, bias = attn.to_qkv.weight, attn.to_qkv.bias
@@ -61,7 +75,7 @@ class FullKeysProcessor:
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def _rotated(values: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def _rotated(values: Tensor, rotary: Sequence[Tensor]) -> Tensor:
     """Rotate pairs of neighbouring channels; the tables hold every angle twice."""
     cos, sin = rotary[0][..., 0::2], rotary[1][..., 1::2]
     even, odd = values[..., 0::2], values[..., 1::2]
