@@ -1,6 +1,7 @@
 """Trains a Dot on accelerate: the loop, its averages, its checkpoints."""
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from effml_common.errors import ConfigError, InputError
 from effml_common.finite import check_finite
 from effml_common.interrupt import StopSignal
 from effml_common.logging import RunLog, say, warn
-from effml_common.parsing import one_line
 from effml_common.state import restore_training_state, training_state
 from morse_diffusion.jumps import Process
 from morse_diffusion.objective import (
@@ -315,27 +315,26 @@ def update_average(average: dict[str, Tensor], model: nn.Module, decay: float) -
 def accelerator_on(device: torch.device, precision: str = "no") -> Any:
     """An ``accelerate.Accelerator`` that computes on a device.
 
+    Among several processes every one computes on its own card of the device's kind.
+
     Args:
         device: As ``resolve_device`` gives it.
         precision: ``no`` or ``bf16``.
 
     Raises:
-        InputError: If accelerate's launcher, or an earlier run in this process, set another device or
-            precision.
+        InputError: If accelerate was launched for another kind of device.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import patch_environment
 
-    try:
+    # It keeps the first precision and device of a process; a process group stays what it is.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    AcceleratorState._reset_state(reset_partial_state=alone)
+    chosen = {"ACCELERATE_TORCH_DEVICE": str(device)} if alone else {}
+    with patch_environment(**chosen):
         accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
-    except ValueError as error:
-        raise InputError(
-            f"accelerate cannot compute on {device} with precision {precision}: {one_line(str(error))}; "
-            "start another process"
-        ) from error
-    found = accelerator.device
-    if found.type != device.type or found.index not in (None, device.index or 0):
-        raise InputError(
-            f"accelerate was set to {found} by its launcher or by an earlier run in this process, not "
-            f"to {device}; use --device {found.type}, or start another process"
-        )
+    kind = accelerator.device.type
+    if kind != device.type:
+        raise InputError(f"accelerate was launched for {kind}, not {device}; add --device {kind}")
     return accelerator
