@@ -145,6 +145,7 @@ CHILD = """
 import sys; sys.path.insert(0, {here!r})
 import conftest
 from pathlib import Path
+import torch
 from test_training import interrupted_once, with_projector
 from com_pt.chain import chain_of
 from com_pt.run import run_chain
@@ -158,18 +159,18 @@ def checked(self, *args, **kwargs):
 StageTrainer.run = checked
 for shard in (False, True):
     chain = chain_of(with_projector(Path({data!r}), accum_freq=2, shard=shard, save_every=2))
-    run_chain(chain, {out!r} + ("/fsdp2" if shard else "/ddp"))
-interrupted_once(chain, {out!r} + "/broken", 5)
+    run_chain(chain, {out!r} + ("/fsdp2" if shard else "/ddp"), device=torch.device("cpu"))
+interrupted_once(chain, {out!r} + "/broken", 5, torch.device("cpu"))
 """
 
 
-def interrupted_once(chain, out: str, update: int) -> None:
+def interrupted_once(chain, out: str, update: int, device: torch.device) -> None:
     """Run a chain that stops in an update, and resume it."""
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, update)
         with pytest.raises(Interrupted):
-            run_chain(chain, out)
-    run_chain(chain, out, resume=True)
+            run_chain(chain, out, device=device)
+    run_chain(chain, out, resume=True, device=device)
 
 
 def test_the_blocks_of_a_tower_are_sharded_one_by_one(pictures) -> None:
@@ -185,7 +186,7 @@ def test_two_processes_with_micro_batches_train_what_one_trains_with_the_whole_b
     script = tmp_path / "child.py"
     script.write_text(CHILD.format(here=str(HERE), data=str(pictures), out=str(tmp_path)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(script)], env=env, capture_output=True, text=True,
                           timeout=240)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,19 +1,13 @@
 """Where the numbers of a small tensor go in a large one."""
 
-import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from com_pt.errors import ChainOrderError, GrowthError
 from com_pt.layout import BLOCKS, NEVER_GROWN, Axis, Rule
 
 
-def index_map(
-    axis: Axis, small: int, large: int, device: torch.device | None = None
-) -> Int[Tensor, "small"]:
-    """Where the entries of a small axis go in a large one (section 5.4 of the method's notes).
-
-    Leading entries; within each third for QKV and each quarter for CAT4. On ``device``, default the CPU.
+def block_count(axis: Axis, small: int, large: int) -> int:
+    """Number of blocks of an axis, each of which keeps its own leading entries: 3 for QKV, 4 for CAT4.
 
     Raises:
         ChainOrderError: If the axis shrinks.
@@ -33,8 +27,7 @@ def index_map(
         raise GrowthError(
             f"{axis.role} axes of {small} and {large} do not split into {blocks}; check the layout"
         )
-    start = torch.arange(blocks, device=device).unsqueeze(1) * (large // blocks)
-    return (start + torch.arange(small // blocks, device=device)).flatten()
+    return blocks
 
 
 def top_left(small: Tensor, fresh: Tensor) -> Tensor | None:
@@ -61,9 +54,12 @@ def embed(small: Tensor, fresh: Tensor, rule: Rule) -> Tensor:
     grown = fresh.clone()
     if small.dim() == 0:
         return small.to(grown.dtype)
-    index = [
-        index_map(axis, s, n, grown.device)
-        for axis, s, n in zip(rule.axes, small.shape, fresh.shape, strict=True)
-    ]
-    grown[torch.meshgrid(*index, indexing="ij")] = small
+    # A view of each axis as blocks, of which the leading entries are taken: no index on the device.
+    leading, source = grown, small
+    for dim in reversed(range(small.dim())):
+        s, n = small.shape[dim], fresh.shape[dim]
+        blocks = block_count(rule.axes[dim], s, n)
+        leading = leading.unflatten(dim, (blocks, n // blocks)).narrow(dim + 1, 0, s // blocks)
+        source = source.unflatten(dim, (blocks, s // blocks))
+    leading.copy_(source)
     return grown

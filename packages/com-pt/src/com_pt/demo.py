@@ -35,9 +35,9 @@ def demo(config: DemoConfig) -> Report:
     Raises:
         NonFiniteError: If a training diverges.
     """
+    device = resolve_device(config.device)
     started = time.monotonic()
     say("about 2 minutes a seed on two quiet CPU cores, the first time 3 more; models are cached")
-    device = resolve_device(config.device)
     torch.set_num_threads(1)
     out = Path(config.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
     task = DigitPairs({})

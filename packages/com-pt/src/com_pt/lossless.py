@@ -61,21 +61,22 @@ def _plan(name: str, old: Tower, new: Tower) -> Plan:
 
 
 def tile(small: int, large: int, role: str) -> Tensor:
-    """Source entry of every entry of a duplicated axis: k mod small, within each block.
+    """Source entry of every entry of a duplicated axis, on the CPU: k mod small, within each block.
 
     Raises:
         GrowthError: If the ratio is not whole, or the axis is a result that must keep its meaning.
     """
     if small == large:
-        return torch.arange(large)
+        return torch.arange(large, device="cpu")
     if role in ("CLASS", "VOCAB", "POS", "FIXED") or large % small:
         raise GrowthError(
             f"a {role} axis of {small} cannot be duplicated to {large}; keep it, use a whole multiple, "
             "or mode embed"
         )
     blocks = BLOCKS.get(role, 1)
-    within = torch.arange(large // blocks) % (small // blocks)
-    return (torch.arange(blocks).unsqueeze(1) * (small // blocks) + within).flatten()
+    within = torch.arange(large // blocks, device="cpu") % (small // blocks)
+    starts = torch.arange(blocks, device="cpu").unsqueeze(1) * (small // blocks)
+    return (starts + within).flatten()
 
 
 def duplicate(small: Tensor, fresh: Tensor, rule: Rule, generator: torch.Generator) -> Tensor:
@@ -107,15 +108,16 @@ def duplicate(small: Tensor, fresh: Tensor, rule: Rule, generator: torch.Generat
 def _shares(
     shape: torch.Size, axis: int, origin: Tensor, groups: int, generator: torch.Generator
 ) -> Tensor:
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     ratio = shape[axis] // groups
-    sums = torch.zeros([*shape[:axis], groups, *shape[axis + 1 :]], dtype=torch.float64)
+    sums = noise.new_zeros([*shape[:axis], groups, *shape[axis + 1 :]])
     sums.index_add_(axis, origin, noise)
     return 1 / ratio + NOISE * (noise - sums.index_select(axis, origin) / ratio)
 
 
 def _first_of_each(origin: Tensor, groups: int) -> Tensor:
-    return torch.tensor([int((origin == k).nonzero()[0]) for k in range(groups)])
+    first = [int((origin == k).nonzero()[0]) for k in range(groups)]
+    return torch.tensor(first, device=origin.device)
 
 
 def extend(small: Tensor, fresh: Tensor, rule: Rule, *, fill: Literal["mean", "zero"]) -> Tensor:

@@ -1,0 +1,156 @@
+"""Hot paths of com-pt: a training step of CLIP and of Llama, growth, and an evaluation's forward passes.
+
+The steps are ``com_pt.stage.train_step`` on modules and optimizers that accelerate has prepared, as in
+the trainer, in bf16 autocast; on a fake device without autocast they run in float32 as they are. What
+the trainer reads after an update for its progress line, the loss, belongs to the step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.hot_paths import HotPath, Kit, main
+from com_pt.adapters.grow import grow
+from com_pt.adapters.open_clip_models import build_clip, clip_config
+from com_pt.chain import ChainConfig, StageConfig
+from com_pt.evaluate import encoded_images, encoded_texts
+from com_pt.losses import InverseFeatureLoss
+from com_pt.stage import StageModel, make_optimizer, train_step
+from com_pt.tasks.base import Task
+from com_pt.tasks.causal_lm import CausalLMTask
+from com_pt.tasks.clip import ClipTask
+from com_pt.trainer import make_accelerator
+
+WAITS = {"finite.py:check_finite": 1.0, "cuda.py:update": 1.0}
+VOCABULARY = 49408
+
+
+def clip_step(kit: Kit, tiny: bool, micro_batches: int = 1) -> Callable[[], object]:
+    """One update of a ViT-L/16 CLIP beside a frozen ViT-B/16; one caption an image."""
+    small, large = clip_specs(tiny)
+    batch, size = (4, 32) if tiny else (256, 224)
+    data = (kit.randn(batch, 3, size, size), kit.randint(VOCABULARY, batch, 1, 77))
+    return training(kit, ClipTask({}), small, large, data, micro_batches)
+
+
+def llama_step(kit: Kit, tiny: bool, micro_batches: int = 1) -> Callable[[], object]:
+    """One update of a Llama of 1.2 billion parameters beside one of 0.3."""
+    small, large = (llama_spec(*sizes) for sizes in (((64, 2), (128, 2)) if tiny else LLAMAS))
+    data = kit.randint(small["vocab_size"], 4, 32 if tiny else 2048)
+    return training(kit, CausalLMTask({}), small, large, data, micro_batches)
+
+
+def growth(kit: Kit, tiny: bool) -> Callable[[], object]:
+    """A ViT-L/16 CLIP from a ViT-B/16, where their weights are."""
+    small, large = (
+        kit.module(lambda spec=spec: build_clip(clip_config(spec))) for spec in clip_specs(tiny)
+    )
+    return lambda: grow(small, large)
+
+
+def evaluation(kit: Kit, tiny: bool) -> Callable[[], object]:
+    """Unit embeddings of 256 images and 256 texts by a ViT-L/16 CLIP, as ``eval`` makes them."""
+    model = kit.module(lambda: build_clip(clip_config(clip_specs(tiny)[1]))).eval()
+    batch, size = (4, 32) if tiny else (256, 224)
+    images, tokens = kit.randn(batch, 3, size, size), kit.randint(VOCABULARY, batch, 77)
+
+    def embed() -> object:
+        with kit.autocast():
+            return encoded_images(model, images), encoded_texts(model, tokens)
+
+    return embed
+
+
+def training(
+    kit: Kit, task: Task, small: Any, large: Any, data: Any, micro_batches: int = 1
+) -> Callable[[], object]:
+    """A step of the large model with the small one as its predecessor, as the trainer prepares it."""
+    autocast = kit.device.type in ("cpu", "cuda")
+    accelerator = (
+        make_accelerator("bf16", kit.device) if autocast
+        else make_accelerator("fp32", torch.device("cpu"))
+    )  # fmt: skip
+    accelerator.device_placement = False
+
+    # Widths differ between the Llamas, so that a projector is trained beside the model.
+    pair = (large["hidden_size"], small["hidden_size"]) if "hidden_size" in large else (512, 512)
+    loss = InverseFeatureLoss(dict.fromkeys(task.streams, pair))
+    stage: Any = kit.module(lambda: StageModel(task, task.build(large).train(), loss))
+    predecessor: Any = kit.module(lambda: StageModel(task, task.build(small).eval(), None))
+    predecessor.requires_grad_(False)
+
+    settings = StageConfig(name="L", model=large)
+    chain = ChainConfig(task="clip", stages=(settings,))
+    optimizer = make_optimizer(stage, chain, settings)
+    make_moments(optimizer)
+    wrapped = stage
+    if autocast:
+        wrapped, optimizer = accelerator.prepare(stage, optimizer)
+
+    def update() -> float:
+        total, _ = train_step(
+            stage, wrapped, predecessor, data, optimizer, accelerator, micro_batches=micro_batches
+        )
+        return float(total)
+
+    return update
+
+
+def make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Let AdamW make its moments, as its first update does, without a forward pass."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def clip_specs(tiny: bool) -> tuple[Any, Any]:
+    """Predecessor and successor."""
+    if not tiny:
+        return "compt-ViT-B-16", "compt-ViT-L-16"
+    return tuple(
+        {
+            "embed_dim": 512,
+            "vision_cfg": {"image_size": 32, "layers": layers, "width": width, "patch_size": 16},
+            "text_cfg": {"width": width, "heads": width // 64, "layers": layers},
+        }
+        for width, layers in ((64, 1), (128, 2))
+    )  # pyright: ignore
+
+
+LLAMAS = ((1024, 12), (2048, 16))  # width and layers; the larger is Llama 3.2 1B
+
+
+def llama_spec(width: int, layers: int) -> dict[str, Any]:
+    """A Llama 3.2 of this width: heads of 64 in groups of four, the embedding tied."""
+    return {
+        "vocab_size": 128256 if width >= 1024 else 257,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(4, width // 64),
+        "num_key_value_heads": max(1, width // 256),
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    }
+
+
+PATHS = [
+    HotPath(
+        "CLIP step, ViT-L/16 beside ViT-B/16, batch 256", clip_step, fake="cpu", allow=WAITS
+    ),
+    HotPath(
+        "Llama step, 1.2B beside 0.3B, 4 x 2048 tokens", llama_step, fake="cpu", allow=WAITS
+    ),
+    HotPath(
+        "growth, CLIP ViT-B/16 to ViT-L/16", growth,
+        allow={"growth.py:check_weights": 1.0}, compile=False,
+    ),
+    HotPath("evaluation, CLIP ViT-L/16, 256 images and texts", evaluation),
+]  # fmt: skip
+
+if __name__ == "__main__":
+    main("com_pt", PATHS)

@@ -1,0 +1,30 @@
+"""com-pt's training steps, growth and evaluation on a fake device: where they are, what they cost."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from benchmarks.com_pt.cuda import PATHS, WAITS, clip_step, llama_step
+from benchmarks.hot_paths import HotPath, count
+
+from tests.cuda.budgets import assert_within_budget
+
+STEPS = [path for path in PATHS if "step" in path.name]
+MICRO = [
+    HotPath(f"{name} step in micro-batches", partial(step, micro_batches=2), allow=WAITS)
+    for name, step in (("CLIP", clip_step), ("Llama", llama_step))
+]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
+def test_a_path_costs_what_was_committed_and_copies_nothing(path: HotPath) -> None:
+    cost = assert_within_budget("com_pt", path)
+    assert not cost["copies"]
+
+
+@pytest.mark.parametrize("path", [*STEPS, *MICRO], ids=lambda path: path.name)
+def test_a_training_step_stays_on_its_device(path: HotPath) -> None:
+    cost = count(replace(path, fake="gpu:0"), tiny=True)
+    assert not cost["copies"]
+    # One wait for each of two loss terms, their sum and the gradients; one for the progress line.
+    assert cost["waits"] == {"finite.py:<dictcomp>": 4, "cuda.py:update": 1}
