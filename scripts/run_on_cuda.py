@@ -33,7 +33,7 @@ MODULES = ("sliderquant", "morse_diffusion", "fis_dit", "scalekd", "com_pt", "af
 # Seconds that a part may take at most, of a run of 8 minutes; a longer run gives each part more.
 INSTALL, CEILINGS, TESTS, MODULE = 90, 60, 120, 75
 MINUTES = 8
-LEAST, GRACE = 5, 5  # seconds: too few to start a part with; to finish in after SIGTERM
+LEAST, GRACE = 5, 5  # seconds: too few to start a part with; to finish in after SIGINT
 IMPORTS = 15  # seconds of a package's limit that its timings leave for imports and the last step
 
 
@@ -70,7 +70,8 @@ def plan(out: Path, scratch: Path, wheels: Path, device: str, tiny: bool) -> Ite
     yield Part("ceilings", [*ceilings, "--out", str(scratch / "ceilings.json")], CEILINGS)
 
     # Without a card the tests cannot run, but that they import and are found can be seen.
-    tests = [python, "-m", "pytest", "-m", "cuda", "-q", "-rs", "-p", "no:cacheprovider"]
+    tests = [python, "-m", "pytest", "-m", "cuda", "-v", "-rs", "-p", "no:cacheprovider"]
+    tests += ["--durations=10", "--timeout=60"]
     tests += ["--collect-only"] * (device == "cpu")
     yield Part("tests", [*tests, *marked_files()], TESTS)
 
@@ -145,9 +146,9 @@ def run_part(part: Part, limit: float, log: Path, environ: Mapping[str, str]) ->
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
-            # It may still write down what it has.
+            # An interrupt, as from a keyboard: pytest still says what passed and failed.
             state = "timed out"
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         finally:
@@ -196,6 +197,8 @@ def run_all(flags: argparse.Namespace, scratch: Path) -> list[Outcome]:
         if part.name == "install":
             describe_members(site)
             head["unmet"] = unmet(site)
+            for line in unmet(site):
+                print(f"unmet: {line}", flush=True)
         if part.name == "ceilings":
             head |= read_json(scratch / "ceilings.json")
         write_summary(flags.out / "summary.json", head, outcomes)
@@ -225,6 +228,9 @@ def main() -> int:
     flags.out.mkdir(parents=True, exist_ok=True)
 
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(
+        signal.SIGINT, stop
+    )  # parts would inherit that it is ignored, as in a background job
     with tempfile.TemporaryDirectory(prefix="cuda-") as scratch:
         outcomes = run_all(flags, Path(scratch))
     print(f"\n{'part':<18}{'state':<14}{'exit':>5}{'seconds':>9}")

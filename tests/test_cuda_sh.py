@@ -59,7 +59,7 @@ def test_a_part_that_overruns_is_ended_with_its_children(
     monkeypatch.setattr(run_on_cuda, "GRACE", 0.5)
     ids = tmp_path / "child"
     code = (
-        "import subprocess, signal, time, pathlib; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "import subprocess, signal, time, pathlib; signal.signal(signal.SIGINT, signal.SIG_IGN);"
         "child = subprocess.Popen(['sleep', '60']);"
         f"pathlib.Path({str(ids)!r}).write_text(str(child.pid)); time.sleep(60)"
     )
@@ -69,6 +69,21 @@ def test_a_part_that_overruns_is_ended_with_its_children(
     assert time.monotonic() - start < 40
     status = Path(f"/proc/{ids.read_text()}/stat")
     assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_a_part_that_is_interrupted_may_still_say_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("said", 9)
+"""
+    summary = run([part("long", code, 6)], tmp_path, monkeypatch)
+    assert states(summary) == {"long": "timed out"}
+    assert "said 9" in (tmp_path / "out" / "log.txt").read_text()
 
 
 def test_what_comes_after_the_whole_time_is_named_and_not_started(
