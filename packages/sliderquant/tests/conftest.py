@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -24,6 +25,7 @@ from transformers import (
 
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
+from sliderquant.adapters.streaming import empty_model
 from sliderquant.config import DemoModelConfig
 from sliderquant.demo_model import demo_model, library_corpus
 
@@ -95,6 +97,74 @@ def tiny():
 def tokens() -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randint(1, VOCABULARY, (4, 12), generator=generator)
+
+
+class FakeCard:
+    """A CUDA device without one: tensors have shapes and devices, no values; mismatches raise."""
+
+    device = torch.device("cuda:0")
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def tensor(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor on the card."""
+        return FakeTensor(self.mode, torch.empty(shape, dtype=dtype, device="meta"), self.device)
+
+    def tensors(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Parameters of a module, as they would be on the card."""
+        return {n: self.tensor(*p.shape, dtype=p.dtype) for n, p in module.named_parameters()}
+
+    def take(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Put parameters and buffers of a module on the card, in place."""
+        for part in module.modules():
+            for held in (part._parameters, part._buffers):
+                for name, value in held.items():
+                    if value is not None:
+                        moved = self.tensor(*value.shape, dtype=value.dtype)
+                        wrap = isinstance(value, torch.nn.Parameter)
+                        held[name] = torch.nn.Parameter(moved) if wrap else moved
+        return module
+
+
+class StreamedToCard:
+    """Parameters that arrive on the card; the model around them is empty, its buffers on the host."""
+
+    def __init__(self, model: PreTrainedModel, card: FakeCard) -> None:
+        self.model, self.card, self.device = model, card, card.device
+
+    def block(self, block: int) -> dict[str, torch.Tensor]:
+        return self.card.tensors(self.model.model.layers[block])
+
+    def outside(self, head: bool = True) -> dict[str, torch.Tensor]:
+        return {
+            name: self.card.tensor(*parameter.shape, dtype=parameter.dtype)
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if not name.startswith("model.layers.") and (head or name != "lm_head.weight")
+        }
+
+
+@pytest.fixture
+def fake_card(monkeypatch):
+    """A fake CUDA device, inside its mode."""
+    card = FakeCard()
+    # Module.to cannot exchange parameters for fake ones.
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: card.take(module))
+    with card.mode:
+        yield card
+
+
+@pytest.fixture
+def fake_decoder(fake_card):
+    """Makes a tiny model of a family whose parameters are streamed to the fake card."""
+
+    def make(family: str, **changes) -> TransformersDecoder:
+        with unset_fake_temporarily():
+            made, extra = FAMILIES[family]
+            model = empty_model(made(**{**_SIZES, **extra, **changes}))
+        return TransformersDecoder(model, StreamedToCard(model, fake_card))
+
+    return make
 
 
 TEXT = "".join(chr(33 + (i * i + i // 7) % 90) for i in range(3000))

@@ -154,11 +154,6 @@ def test_missing_directory_is_refused(tmp_path) -> None:
         load_config(tmp_path / "nowhere")
 
 
-def test_unusable_device_is_refused(model_directory) -> None:
-    with pytest.raises(InputError, match="device 'warp' is not usable"):
-        load_model(model_directory, "warp")
-
-
 def test_chat_lines_go_through_the_models_template(loaded, tmp_path) -> None:
     path = tmp_path / "chat.jsonl"
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]

@@ -8,6 +8,9 @@ import sys
 import pytest
 import torch
 
+from sliderquant.packed import PackedLinear
+from sliderquant.quantizer import WeightFormat
+
 CHECK = """
 import json, sys, torch
 from sliderquant.kernels.packed_gemv import packed_gemv
@@ -46,6 +49,9 @@ for shape in ((1, 1, 64), (2, 3, 64), (40, 64)):
     x = torch.randn(shape, device=device)
     dense = torch.nn.functional.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(layer(x), dense, rtol=1e-4, atol=1e-5)
+x = torch.randn(2, 64, device=device)
+arguments = x, layer.weight_packed, layer.weight_scale, layer.weight_zero_point, 4, 16, 16
+torch.library.opcheck(torch.ops.sliderquant.packed_gemv.default, arguments)
 print(json.dumps(results))
 """
 
@@ -73,6 +79,13 @@ def assert_as_good_as_plain(results) -> None:
 def test_the_kernel_is_as_near_to_float64_as_the_plain_function() -> None:
     # In float16 and not bfloat16, which the interpreter cuts off instead of rounding.
     assert_as_good_as_plain(check("cpu", TRITON_INTERPRET="1"))
+
+
+def test_fake_tensors_see_one_operation_of_a_known_shape(fake_card) -> None:
+    fmt = WeightFormat(bits=4, group_size=16, sym=False, dtype=torch.float16)
+    layer = PackedLinear(torch.nn.Linear(64, 12, bias=False), fmt, kernel=True)
+    y = fake_card.take(layer)(fake_card.tensor(1, 3, 64, dtype=torch.float16))
+    assert (y.shape, y.dtype, y.device) == ((1, 3, 12), torch.float16, torch.device("cuda:0"))
 
 
 @pytest.mark.cuda

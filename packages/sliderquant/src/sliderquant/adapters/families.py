@@ -182,11 +182,12 @@ def block_layout(config: PreTrainedConfig, shapes: Mapping[str, torch.Size]) -> 
         touches = _rows(up, columns, True, shapes)
         touches.append(Touch(name=down, axis=COLUMNS, index=columns, inverse=False))
         sites.append(Site(name="up -> down", size=gate_rows, touches=tuple(touches)))
-    pairs = rotary_pairs(head_dim, _rotary_dim(config, head_dim))
+    rotary_dim = _rotary_dim(config, head_dim)
+    pairs, entries = rotary_pairs(head_dim, rotary_dim), head_dim - rotary_dim + rotary_dim // 2
     if family.head_norms:
-        sites.append(_head_norm_site(pairs, family.gain_offset))
+        sites.append(_head_norm_site(pairs, entries, family.gain_offset))
     else:
-        sites.append(_query_key_site(q, k, heads, kv_heads, pairs, shapes))
+        sites.append(_query_key_site(q, k, heads, kv_heads, pairs, entries, shapes))
     writers = (
         output,
         down,
@@ -243,16 +244,21 @@ def _value_site(
 
 
 def _query_key_site(
-    q: _Part, k: _Part, heads: int, kv_heads: int, pairs: Tensor, shapes: Mapping[str, torch.Size]
+    q: _Part,
+    k: _Part,
+    heads: int,
+    kv_heads: int,
+    pairs: Tensor,
+    entries: int,
+    shapes: Mapping[str, torch.Size],
 ) -> Site:
-    entries = int(pairs.max()) + 1
     keys = pairs + entries * torch.arange(kv_heads)[:, None]
     queries = keys.repeat_interleave(heads // kv_heads, dim=0).flatten()
     touches = (*_rows(q, queries, True, shapes), *_rows(k, keys.flatten(), False, shapes))
     return Site(name="q <-> k", size=kv_heads * entries, touches=touches)
 
 
-def _head_norm_site(pairs: Tensor, gain_offset: float) -> Site:
+def _head_norm_site(pairs: Tensor, entries: int, gain_offset: float) -> Site:
     """The norm per head would undo a scaling of the projections, so the gains take it."""
     touches = tuple(
         Touch(
@@ -261,4 +267,4 @@ def _head_norm_site(pairs: Tensor, gain_offset: float) -> Site:
         )
         for side, inverse in (("q", True), ("k", False))
     )  # fmt: skip
-    return Site(name="q <-> k", size=int(pairs.max()) + 1, touches=touches)
+    return Site(name="q <-> k", size=entries, touches=touches)

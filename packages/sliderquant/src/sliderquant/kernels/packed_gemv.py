@@ -8,6 +8,7 @@ Words must hold whole codes: 2, 4 and 8 bits. Decoding is bound by the bytes of 
 this pays for few rows only.
 """
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
@@ -72,6 +73,9 @@ def packed_gemv(
 ) -> Float[Tensor, "m out"]:
     """Return x ((q - z) D)^T in the dtype of ``x``.
 
+    It is the operator ``torch.ops.sliderquant.packed_gemv``, so that ``torch.compile`` and fake tensors
+    see one operation whose result has a known shape.
+
     Args:
         x: Few rows.
         packed: As ``packing.packed_tensors`` stores it.
@@ -86,15 +90,43 @@ def packed_gemv(
     """
     if bits not in BITS:
         raise ValueError(f"codes of {bits} bits straddle words; use packed_linear")
+    return _operator(x, packed, scale, zero, bits, block_n, block_w)
+
+
+@torch.library.custom_op("sliderquant::packed_gemv", mutates_args=())
+def _operator(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    block_n: int,
+    block_w: int,
+) -> Tensor:
     rows, columns = x.shape
     outputs, groups = scale.shape
     out = x.new_empty(rows, outputs)
     if out.numel() == 0:
         return out
     grid = (triton.cdiv(outputs, block_n), rows)
-    _kernel[grid](
-        x.contiguous(), packed, scale, scale if zero is None else zero, out,
-        outputs, columns, packed.shape[1], groups, columns // groups,
-        BITS=bits, HAS_ZERO=zero is not None, BLOCK_N=block_n, BLOCK_W=block_w,
-    )  # fmt: skip
+    # Triton launches on the current card, which need not be that of the tensors.
+    with torch.cuda.device_of(x):
+        _kernel[grid](
+            x.contiguous(), packed, scale, scale if zero is None else zero, out,
+            outputs, columns, packed.shape[1], groups, columns // groups,
+            BITS=bits, HAS_ZERO=zero is not None, BLOCK_N=block_n, BLOCK_W=block_w,
+        )  # fmt: skip
     return out
+
+
+@_operator.register_fake
+def _shape_of_result(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    block_n: int,
+    block_w: int,
+) -> Tensor:
+    return x.new_empty(x.shape[0], scale.shape[0])
