@@ -15,6 +15,7 @@ paper's figure): every j other than i. One group and ``all`` is spatial contrast
 pixel are channel contrast.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -74,13 +75,20 @@ def omni_contrastive_loss(
     require(tau > 0, f"tau is {tau}", "give a temperature above 0, such as 0.07")
     require(p in (1, 2), f"p is {p}", "give 1 or 2")
     wide = torch.promote_types(student.dtype, torch.float32)
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student.device):
         s = as_patches(student.to(wide), groups, patch, pool, crop_to_fit)
         t = as_patches(teacher.detach().to(wide), groups, patch, pool, crop_to_fit)
         allowed = pair_mask(s.shape[1], groups, negatives, s.device)
         rows = _Chunked.apply(s, t, allowed, tau, p) if impl == "chunked" else None
         total = row_losses(s, t, allowed, tau, p).sum() if rows is None else rows
         return total * groups / (s.shape[0] * s.shape[1])
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Keep the type of every operation inside; also on devices that have no autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def as_patches(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from af_dcd.contrast import as_patches, omni_contrastive_loss, pair_mask
+from af_dcd.contrast import as_patches, omni_contrastive_loss, pair_mask, without_autocast
 from af_dcd.mimicking import MaskedGeneration, feature_loss
 from af_dcd.presets import DistillConfig, Side
 from af_dcd.rivals import logits_kd_loss
@@ -54,7 +54,7 @@ class AfDCDLoss(nn.Module):
         wide = torch.promote_types(student.dtype, torch.float32)
         fs, ft = same_size(student.to(wide), teacher.detach().to(wide), config.resize)
         generated = self.generation(fs)
-        with torch.autocast(student.device.type, enabled=False):
+        with without_autocast(student.device):
             generated = generated.to(wide)
             terms = {}
             if config.lambda_fd > 0:

@@ -1,0 +1,1 @@
+"""Hot paths of af-dcd."""
