@@ -140,7 +140,7 @@ def test_the_demo_writes_its_report(tmp_path, monkeypatch) -> None:
     from scalekd import demo
     from scalekd.config import DemoConfig
 
-    monkeypatch.setattr(demo, "trained_teacher", lambda: swin_teacher(16, CLASSES).eval())
+    monkeypatch.setattr(demo, "trained_teacher", lambda **_: swin_teacher(16, CLASSES).eval())
     monkeypatch.setattr(demo, "check_gate", lambda *_: None)
     monkeypatch.setattr(demo, "ARMS", ("alone", "scalekd"))
     monkeypatch.setattr(demo, "test_images", lambda _: Images(*drawn(250, torch.Generator())))

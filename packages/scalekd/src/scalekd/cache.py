@@ -135,6 +135,26 @@ def unpack_logits(kept: dict[str, Tensor], classes: int) -> Tensor:
     return dense.clamp(min=1e-30).log()
 
 
+def teacher_out(kept: dict[str, Tensor], template: TeacherOut, classes: int) -> TeacherOut:
+    """What the teacher made of a batch, from what was kept of it.
+
+    Args:
+        kept: As ``pack`` made it, on the device.
+        template: Any pass of the teacher, for what does not depend on the image.
+        classes: Of the teacher's head.
+    """
+    prefix = kept["prefix"].float() if "prefix" in kept else None
+    if prefix is None and template.context.prefix is not None:
+        prefix = template.context.prefix.expand(len(kept["tokens"]), -1, -1)
+    return TeacherOut(
+        logits=unpack_logits(kept, classes) if "logits" in kept else None,
+        tokens=kept["tokens"].float(),
+        grid=template.grid,
+        split=template.split,
+        context=dataclasses.replace(template.context, prefix=prefix),
+    )
+
+
 def identity(config: TrainConfig, task: ScaleKDTask, loader: Any) -> dict[str, str]:
     """What a cache depends on, by name, as hashes or plain words."""
     shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
@@ -203,17 +223,7 @@ class TeacherCache:
                     f"view {view} of {self.folder} cannot be read: {error}; run again"
                 ) from error
         kept = {k: v[indices].to(self.device) for k, v in self._view[1].items()}
-        template = self.template
-        prefix = kept["prefix"].float() if "prefix" in kept else None
-        if prefix is None and template.context.prefix is not None:
-            prefix = template.context.prefix.expand(len(indices), -1, -1)
-        return TeacherOut(
-            logits=unpack_logits(kept, self.classes) if "logits" in kept else None,
-            tokens=kept["tokens"].float(),
-            grid=template.grid,
-            split=template.split,
-            context=dataclasses.replace(template.context, prefix=prefix),
-        )
+        return teacher_out(kept, self.template, self.classes)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -102,6 +102,19 @@ def training_step(
     return {**result, "grad_norm": norm}
 
 
+def optimizer_of(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimizer of a recipe, for all that a module trains."""
+    # timm's rule leaves out biases and norms; the SGD and LAMB recipes decay all.
+    return create_optimizer_v2(
+        module,
+        recipe.optimizer,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+        filter_bias_and_bn=not recipe.decay_all,
+    )
+
+
 class Trainer:
     """Train a ``ScaleKDTask`` by a recipe.
 
@@ -153,15 +166,7 @@ class Trainer:
 
     def _optimizer(self) -> tuple[Any, Any]:
         recipe = self.recipe
-        # timm's rule leaves out biases and norms; the SGD and LAMB recipes decay all.
-        optimizer = create_optimizer_v2(
-            self.task.inner(),
-            recipe.optimizer,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            momentum=recipe.momentum,
-            filter_bias_and_bn=not recipe.decay_all,
-        )
+        optimizer = optimizer_of(self.task.inner(), recipe)
         scheduler, _ = create_scheduler_v2(
             optimizer,
             recipe.schedule,
