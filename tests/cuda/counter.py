@@ -60,6 +60,7 @@ from tests.cuda.costs import (
 from tests.cuda.frames import frames, inside_optimizer, line
 
 aten = torch.ops.aten
+_HOST_LIST = FakeTensor.tolist
 
 # Neither a view nor a kernel: memory that nobody has written, and marks of the dispatcher.
 _NO_KERNEL = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "resize_"}
@@ -162,6 +163,7 @@ class Counter:
         patches = [
             mock.patch.object(F, "scaled_dot_product_attention", attention),
             mock.patch.object(torch.cuda, "synchronize", self._synchronize),
+            mock.patch.object(FakeTensor, "tolist", lambda tensor: self._list(tensor)),
         ]
         for module in (foreach_utils, sys.modules["torch.optim.optimizer"]):
             for name in lists:
@@ -179,6 +181,14 @@ class Counter:
         """Count a wait of the host at the line that caused it."""
         if self.active:
             self.cost.waits[line()] += 1
+
+    def _list(self, tensor: Any) -> Any:
+        """One copy to the host, however many numbers it brings."""
+        if not self.on_device(tensor):
+            return _HOST_LIST(tensor)
+        value = self.answer(aten._local_scalar_dense.default, (tensor,))
+        with _disable_current_modes():
+            return torch.full(tensor.shape, value).tolist()
 
     def _synchronize(self, device: object = None) -> None:
         self.wait()

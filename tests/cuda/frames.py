@@ -15,9 +15,10 @@ def frames() -> Iterator[tuple[str, str, int]]:
     """File, function and line of the frames above, innermost first, without torch's and ours."""
     frame = sys._getframe(1)
     while frame is not None:
-        path = frame.f_code.co_filename
-        if not path.startswith(_SKIPPED) and not path.startswith("<"):
-            yield path, frame.f_code.co_name, frame.f_lineno
+        # Comprehensions have frames of their own in some versions of Python and none in others.
+        path, function = frame.f_code.co_filename, frame.f_code.co_name
+        if not path.startswith((*_SKIPPED, "<")) and not function.endswith("comp>"):
+            yield path, function, frame.f_lineno
         frame = frame.f_back
 
 

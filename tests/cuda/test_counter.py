@@ -83,6 +83,17 @@ def test_a_wait_that_is_allowed_by_name_returns_its_value_and_is_counted() -> No
     assert cost.waits == {"test_counter.py:mean_on_the_host": 1}
 
 
+def test_a_list_of_numbers_is_one_wait() -> None:
+    def numbers() -> list[float]:
+        return torch.zeros(3, device=GPU).tolist()
+
+    allow = {"test_counter.py:numbers": 2.0}
+    with Counter(GPU, allow=allow) as counter, counter.counting() as cost:
+        assert numbers() == [2.0, 2.0, 2.0]
+        assert torch.tensor([1, 2]).tolist() == [1, 2]
+    assert cost.waits == {"test_counter.py:numbers": 1}
+
+
 def test_numbers_that_live_on_the_host_are_no_wait() -> None:
     with Counter(GPU) as counter, counter.counting() as cost:
         assert torch.tensor(3.0).item() == 3.0
