@@ -34,9 +34,16 @@ def clip_step(kit: Kit, tiny: bool, micro_batches: int = 1) -> Callable[[], obje
     return training(kit, ClipTask({}), small, large, data, micro_batches)
 
 
-def llama_step(kit: Kit, tiny: bool, micro_batches: int = 1) -> Callable[[], object]:
-    """One update of a Llama of 1.2 billion parameters beside one of 0.3."""
-    small, large = (llama_spec(*sizes) for sizes in (((64, 2), (128, 2)) if tiny else LLAMAS))
+def llama_step(
+    kit: Kit, tiny: bool, micro_batches: int = 1, use_cache: bool = True
+) -> Callable[[], object]:
+    """One update of a Llama of 1.2 billion parameters beside one of 0.3.
+
+    The library keeps keys and values unless it is told not to; its empty cache cannot be made on the
+    device that is registered from Python.
+    """
+    sizes = ((64, 2), (128, 2)) if tiny else LLAMAS
+    small, large = ({**llama_spec(*size), "use_cache": use_cache} for size in sizes)
     data = kit.randint(small["vocab_size"], 4, 32 if tiny else 2048)
     return training(kit, CausalLMTask({}), small, large, data, micro_batches)
 

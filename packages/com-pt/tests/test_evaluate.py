@@ -77,7 +77,7 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
-        def forward(self, input_ids, use_cache):
+        def forward(self, input_ids):
             from types import SimpleNamespace
 
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 11))

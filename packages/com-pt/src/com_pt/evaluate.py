@@ -151,7 +151,7 @@ def perplexity(model: Any, tokens: Int[Tensor, "n length"], *, batch: int = 64) 
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for part in tokens.split(batch):
-        logits = model(input_ids=part.to(device), use_cache=False).logits[:, :-1].float()
+        logits = model(input_ids=part.to(device)).logits[:, :-1].float()
         target = part[:, 1:].to(device)
         total += float(F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum"))
         count += target.numel()

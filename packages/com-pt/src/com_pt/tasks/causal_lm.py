@@ -85,8 +85,7 @@ class CausalLMTask(Task):
 
     def features(self, model: Any, batch: Tensor) -> dict[str, Tensor]:
         """Last hidden states [b, n, w] after the final norm, logits, and the tokens."""
-        # Nothing is generated: a cache would copy every layer's keys and values.
-        hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state
+        hidden = model.model(input_ids=batch).last_hidden_state
         return {"hidden": hidden, "logits": model.lm_head(hidden), "tokens": batch}
 
     def loss(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
