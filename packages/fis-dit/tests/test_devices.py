@@ -4,9 +4,11 @@ Two cards are stood in for by fake tensors, which compute nothing and refuse to 
 """
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -155,6 +157,52 @@ def test_block_scores_of_blocks_on_two_devices(tiny, monkeypatch) -> None:
     assert scores == [0.5] * 4
 
 
+@pytest.mark.parametrize("applied", ["before", "after"])
+@pytest.mark.parametrize("changes", [{}, {"kv": "full"}, {"kv": "full", "sites": "attn"}])
+def test_weights_may_be_offloaded_one_by_one_before_or_after_and_removal_keeps_it_so(
+    tiny_wan, changes: dict[str, Any], applied: str
+) -> None:
+    config, dense = dataclasses.replace(CONFIG, **changes), tiny_wan()
+    with apply_fis(tiny_wan.model, config):
+        plain = tiny_wan()
+    if applied == "after":
+        accelerate.cpu_offload(tiny_wan.model, torch.device("cpu"))
+    with apply_fis(tiny_wan.model, config):
+        if applied == "before":
+            accelerate.cpu_offload(tiny_wan.model, torch.device("cpu"))
+        assert tiny_wan.model.blocks[1].scale_shift_table.is_meta  # outside of its forward
+        torch.testing.assert_close(tiny_wan(), plain)
+    assert torch.equal(tiny_wan(), dense)
+    accelerate.hooks.remove_hook_from_submodules(tiny_wan.model)
+    assert torch.equal(tiny_wan(), dense)
+
+
+def test_bench_reads_peak_memory_of_its_own_device_anew_for_every_forward(
+    tiny_wan, monkeypatch
+) -> None:
+    bench = importlib.import_module("fis_dit.bench")  # the package's name is the function
+    asked: list[tuple[str, torch.device]] = []
+    peaks = iter([5, 4, 3, 2])
+
+    def peak(device: torch.device) -> int:
+        asked.append(("read", device))
+        return next(peaks) * 2**30
+
+    monkeypatch.setattr(bench, "synchronize", lambda device: None)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: asked.append(("reset", device))
+    )
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
+    arms = {"dense": FISConfig(stride=1), "block-n2": CONFIG}
+    config = BenchConfig(repeats=2, warmup=1)
+    measured = bench._measure(config, tiny_wan.model, tiny_wan.inputs(1, 7), arms, SECOND)
+    warm_up, timed = len(arms) * config.warmup, len(arms) * config.repeats
+    assert [word for word, _ in asked] == ["reset"] * warm_up + ["reset", "read"] * timed
+    assert {device for _, device in asked} == {SECOND}
+    assert measured["dense"].peak_gib == [5, 3]
+    assert measured["block-n2"].peak_gib == [4, 2]
+
+
 def call(*words: str) -> int:
     from effml_common.cli import main
 
@@ -185,3 +233,56 @@ def test_a_device_that_is_not_there_is_one_line(
 @pytest.mark.parametrize("config", [BenchConfig, DemoConfig, GenerateConfig, PlanConfig])
 def test_a_command_that_computes_chooses_its_device(config: Any) -> None:
     assert config.__dataclass_fields__["device"].default == "auto"
+
+
+@pytest.mark.cuda
+def test_a_model_on_a_card_gives_what_it_gives_on_the_cpu(family, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    inputs = family.inputs(1, 7)
+    with (
+        apply_fis(family.model, dataclasses.replace(CONFIG, sites=sites)) as handle,
+        torch.no_grad(),
+    ):
+        expected = family()
+        family.model.to("cuda")  # moved after it was made sparse
+        placed = {name: to_card(value) for name, value in inputs.items()}
+        for _ in range(2):
+            found = family.model(**placed, return_dict=False)[0]
+            torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+        assert {hook.plan.order.device.type for hook in sparse_hooks(handle)} == {"cuda"}
+    family.model.to("cpu")
+
+
+def to_card(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(to_card(item) for item in value)
+    return value.to("cuda") if isinstance(value, Tensor) else value
+
+
+@pytest.mark.cuda
+def test_bench_on_a_card_reports_the_memory_of_its_forwards(tmp_path, capsys) -> None:
+    words = ("--repeats", "2", "--warmup", "1", "--settings", "block-n2", "--out", str(tmp_path))
+    assert call("bench", *words, "--device", "cuda", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert "cuda" in told["environment"]["device"]
+    peaks = [row["metrics"]["peak GiB"]["mean"] for row in told["rows"]]
+
+    # At least the weights of 5 million parameters; far less than a card has.
+    weights = 2 * 5e6 / 2**30
+    assert all(0.5 * weights < peak < 2 for peak in peaks)
+    assert peaks[1] < peaks[0] * 1.1
+
+
+@pytest.mark.cuda
+def test_the_demos_models_on_a_card_give_the_clips_of_the_cpu() -> None:
+    from fis_dit.demo import make_noise
+    from fis_dit.demo_model import load
+    from fis_dit.rivals import fis, run_arm
+
+    noise, prompt = make_noise("shapes", 4, seed=1)
+    arm = fis("FIS")
+    clips = [
+        run_arm(load("shapes", "student").to(device), arm, noise, prompt).clips
+        for device in ("cpu", "cuda")
+    ]
+    torch.testing.assert_close(clips[1], clips[0], rtol=1e-2, atol=1e-2)

@@ -1,5 +1,6 @@
 """Whole pipelines of tiny random components, and the commands that work on their directories."""
 
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -272,8 +273,7 @@ def test_generate_writes_both_clips_their_distance_and_the_plan(wan_directory, t
 def test_a_comparison_makes_one_step_of_each_kind_before_it_times_any(
     wan_directory, tmp_path, monkeypatch
 ) -> None:
-    from fis_dit import generate
-
+    generate = importlib.import_module("fis_dit.generate")
     steps: list[tuple[int, str]] = []
 
     def watch(*args: Any, **settings: Any) -> Any:
@@ -381,8 +381,7 @@ def test_a_config_that_is_none_is_one_line(content: str, tmp_path, capsys) -> No
 def test_bench_builds_its_model_in_the_final_type() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from fis_dit import bench
-
+    bench = importlib.import_module("fis_dit.bench")  # the package's name is the function
     largest = dict.fromkeys((torch.float32, torch.bfloat16), 0)
 
     class Watch(TorchDispatchMode):
@@ -410,8 +409,7 @@ def test_bench_builds_its_model_in_the_final_type() -> None:
 def test_bench_times_a_small_model(tmp_path, monkeypatch, capsys) -> None:
     import dataclasses
 
-    from fis_dit import bench
-
+    bench = importlib.import_module("fis_dit.bench")  # the package's name is the function
     tiny = bench.ARCHITECTURES["tiny"]
     small = dataclasses.replace(tiny, latent=(16, 5, 8, 8), geometry=(5, 16))
     monkeypatch.setitem(bench.ARCHITECTURES, "tiny", small)
@@ -420,3 +418,39 @@ def test_bench_times_a_small_model(tmp_path, monkeypatch, capsys) -> None:
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["name"] for row in rows] == ["dense", "block-n2", "attn-n2-full"]
     assert all(row["metrics"]["seconds"]["n"] == 2 for row in rows)
+
+
+def clip_of(pipe: Any) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    return np.asarray(run_pipeline(pipe, "a cat", clip=CLIP, steps=4, guidance=1.0, seed=0))
+
+
+@pytest.mark.cuda
+def test_a_pipeline_on_a_card_makes_the_clip_of_the_cpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    pipe = make_wan_a14b()
+    with apply_fis(pipe, CONFIG):
+        expected = clip_of(pipe)
+        pipe.to("cuda")  # moved after it was made sparse
+        np.testing.assert_allclose(clip_of(pipe), expected, atol=1e-2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("applied", ["before", "after"])
+@pytest.mark.parametrize("how", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+@pytest.mark.parametrize("keys", ["anchor", "full"])
+def test_an_offloaded_pipeline_on_a_card_makes_the_same_clip(
+    how: str, applied: str, keys: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    config = FISConfig(dense_head=1, dense_tail=1, kv=keys)
+    pipe = make_wan_a14b()
+    with apply_fis(pipe, config):
+        expected = clip_of(pipe)
+    if applied == "after":
+        getattr(pipe, how)()
+    with apply_fis(pipe, config):
+        if applied == "before":
+            getattr(pipe, how)()
+        for _ in range(2):
+            np.testing.assert_allclose(clip_of(pipe), expected, atol=1e-2)

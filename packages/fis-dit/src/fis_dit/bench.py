@@ -200,30 +200,38 @@ def build(
     Args:
         architecture: Its shapes.
         device: Of both.
-        dtype: Of the weights, save those that diffusers keeps in float32; default bfloat16, on the CPU
-            float32.
+        dtype: As in ``make_transformer``; default bfloat16, on the CPU float32.
     """
-    import diffusers
-
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     torch.manual_seed(0)
+    with torch.device(device):
+        model = make_transformer(architecture, dtype)
+    return model, forward_inputs(
+        architecture, model, lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
+    )
+
+
+def make_transformer(architecture: Architecture, dtype: torch.dtype) -> Any:
+    """A transformer with random weights on torch's default device, frozen.
+
+    Args:
+        architecture: Its shapes.
+        dtype: Of the weights, save those that diffusers keeps in float32.
+    """
+    import diffusers
 
     # Made in its final type, as diffusers loads it: in float32 A14B would need 57 GB on the way.
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device):
-            model = getattr(diffusers, architecture.model)(**architecture.settings)
+        model = getattr(diffusers, architecture.model)(**architecture.settings)
     finally:
         torch.set_default_dtype(default)
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     for name, parameter in model.named_parameters():
         if any(part in name for part in kept):
             parameter.data = parameter.data.float()
-    model.eval().requires_grad_(False)
-    return model, forward_inputs(
-        architecture, model, lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
-    )
+    return model.eval().requires_grad_(False)
 
 
 def forward_inputs(

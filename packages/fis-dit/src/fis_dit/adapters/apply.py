@@ -37,7 +37,7 @@ class Attached:
     adapter: FISAdapter
     config: FISConfig
     blocks: tuple[int, ...]
-    hooks: list[tuple[nn.Module, str]] = field(default_factory=list)
+    hooks: list[tuple[Any, str, Any]] = field(default_factory=list)  # with its new forward
     processors: list[tuple[Any, Any]] = field(default_factory=list)
     geometry: GeometryHook | None = None
 
@@ -100,7 +100,7 @@ class FISHandle:
             HookStateError: If a cache or skip hook was put on after ours; nothing is removed then.
         """
         for item in self._attached:
-            for module, name in item.hooks:
+            for module, name, _ in item.hooks:
                 _refuse_outer_hooks(module, name)
         for item in self._attached:
             _detach(item)
@@ -275,7 +275,7 @@ def _register(item: Attached, blocks: list[nn.Module]) -> None:
 def _hook(item: Attached, module: nn.Module, hook: ModelHook, name: str) -> None:
     registry = HookRegistry.check_if_exists_or_initialize(module)
     registry.register_hook(hook, name)
-    item.hooks.append((module, name))
+    item.hooks.append((module, name, module.forward))
 
 
 def _replace_processor(item: Attached, attention: Any, kind: Any) -> Any:
@@ -286,9 +286,13 @@ def _replace_processor(item: Attached, attention: Any, kind: Any) -> Any:
 
 
 def _detach(item: Attached) -> None:
-    for module, name in reversed(item.hooks):
+    for module, name, ours in reversed(item.hooks):
         registry: Any = module._diffusers_hook
+        outer = module.forward if getattr(module, "_old_forward", None) is ours else None
         registry.remove_hook(name, recurse=False)
+        if outer is not None:
+            # accelerate has wrapped ours since (a device map, offloading), and stays.
+            module._old_forward, module.forward = module.forward, outer
         if not registry.hooks:
             # Leave nothing behind: the class's own forward is found again.
             del module._diffusers_hook

@@ -1,0 +1,61 @@
+"""fis-dit's hot paths on a device without values: nothing in the wrong place, costs as committed."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.fis_dit.cuda import HUNYUAN, PATHS, SPARSE, TINY, WAN, HunyuanWaits, forward
+from benchmarks.hot_paths import FakeKit, HotPath
+
+from fis_dit.adapters.apply import apply_fis
+from fis_dit.bench import Architecture, forward_inputs, make_transformer
+from tests.cuda.budgets import assert_within_budget
+from tests.cuda.counter import Counter
+
+HUNYUAN_WAITS = "transformer_hunyuan_video15.py:forward"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
+def test_a_hot_path_stays_within_its_budget(path: HotPath) -> None:
+    assert_within_budget("fis_dit", path)
+
+
+@pytest.mark.parametrize("architecture", [WAN, HUNYUAN], ids=["wan", "hunyuan"])
+@pytest.mark.parametrize("changes", [{}, {"sites": "attn"}], ids=["block", "attention"])
+def test_index_tensors_are_on_the_blocks_device_and_copied_there_once(
+    architecture: Architecture, changes: dict[str, Any]
+) -> None:
+    shapes = TINY[architecture.model]
+    shapes = replace(shapes, settings={**shapes.settings, "num_layers": 3})
+    with Counter("cuda:0", allow={HUNYUAN_WAITS: HunyuanWaits()}) as counter, torch.no_grad():
+        model: Any = counter.module(lambda: make_transformer(shapes, torch.bfloat16))
+        kit = FakeKit(counter)
+        inputs = forward_inputs(
+            shapes, model, lambda *shape: kit.randn(*shape, dtype=torch.bfloat16)
+        )
+        with apply_fis(model, replace(SPARSE, **changes)) as handle:
+            with counter.counting() as first:
+                model(**inputs)
+            with counter.counting() as second:
+                model(**inputs)
+            plans = [hook.plan for hook in handle._attached[0].geometry._sparse]
+    assert len(plans) == 2
+    assert {tensor.device for plan in plans for tensor in vars(plan).values()} == {counter.device}
+
+    # Making them waits for the device, using them does not.
+    made = "frames.py:frame_tensors"
+    assert any(made in line or "frames.py:index" in line for line in first.copies)
+    assert not any("frames.py" in line for line in (*second.copies, *second.waits))
+
+
+def test_a_sparse_forward_waits_no_more_than_a_dense_one() -> None:
+    waits = []
+    for config in (None, SPARSE):
+        with Counter("cuda:0") as counter:
+            step = forward(FakeKit(counter), True, WAN, config)
+            step()
+            with counter.counting() as cost:
+                step()
+            waits.append(dict(cost.waits))
+    assert waits == [{}, {}]
