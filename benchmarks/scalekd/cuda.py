@@ -5,6 +5,7 @@ The pair is the paper's first, Swin-L to ResNet-50, 128 images of 224 x 224 in a
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import timm
 import torch
@@ -19,7 +20,7 @@ from scalekd.recipe import load_recipe
 from scalekd.trainer import optimizer_of, training_step
 
 TEACHER = "swin_large_patch4_window7_224"
-TINY_TEACHER = {"img_size": 64, "window_size": 2, "embed_dim": 16}
+TINY_TEACHER: dict[str, Any] = {"img_size": 64, "window_size": 2, "embed_dim": 16}
 TINY_TEACHER |= {"depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
 CLASSES, KEPT_LOGITS = 1000, 100
 

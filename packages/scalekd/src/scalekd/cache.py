@@ -66,6 +66,9 @@ def cache(config: CacheConfig) -> Cached:
         raise ConfigError("a cache needs images with an index; use a folder or hfds/")
     dataset = CheckedImages(images, config.num_classes, False, config.views, config.seed)
     recipe = recipe_of(config)
+    torch.manual_seed(
+        config.seed
+    )  # as in train: a teacher without learned weights is the same there
     teacher = TeacherSplit.from_timm(build_teacher(config), tail_blocks=config.tail_blocks)
     size = (config.img_size, config.img_size)
     task = ScaleKDTask(
