@@ -26,4 +26,4 @@ def test_a_training_step_stays_on_its_device(path: HotPath) -> None:
     cost = count(path, tiny=True)
     assert not cost["copies"]
     # One wait for each of two loss terms, their sum and the gradients; one for the progress line.
-    assert cost["waits"] == {"finite.py:<dictcomp>": 4, "cuda.py:update": 1}
+    assert cost["waits"] == {"finite.py:check_finite": 4, "cuda.py:update": 1}
