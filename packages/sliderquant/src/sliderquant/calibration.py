@@ -23,6 +23,7 @@ from sliderquant.config import FULL_BITS, SliderConfig, with_rounding
 from sliderquant.decoder import Decoder
 from sliderquant.learnables import BlockLearnables
 from sliderquant.sampling import all_reduce_, batches, own_share, to_device
+from sliderquant.windows import passes
 
 RETRIES = 2
 # Above this many weights in a window, its blocks are computed again in the backward pass.
@@ -140,31 +141,18 @@ def train_window(
     epochs = config.epochs // config.stages
     rate *= config.batch_size if config.lr_scale_by_batch else 1
     rates = [rate * lr for lr in (config.lr_lora, config.lr_lwc, config.lr_scale)]
-    groups = [group for block in window for group in learnables[block].parameter_groups(*rates)]
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    trained = [learnables[block] for block in window]
+    groups = [group for made in trained for group in made.parameter_groups(*rates)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
     steps = epochs * -(-len(inputs) // config.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0, 1 - step / steps))
-    simulate = _simulation(decoder, window, learnables, ratio, activation_format(config, ratio))
+    simulate = window_simulation(
+        decoder, window, learnables, ratio, activation_format(config, ratio)
+    )
     losses: list[list[float]] = [[] for _ in range(epochs)]
     for epoch, index in batches(len(inputs), config.batch_size, epochs, seed):
-        optimizer.zero_grad()
         mine = own_share(index)
-        # A process without a sample takes part in the sum with a zero, on the device of its gradients.
-        loss = parameters[0].new_zeros(())
-        if len(mine):
-            simulated = simulate(inputs[mine])
-            error = simulated - to_device(targets[mine], simulated.device)
-            # The mean over the whole batch, of which this process may hold a part.
-            loss = error.square().sum() / (len(index) * error[0].numel())
-            loss.backward()
-        value = all_reduce_(loss.detach(), parameters)
-        for block in window:
-            learnables[block].mask_gradients_()
-        norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
-        if not (math.isfinite(value) and torch.isfinite(norm)):
-            raise CalibrationDivergedError(f"loss {value}, gradient norm {norm.item()}")
-        optimizer.step()
+        value = update_window(simulate, inputs[mine], targets[mine], len(index), trained, optimizer)
         schedule.step()
         losses[epoch].append(value)
         on_update(value)
@@ -172,7 +160,54 @@ def train_window(
     return means[0], means[-1]
 
 
-def _simulation(
+def update_window(
+    simulate: Callable[[Tensor], Tensor],
+    inputs: Float[Tensor, "part t h"],
+    targets: Float[Tensor, "part t h"],
+    batch_size: int,
+    learnables: Sequence[BlockLearnables],
+    optimizer: torch.optim.Optimizer,
+) -> float:
+    """Make one update of a window's learnables from this process's part of a batch.
+
+    Args:
+        simulate: F^ of the window.
+        inputs: x_q of this process's samples, of which there may be none.
+        targets: F(x_fp) of the same samples.
+        batch_size: Samples of all processes together.
+        learnables: Of the window's blocks.
+        optimizer: Holds their parameters.
+
+    Returns:
+        Mean squared error over the whole batch.
+
+    Raises:
+        CalibrationDivergedError: If the loss or its gradient is not finite; the update is not made.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad()
+
+    # A process without a sample takes part in the sum with a zero, on the device of its gradients.
+    loss = parameters[0].new_zeros(())
+    if len(inputs):
+        simulated = simulate(inputs)
+        error = simulated - to_device(targets, simulated.device)
+        # The mean over the whole batch, of which this process may hold a part.
+        loss = error.square().sum() / (batch_size * error[0].numel())
+        loss.backward()
+    value = all_reduce_(loss.detach(), parameters)
+
+    # Nothing is changed when a value is not finite.
+    for made in learnables:
+        made.mask_gradients_()
+    norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+    if not (math.isfinite(value) and torch.isfinite(norm)):
+        raise CalibrationDivergedError(f"loss {value}, gradient norm {norm.item()}")
+    optimizer.step()
+    return value
+
+
+def window_simulation(
     decoder: Decoder,
     window: Sequence[int],
     learnables: Sequence[BlockLearnables],
@@ -232,18 +267,6 @@ def train_window_guarded(
         f"blocks {window[0]}-{window[-1]} diverged at ratio {settings['ratio']} in {RETRIES + 1} "
         f"tries ({failure}); lower lr_lora and lr_lwc"
     )
-
-
-def passes(windows: int, config: SliderConfig) -> list[list[tuple[int, int]]]:
-    """Return the (window, stage) pairs of every pass over the network, in order.
-
-    ``network``: one pass per intra-layer stage, as in the authors' code. ``window``: one pass, all
-    stages inside each window, as in the paper's text.
-    """
-    numbers, stages = range(windows), range(config.stages)
-    if config.intra_order == "network":
-        return [[(number, stage) for number in numbers] for stage in stages]
-    return [[(number, stage) for number in numbers for stage in stages]]
 
 
 def calibrate(

@@ -10,7 +10,7 @@ import math
 import re
 
 from effml_common.errors import ConfigError
-from sliderquant.config import WindowConfig
+from sliderquant.config import SliderConfig, WindowConfig
 
 
 def expanding_windows(shallow: int) -> list[list[int]]:
@@ -131,3 +131,15 @@ def make_windows(layers: int, config: WindowConfig) -> list[list[int]]:
 def block_visits(windows: list[list[int]]) -> int:
     """Return how many times a block is calibrated in all: the cost unit of equal-budget comparisons."""
     return sum(len(window) for window in windows)
+
+
+def passes(windows: int, config: SliderConfig) -> list[list[tuple[int, int]]]:
+    """Return the (window, stage) pairs of every pass over the network, in order.
+
+    ``network``: one pass per intra-layer stage, as in the authors' code. ``window``: one pass, all
+    stages inside each window, as in the paper's text.
+    """
+    numbers, stages = range(windows), range(config.stages)
+    if config.intra_order == "network":
+        return [[(number, stage) for number in numbers] for stage in stages]
+    return [[(number, stage) for number in numbers for stage in stages]]
