@@ -8,6 +8,7 @@ prints the committed figures of all packages.
 
 import argparse
 import contextlib
+import gc
 import json
 import statistics
 import time
@@ -232,6 +233,7 @@ def measure(
         "ms" (median), "ms_min", "ms_max", "steps", and on a card "peak" in bytes.
     """
     on_card = device.type == "cuda"
+    gc.collect()  # cycles would keep the path before this one in memory
     if on_card:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,13 +1,14 @@
 """What one operation costs a GPU: bytes, FLOPs, and attention as the one call that it is there."""
 
+import functools
 import math
 from collections import Counter as Tally
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
@@ -188,11 +189,27 @@ def rows_for_masks(indices: list[Tensor | None], rows: int) -> list[Tensor | Non
     return replaced
 
 
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Tensors among arguments or results, and in the lists among them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
+
+
+@functools.cache
+def is_view(func: Any) -> bool:
+    """Whether an operation returns its argument, seen otherwise."""
+    return any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+
+
 def mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Arguments that an operation changes in place, such as the lists of a fused optimizer."""
     changed: list[Tensor] = []
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info and argument.alias_info.is_write:
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            changed += [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+            changed += tensors_in([args[place] if place < len(args) else kwargs.get(argument.name)])
     return changed

@@ -42,7 +42,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.cuda.costs import (
@@ -52,8 +51,10 @@ from tests.cuda.costs import (
     Launch,
     attention,
     is_mask,
+    is_view,
     mutated,
     rows_for_masks,
+    tensors_in,
     traffic,
     work,
 )
@@ -209,8 +210,7 @@ class Counter:
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Add one operation that has run."""
-        results = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-        inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        results = tensors_in(out if isinstance(out, list | tuple) else [out])
         for result in results:
             if self.on_device(result):
                 self._watch(result)
@@ -230,21 +230,21 @@ class Counter:
 
         # Indices that live on the host are copied first; a check reads its result back.
         if name in LOOKUPS | SCATTERS and self.on_device(args[0]):
-            for index in pytree.tree_leaves(args[1:]):
+            for index in tensors_in(args[1:]):
                 if isinstance(index, Tensor) and not self.on_device(index) and index.dim():
                     self.cost.copies[f"to device {line()}"] += 1
                     self.wait()
         if name in _CHECKED:
             self.wait()
-        if name in SCATTERS and any(is_mask(i) for i in pytree.tree_leaves(args[1])):
+        if name in SCATTERS and any(is_mask(i) for i in tensors_in([args[1]])):
             self.wait()
 
         # A launch: something on the device was written.
         written = [t for t in results if self.on_device(t) and t.numel()]
         written = written or [t for t in mutated(func, args, kwargs) if self.on_device(t)]
-        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        if not written or is_view or name in _NO_KERNEL or name == "_linalg_check_errors":
+        if not written or is_view(func) or name in _NO_KERNEL or name == "_linalg_check_errors":
             return
+        inputs = tensors_in([*args, *kwargs.values()])
         read, wrote = traffic(name, [t for t in inputs if self.on_device(t)], written)
         self.cost.read += read
         self.cost.written += wrote
