@@ -134,7 +134,7 @@ class RealKit:
                 module = make()
         finally:
             torch.set_default_dtype(before)
-        module = module.to(device=self.device, dtype=dtype)
+        module = module.to(self.device) if dtype is None else module.to(self.device, dtype)
         if self.compiled:
             module.compile()
         return module
