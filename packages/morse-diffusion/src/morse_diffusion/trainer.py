@@ -271,7 +271,7 @@ def update_dot(
         batch: Of all processes; each learns from its part.
         optimizer: Of the Dot's weights.
         dash: See ``DotTrainer``.
-        process: See ``DotTrainer``, on the device of the batch.
+        process: See ``DotTrainer``; on the device of the batch.
         config: See ``DotTrainer``.
         accelerator: See ``DotTrainer``.
         step: Number of this update, from 1.
@@ -287,11 +287,9 @@ def update_dot(
     # What the Dash says at two times, and what the Dot makes of the first.
     with accelerator.autocast():
         pair = make_pair(dash, process, batch.clean, batch.draws, cond=batch.cond, middle=middle)
-        mine = slice(accelerator.process_index, None, accelerator.num_processes)
-        pair = Pair(**nested(vars(pair), lambda t: t[mine]))
+        pair = share_of(pair, accelerator)
         error, size = pair_losses(model, pair)
-        weight = min_snr_weight(process, pair.t_o) if config.min_snr else 1.0
-        loss = (weight * error).mean()
+        loss = (error * min_snr_weight(process, pair.t_o) if config.min_snr else error).mean()
 
     # One update.
     optimizer.zero_grad()
@@ -303,6 +301,12 @@ def update_dot(
     # Averages over all processes.
     both = accelerator.reduce(torch.stack([error.detach().mean(), size.mean()]), "mean")
     return both[0], float(both[0] / both[1].clamp(min=1e-12))
+
+
+def share_of(pair: Pair, accelerator: Any) -> Pair:
+    """The part of a batch of all processes that this one learns from."""
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    return Pair(**nested(vars(pair), lambda t: t[mine]))
 
 
 @torch.no_grad()

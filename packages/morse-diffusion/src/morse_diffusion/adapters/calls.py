@@ -36,6 +36,21 @@ def denoiser_of(pipe: Any) -> nn.Module:
     )
 
 
+def device_of_weights(dash: nn.Module) -> torch.device:
+    """Where the weights of a Dash are.
+
+    Raises:
+        UnsupportedDenoiserError: If they are only lent to each layer while it runs.
+    """
+    device = next(dash.parameters()).device
+    if device.type == "meta":
+        raise UnsupportedDenoiserError(
+            "the Dash has no weights in memory (sequential offloading or a meta device), and the Dot "
+            "keeps a folded copy of them; use pipe.enable_model_cpu_offload(), or load the weights"
+        )
+    return device
+
+
 def refuse_side_inputs(bound: Mapping[str, Any]) -> None:
     """Refuse ControlNet and T2I-Adapter features: they run at every step and at full size.
 

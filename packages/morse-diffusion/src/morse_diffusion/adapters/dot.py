@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from morse_diffusion.adapters.calls import device_of_weights
 from morse_diffusion.errors import ShapeError, UnsupportedDenoiserError
 from morse_diffusion.lora import LowRankResiduals
 
@@ -119,11 +120,11 @@ class MorseDot(nn.Module, ABC):
                 ``strict=False`` a warning.
             UnsupportedDenoiserError: If the denoiser is offloaded layer by layer.
         """
-        from morse_diffusion.adapters.files import check_fits
+        from morse_diffusion.adapters.files import check_fits, fingerprint
 
         device = device_of_weights(denoiser)
         check_fits(self, denoiser, scheduler, strict=strict)
-        if self.dash is not denoiser and same_weights(self.dash, denoiser):
+        if self.dash is not denoiser and fingerprint(self.dash) == fingerprint(denoiser):
             # Another copy of the same network: the one that runs is also the one in the right place.
             object.__setattr__(self, "dash", denoiser)
             self._copies = {}
@@ -154,7 +155,9 @@ class MorseDot(nn.Module, ABC):
         copies, device = {}, next(self.parameters()).device
         for root, module in self.shared().items():
             weights = self.residuals.folded(root, module)
-            copies[root] = copy.deepcopy(module).requires_grad_(False).to(device)
+            copies[root] = copy.deepcopy(module).requires_grad_(False)
+            if next(module.parameters()).device != device:  # the Dot sits beside another copy
+                copies[root].to(device)
             parameters = dict(copies[root].named_parameters())
             with torch.no_grad():
                 for name, weight in weights.items():
@@ -341,28 +344,6 @@ class UNetDot(MorseDot):
             h = self._run(f"up_blocks.{i}", h, skips[-n:], emb, **extra(block))
             skips = skips[:-n]
         return h
-
-
-def device_of_weights(dash: nn.Module) -> torch.device:
-    """Where the weights of a Dash are.
-
-    Raises:
-        UnsupportedDenoiserError: If they are only lent to each layer while it runs.
-    """
-    device = next(dash.parameters()).device
-    if device.type == "meta":
-        raise UnsupportedDenoiserError(
-            "the Dash has no weights in memory (sequential offloading or a meta device), and the Dot "
-            "keeps a folded copy of them; use pipe.enable_model_cpu_offload(), or load the weights"
-        )
-    return device
-
-
-def same_weights(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two networks are copies of one, by their fingerprints."""
-    from morse_diffusion.adapters.files import fingerprint
-
-    return fingerprint(a) == fingerprint(b)
 
 
 def max_before(width: tuple[int, ...], i: int) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from effml_common.files import atomic_write
 from effml_common.logging import warn
-from morse_diffusion.adapters.dot import DotShape, MorseDot, device_of_weights
+from morse_diffusion.adapters.calls import device_of_weights
+from morse_diffusion.adapters.dot import DotShape, MorseDot
 from morse_diffusion.adapters.schedulers import family_of, prediction_of
 from morse_diffusion.errors import DotMismatchError
 from morse_diffusion.lora import path_without_adapters

@@ -289,14 +289,8 @@ def apply_morse(
     prepare: Callable[..., None] | None = getattr(dot, "prepare", None)
     if prepare is not None:
         prepare(denoiser, pipe.scheduler, strict=strict)
-    hook = MorseHook(
-        pipe,
-        dot,
-        plan,
-        guidance_scale=guidance_scale,
-        calls_per_step=calls_per_step,
-        on_nan=on_nan,
-    )
+    options: dict[str, Any] = {"guidance_scale": guidance_scale, "on_nan": on_nan}
+    hook = MorseHook(pipe, dot, plan, calls_per_step=calls_per_step, **options)
     with beneath_offloading(denoiser):
         HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(hook, NAME)
     return MorseHandle(pipe, hook)

@@ -1,0 +1,52 @@
+"""morse-diffusion's calls, sampling steps and training step on a fake device: place and cost."""
+
+from dataclasses import replace
+
+import pytest
+from benchmarks.hot_paths import count
+from benchmarks.morse_diffusion.cuda import PATHS
+
+from tests.cuda.budgets import assert_within_budget, budgets
+
+# A step of sample contains the plain call; the training step is counted in its two parts.
+COUNTED = (
+    "Dash call, SD 1.5, batch 2",
+    "Dot call, SD 1.5, batch 1",
+    pytest.param("sample, Dash step, SDXL", marks=pytest.mark.slow),  # the Dot step runs its blocks
+    "sample, Dot step, SDXL",
+    "train-dot, the Dash's two estimates",
+    "train-dot, the Dot's update",
+    "fingerprint of SD 1.5, at every call",
+)
+BY_NAME = {path.name: path for path in PATHS}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_path_costs_what_was_committed(name: str) -> None:
+    assert_within_budget("morse_diffusion", BY_NAME[name])
+
+
+@pytest.mark.parametrize("kind", ["Dash", "Dot"])
+def test_a_step_of_sample_waits_for_its_time_its_values_and_the_clock(kind: str) -> None:
+    cost = count(BY_NAME[f"sample, {kind} step, SD 1.5"], tiny=True)
+    waits = {"hook.py:_locate": 1, "hook.py:_check": 1, "device.py:synchronize": 2}
+    # The guidance scale is a number of the host's.
+    copied = {"dot.py:guidance_features": 1} if kind == "Dot" else {}
+    assert cost["waits"] == waits | copied
+    assert cost["copies"] == {f"to device {line}": n for line, n in copied.items()}
+
+
+def test_a_training_step_stays_on_its_device() -> None:
+    step = BY_NAME["train-dot step, SD 1.5, batch 8"]
+    cost = count(replace(step, fake="gpu:0"), tiny=True)
+    assert not cost["copies"]
+    assert cost["waits"] == {"finite.py:check_finite": 2, "trainer.py:update_dot": 1}
+
+
+def test_the_parts_of_a_training_step_are_its_budget() -> None:
+    figures = budgets()["morse_diffusion"]
+    whole = figures["train-dot step, SD 1.5, batch 8"]
+    parts = [figures[n] for n in figures if n.startswith("train-dot,") and "step" not in n]
+    for name in ("launches", "read", "written"):
+        assert sum(part[name] for part in parts) == pytest.approx(whole[name], rel=0.02)
+    assert max(part["peak"] for part in parts) <= whole["peak"]
