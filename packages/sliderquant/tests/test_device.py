@@ -162,7 +162,7 @@ def test_the_estimate_counts_the_column_loops(tiny, tokens, monkeypatch) -> None
     assert len(asked) == len(set(asked)) == 4  # q and o, k and v, gate and up, down
 
 
-def test_the_time_of_a_weight_is_within_a_factor_of_three() -> None:
+def test_the_time_of_a_weight_is_within_a_factor_of_four() -> None:
     fmt = WeightFormat(bits=4, group_size=64, sym=True, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(512, 256, generator=generator) for _ in range(2))
@@ -171,7 +171,7 @@ def test_the_time_of_a_weight_is_within_a_factor_of_three() -> None:
     cpu = torch.device("cpu")
     expected = rounding_seconds(weight, fmt)
     taken = timed(lambda: rounded_with_feedback(weight, fmt, moment, cross), cpu)
-    assert taken / 3 < expected < 3 * taken
+    assert taken / 4 < expected < 4 * taken
 
 
 @pytest.mark.parametrize(
