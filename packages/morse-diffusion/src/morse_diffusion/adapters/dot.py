@@ -153,10 +153,11 @@ class MorseDot(nn.Module, ABC):
         Costs the memory of one more Dash; ``train()`` and ``.to()`` drop the copies again.
         """
         copies, device = {}, next(self.parameters()).device
+        elsewhere = next(self.dash.parameters()).device != device  # beside another copy of it
         for root, module in self.shared().items():
             weights = self.residuals.folded(root, module)
             copies[root] = copy.deepcopy(module).requires_grad_(False)
-            if next(module.parameters()).device != device:  # the Dot sits beside another copy
+            if elsewhere:
                 copies[root].to(device)
             parameters = dict(copies[root].named_parameters())
             with torch.no_grad():
