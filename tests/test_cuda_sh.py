@@ -135,21 +135,26 @@ def test_a_bare_machine_runs_everything_without_network(tmp_path: Path) -> None:
     names = (
         "accelerate aiohttp colorama einops fsspec huggingface-hub hypothesis imageio jaxtyping "
     )
-    names += "jinja2 lxml matplotlib opencv-python-headless pandas peft pillow pip portalocker "
-    names += "pyarrow pytest pytest-timeout pyyaml regex rich safetensors scikit-learn scipy "
+    names += (
+        "httpx jinja2 lxml matplotlib opencv-python-headless pandas peft pillow pip portalocker "
+    )
+    names += (
+        "pyarrow pytest pytest-timeout pyyaml regex requests rich safetensors scikit-learn scipy "
+    )
     names += "sentencepiece setuptools tabulate timm tokenizers torch torchvision transformers "
-    names += "triton typer wadler-lindig xxhash"
+    names += "triton typer wadler-lindig xxhash zipp"
     lines = [f"{name}=={have[name]}" if have[name] else name for name in names.split()]
     lines = ["numpy", *(line for line in lines if not line.startswith("numpy"))]
     clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
     python = tmp_path / "bare" / "bin" / "python3"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
 
-    def done(*command: object) -> None:
-        subprocess.run([str(each) for each in command], cwd=ROOT, env=clean, check=True)
+    def done(*command: object, cwd: Path = ROOT) -> None:
+        subprocess.run([str(each) for each in command], cwd=cwd, env=clean, check=True)
 
     done("uv", "venv", "--quiet", "--python", version, python.parents[1])
-    done("uv", "pip", "install", "--quiet", "--python", python, *lines)
+    # From elsewhere: in the tree uv would hold the machine's versions against our pins.
+    done("uv", "pip", "install", "--quiet", "--python", python, *lines, cwd=tmp_path)
     wheels = tmp_path / "wheels"
     done(sys.executable, "scripts/carry_wheels.py", "--python", version, "--out", wheels)
 
