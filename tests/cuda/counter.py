@@ -105,7 +105,7 @@ class Counter:
 
     def __enter__(self) -> "Counter":
         self._stack = contextlib.ExitStack()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=self.device.type == "meta")
+        self.fake = _FakeMode(allow_non_fake_inputs=self.device.type == "meta")
         # Where the device is meta its tensors need no fake; the host's small tensors stay real.
         if self.device.type != "meta":
             self._stack.enter_context(self.fake)
@@ -272,6 +272,12 @@ class Counter:
         if name == "index":
             return func(args[0], rows_for_masks(args[1], int(value)))
         return value
+
+
+class _FakeMode(FakeTensorMode):
+    """Touches no device, also where torch believes one to be there: a card, or the device "gpu"."""
+
+    avoid_device_init = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
 
 class _Dispatch(TorchDispatchMode):

@@ -187,6 +187,15 @@ def test_a_lookup_reads_its_rows_and_not_the_table() -> None:
     assert (cost.read, cost.written) == (5 * 8 * 4 + 5 * 8, 5 * 8 * 4)
 
 
+@pytest.mark.parametrize("device", [GPU, "gpu:0"])
+def test_a_tensor_of_given_numbers_is_copied_whatever_device_was_counted_before(device) -> None:
+    with Counter("gpu:0"):  # registers a device, after which torch believes one to be there
+        pass
+    with Counter(device) as counter, counter.counting() as cost:
+        torch.tensor([1.0], device=device)
+    assert cost.copies.total() == cost.waits.total() == 1
+
+
 @pytest.mark.parametrize("device", ["gpu:0", "cpu", "meta"])
 def test_backward_and_the_optimizer_are_counted(device) -> None:
     with Counter(device) as counter:
