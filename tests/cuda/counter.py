@@ -176,6 +176,9 @@ class Counter:
 
     def on_device(self, value: object) -> bool:
         """Whether a value is a tensor on the counted device."""
+        # A fake tensor's own field: asking for its device is an operation of its own.
+        if isinstance(value, FakeTensor):
+            return value.fake_device == self.device
         return isinstance(value, Tensor) and value.device == self.device
 
     def wait(self) -> None:
@@ -295,6 +298,8 @@ class _Dispatch(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for at every step of the host, so answered at once
         if func is aten._pin_memory.default:  # the fake mode has none
             return args[0]
         if func is aten._local_scalar_dense.default and self.counter.on_device(args[0]):
