@@ -12,6 +12,7 @@ import gc
 import json
 import statistics
 import time
+from collections import Counter as Tally
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -58,6 +59,8 @@ class HotPath:
         fake: Device on which it is counted (``tests/cuda/counter.py`` says which shows what).
         warm_up: Steps before counting, such as one that makes the optimizer's state.
         scaled: Factor from what is counted to the whole path, where a part stands for it.
+        once: What of it happens once, however large the part is (a model without its blocks, say):
+            counted as it is, and only the rest is scaled.
         allow: Waits that would stop a fake run, and the values that they return.
         compile: Whether the modules are timed under ``torch.compile`` too.
     """
@@ -67,6 +70,7 @@ class HotPath:
     fake: str = "cuda:0"
     warm_up: int = 0
     scaled: float = 1.0
+    once: Callable[[Kit, bool], Step] | None = None
     allow: Mapping[str, Any] = field(default_factory=dict)
     compile: bool = True
 
@@ -183,34 +187,47 @@ def count(path: HotPath, *, tiny: bool = False, ceilings: Ceilings = H100) -> di
         Launches, bytes, FLOPs, copies and waits (scaled to the whole path), peak memory in bytes,
         and the predicted milliseconds of the device alone and of a step in eager mode.
     """
+    part, peak = _counted(path, path.build, tiny, ceilings)
+    once: Tally[tuple[str, str]] = Tally()
+    if path.once is not None:
+        once, _ = _counted(path, path.once, tiny, ceilings)
+    whole = {key: once[key] + (part[key] - once[key]) * path.scaled for key in part | once}
+
+    figures: dict[str, Any] = {"fake": path.fake, "scaled": path.scaled, "peak": peak}
+    for name in ("launches", "read", "written"):
+        figures[name] = round(whole[name, ""])
+    for name in ("flops", "copies", "waits"):
+        rows = {row: round(value) for (kind, row), value in sorted(whole.items()) if kind == name}
+        figures[name] = {row: value for row, value in rows.items() if value}
+    device_s, host_s = whole["device_s", ""], whole["launches", ""] * ceilings.launch_s
+    figures["device_ms"] = round(device_s * 1e3, 3)
+    figures["step_ms"] = round(max(device_s, host_s) * 1e3, 3)
+    return figures
+
+
+def _counted(
+    path: HotPath, build: Callable[[Kit, bool], Step], tiny: bool, ceilings: Ceilings
+) -> tuple[Tally[tuple[str, str]], int]:
+    """Figures of one run by (kind, row), which may be added and scaled, and its peak memory."""
     from tests.cuda.counter import Counter
 
     with Counter(path.fake, path.allow) as counter:
-        step = path.build(FakeKit(counter), tiny)
+        step = build(FakeKit(counter), tiny)
         for _ in range(path.warm_up):
             step()
         with counter.counting() as cost:
             step()
 
-    device_s = sum(
+    figures: Tally[Any] = Tally()
+    figures["launches", ""] = cost.launch_count
+    figures["read", ""], figures["written", ""] = cost.read, cost.written
+    for name in ("flops", "copies", "waits"):
+        figures.update({(name, row): value for row, value in getattr(cost, name).items()})
+    figures["device_s", ""] = sum(
         times * max(one.nbytes / ceilings.bytes_per_s, _flops_s(one.flops, one.dtype, ceilings))
         for one, times in cost.launches.items()
     )
-    host_s = cost.launch_count * ceilings.launch_s
-    whole = path.scaled
-    return {
-        "fake": path.fake,
-        "scaled": whole,
-        "launches": round(cost.launch_count * whole),
-        "read": round(cost.read * whole),
-        "written": round(cost.written * whole),
-        "peak": cost.peak,
-        "flops": {name: round(flops * whole) for name, flops in sorted(cost.flops.items())},
-        "copies": {line: round(n * whole) for line, n in sorted(cost.copies.items())},
-        "waits": {line: round(n * whole) for line, n in sorted(cost.waits.items())},
-        "device_ms": round(device_s * whole * 1e3, 3),
-        "step_ms": round(max(device_s, host_s) * whole * 1e3, 3),
-    }
+    return figures, cost.peak
 
 
 def _flops_s(flops: int, dtype: str, ceilings: Ceilings) -> float:
@@ -237,20 +254,39 @@ def measure(
     if on_card:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    step = path.build(RealKit(device, compiled), tiny)
-    for _ in range(max(path.warm_up, 0 if tiny else 2)):
-        step()
+    times = _times(path, path.build, device, tiny=tiny, compiled=compiled, seconds=seconds)
+    peak = torch.cuda.max_memory_allocated(device) if on_card else None
+    once = 0.0
+    if path.once is not None:
+        runs = _times(path, path.once, device, tiny=tiny, compiled=compiled, seconds=seconds / 10)
+        once = statistics.median(runs)
 
     # The part that is built stands for the whole, as in the count.
+    times = [once + (ms - once) * path.scaled for ms in times]
+    figures: dict[str, Any] = {"ms": statistics.median(times), "steps": len(times)}
+    figures |= {"ms_min": min(times), "ms_max": max(times)}
+    return figures | ({"peak": peak} if on_card else {})
+
+
+def _times(
+    path: HotPath,
+    build: Callable[[Kit, bool], Step],
+    device: torch.device,
+    *,
+    tiny: bool,
+    compiled: bool,
+    seconds: float,
+) -> list[float]:
+    """Milliseconds of each step in this time, at most 50 of them."""
+    step = build(RealKit(device, compiled), tiny)
+    for _ in range(max(path.warm_up, 0 if tiny else 2)):
+        step()
+    clock = _cuda_ms if device.type == "cuda" else _clock_ms
     times: list[float] = []
     until = time.monotonic() + seconds
     while not times or (time.monotonic() < until and len(times) < 50):
-        times.append((_cuda_ms if on_card else _clock_ms)(step) * path.scaled)
-    figures: dict[str, Any] = {"ms": statistics.median(times), "steps": len(times)}
-    figures |= {"ms_min": min(times), "ms_max": max(times)}
-    if on_card:
-        figures["peak"] = torch.cuda.max_memory_allocated(device)
-    return figures
+        times.append(clock(step))
+    return times
 
 
 def _cuda_ms(step: Step) -> float:

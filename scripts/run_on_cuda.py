@@ -71,7 +71,7 @@ def plan(out: Path, scratch: Path, wheels: Path, device: str, tiny: bool) -> Ite
 
     # Without a card the tests cannot run, but that they import and are found can be seen.
     tests = [python, "-m", "pytest", "-m", "cuda", "-v", "-rs", "-p", "no:cacheprovider"]
-    tests += ["--durations=10", "--timeout=60"]
+    tests += ["--durations=10", "--timeout=60", "-n", "0"]  # one process: they share one card
     tests += ["--collect-only"] * (device == "cpu")
     yield Part("tests", [*tests, *marked_files()], TESTS)
 

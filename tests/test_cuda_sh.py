@@ -132,17 +132,13 @@ def test_without_wheels_it_says_where_they_come_from(tmp_path: Path) -> None:
 def test_a_bare_machine_runs_everything_without_network(tmp_path: Path) -> None:
     # What the machine has and we touch, at its versions where they are known.
     have = carry_wheels.there()
-    names = (
-        "accelerate aiohttp colorama einops fsspec huggingface-hub hypothesis imageio jaxtyping "
-    )
-    names += (
-        "httpx jinja2 lxml matplotlib opencv-python-headless pandas peft pillow pip portalocker "
-    )
-    names += (
-        "pyarrow pytest pytest-timeout pyyaml regex requests rich safetensors scikit-learn scipy "
-    )
-    names += "sentencepiece setuptools tabulate timm tokenizers torch torchvision transformers "
-    names += "triton typer wadler-lindig xxhash zipp"
+    names = """
+        accelerate aiohttp colorama einops fsspec huggingface-hub hypothesis imageio jaxtyping httpx
+        jinja2 lxml matplotlib opencv-python-headless pandas peft pillow pip portalocker pyarrow
+        pytest pytest-timeout pytest-xdist pyyaml regex requests rich safetensors scikit-learn scipy
+        sentencepiece setuptools tabulate timm tokenizers torch torchvision transformers triton typer
+        wadler-lindig xxhash zipp
+    """
     lines = [f"{name}=={have[name]}" if have[name] else name for name in names.split()]
     lines = ["numpy", *(line for line in lines if not line.startswith("numpy"))]
     clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}

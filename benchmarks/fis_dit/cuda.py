@@ -9,8 +9,7 @@ forwards run through ``apply_fis`` at every second frame, after one that has mad
 Seven blocks stand for the whole model, and figures are multiplied: in sparse forwards the first one is
 dense, as 6 of the 40 blocks of A14B and 8 of the 54 of HunyuanVideo 1.5 are by default. Peak memory is
 that of the seven blocks; the others add their weights (0.65 GiB a block of A14B, 0.28 of HunyuanVideo).
-What happens once in a forward is multiplied too: the 13 waits in which HunyuanVideo sorts its text count
-as 100, and launches are 6 % (Wan) and 21 % (HunyuanVideo) too many.
+What happens once in a forward is counted in a model without blocks and not multiplied.
 """
 
 from dataclasses import replace
@@ -51,10 +50,16 @@ TINY = {
 VALID_TOKENS = {729: 0, 256: 0, 1000: 200}
 
 
-def forward(kit: Kit, tiny: bool, architecture: Architecture, config: FISConfig | None) -> Step:
+def forward(
+    kit: Kit,
+    tiny: bool,
+    architecture: Architecture,
+    config: FISConfig | None,
+    blocks: int = BLOCKS,
+) -> Step:
     """One forward, sparse unless ``config`` is none."""
     shapes = TINY[architecture.model] if tiny else architecture
-    shapes = replace(shapes, settings={**shapes.settings, "num_layers": BLOCKS})
+    shapes = replace(shapes, settings={**shapes.settings, "num_layers": blocks})
     dtype = torch.float32 if tiny and kit.device.type == "cpu" else torch.bfloat16
     model: Any = kit.module(lambda: make_transformer(shapes, dtype))
     inputs = forward_inputs(shapes, model, lambda *shape: kit.randn(*shape, dtype=dtype))
@@ -68,7 +73,8 @@ def forward(kit: Kit, tiny: bool, architecture: Architecture, config: FISConfig 
     # Block by block, as diffusers recommends and as the hooks allow.
     if getattr(kit, "compiled", False):
         model._compiled_call_impl = None
-        model.compile_repeated_blocks(fullgraph=True)
+        if blocks:
+            model.compile_repeated_blocks(fullgraph=True)
 
     @torch.no_grad()
     def step() -> torch.Tensor:
@@ -108,6 +114,7 @@ def path(architecture: Architecture, name: str, config: FISConfig | None) -> Hot
         lambda kit, tiny: forward(kit, tiny, architecture, config),
         warm_up=int(config is not None),
         scaled=DEPTHS[architecture.model] / BLOCKS,
+        once=lambda kit, tiny: forward(kit, tiny, architecture, None, blocks=0),
         allow=waits,
         compile=architecture is WAN,
     )

@@ -1,13 +1,30 @@
 """What each hot path may cost: ``budgets.json``, and the comparison with a new count."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from benchmarks.hot_paths import BUDGETS, HotPath, count
 
 TOLERANCE = 0.10  # of the committed figure
 _FIGURES = ("launches", "read", "written", "peak")
+
+
+def each(paths: Sequence[HotPath], slow: Sequence[str] = ()) -> list[Any]:
+    """Parameters of a test of every path; those whose name begins so are left to ``-m slow``.
+
+    Slow are paths that another one contains, at a second setting or as a part.
+    """
+    return [
+        pytest.param(
+            path,
+            id=path.name,
+            marks=[pytest.mark.slow] if path.name.startswith(tuple(slow)) else [],
+        )
+        for path in paths
+    ]
 
 
 def budgets() -> dict[str, Any]:

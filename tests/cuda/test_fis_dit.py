@@ -10,13 +10,13 @@ from benchmarks.hot_paths import FakeKit, HotPath
 
 from fis_dit.adapters.apply import apply_fis
 from fis_dit.bench import Architecture, forward_inputs, make_transformer
-from tests.cuda.budgets import assert_within_budget
+from tests.cuda.budgets import assert_within_budget, each
 from tests.cuda.counter import Counter
 
 HUNYUAN_WAITS = "transformer_hunyuan_video15.py:forward"
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", each(PATHS))
 def test_a_hot_path_stays_within_its_budget(path: HotPath) -> None:
     assert_within_budget("fis_dit", path)
 

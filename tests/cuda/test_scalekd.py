@@ -7,10 +7,10 @@ import pytest
 from benchmarks.hot_paths import HotPath, count
 from benchmarks.scalekd.cuda import PATHS, cached_update, update
 
-from tests.cuda.budgets import assert_within_budget
+from tests.cuda.budgets import assert_within_budget, each
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", each(PATHS, slow=["teacher forward", "plain student"]))
 def test_a_hot_path_stays_within_its_budget(path: HotPath) -> None:
     assert_within_budget("scalekd", path)
 
