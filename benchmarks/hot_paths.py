@@ -12,7 +12,6 @@ import gc
 import json
 import statistics
 import time
-from collections import Counter as Tally
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -188,10 +187,11 @@ def count(path: HotPath, *, tiny: bool = False, ceilings: Ceilings = H100) -> di
         and the predicted milliseconds of the device alone and of a step in eager mode.
     """
     part, peak = _counted(path, path.build, tiny, ceilings)
-    once: Tally[tuple[str, str]] = Tally()
-    if path.once is not None:
-        once, _ = _counted(path, path.once, tiny, ceilings)
-    whole = {key: once[key] + (part[key] - once[key]) * path.scaled for key in part | once}
+    once = _counted(path, path.once, tiny, ceilings)[0] if path.once else {}
+    whole = {
+        key: once.get(key, 0) + (part.get(key, 0) - once.get(key, 0)) * path.scaled
+        for key in part | once
+    }
 
     figures: dict[str, Any] = {"fake": path.fake, "scaled": path.scaled, "peak": peak}
     for name in ("launches", "read", "written"):
@@ -207,8 +207,8 @@ def count(path: HotPath, *, tiny: bool = False, ceilings: Ceilings = H100) -> di
 
 def _counted(
     path: HotPath, build: Callable[[Kit, bool], Step], tiny: bool, ceilings: Ceilings
-) -> tuple[Tally[tuple[str, str]], int]:
-    """Figures of one run by (kind, row), which may be added and scaled, and its peak memory."""
+) -> tuple[dict[tuple[str, str], float], int]:
+    """Figures of one run by (kind, row), and its peak memory, which is not scaled."""
     from tests.cuda.counter import Counter
 
     with Counter(path.fake, path.allow) as counter:
@@ -218,9 +218,11 @@ def _counted(
         with counter.counting() as cost:
             step()
 
-    figures: Tally[Any] = Tally()
-    figures["launches", ""] = cost.launch_count
-    figures["read", ""], figures["written", ""] = cost.read, cost.written
+    figures: dict[tuple[str, str], float] = {
+        ("launches", ""): cost.launch_count,
+        ("read", ""): cost.read,
+        ("written", ""): cost.written,
+    }
     for name in ("flops", "copies", "waits"):
         figures.update({(name, row): value for row, value in getattr(cost, name).items()})
     figures["device_s", ""] = sum(
