@@ -7,11 +7,6 @@
 # OUT gets at most eight files. Collect the wheels first, where there is a network:
 # python scripts/carry_wheels.py (see --help of both).
 set -euo pipefail
-out=${1:-}
-case $out in
-    '' | -h | --help) ;;
-    /*) ;;
-    *) set -- "$PWD/$out" "${@:2}" ;;
-esac
+export CALLED_FROM=$PWD # relative paths are the caller's
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec python3 scripts/run_on_cuda.py "$@"

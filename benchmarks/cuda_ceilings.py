@@ -75,7 +75,11 @@ def launch_seconds(device: torch.device) -> float:
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that are here."""
-    here = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
+    # A folder that a removal left behind has neither name nor version.
+    found = [
+        d for d in metadata.distributions() if "Name" in d.metadata and "Version" in d.metadata
+    ]
+    here = {d.name.lower().replace("_", "-"): d.version for d in found}
     return {name: here[name] for name in LIBRARIES if name in here}
 
 

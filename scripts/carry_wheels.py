@@ -3,13 +3,16 @@
     python scripts/carry_wheels.py                              for Python 3.12, into .carry/wheels
     python scripts/carry_wheels.py --python 3.11 --out FOLDER   for another Python
 
-The machine has torch, transformers and the other libraries listed below. Everything else that the
-packages of this workspace and their tests require is resolved from the wheels' own metadata, at the
-versions that the root pyproject pins, and downloaded; pure sources are built here. What travels,
-the tree and the wheels, is added up and refused if it is too much. benchmarks/cuda.sh installs them.
+The machine has torch, transformers and the other libraries that this file names under THERE.
+Everything else that the packages of this workspace and their tests require is resolved from the
+wheels' own metadata, at the versions that the root pyproject pins, and downloaded; pure sources are
+built here. What travels, the tree and every wheel in the folder, is added up and refused if it is
+too much. benchmarks/cuda.sh installs all wheels of the folder. A later run removes what an earlier
+one put there and is no longer carried; wheels from elsewhere stay.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,14 +23,24 @@ from email.parser import HeaderParser
 from pathlib import Path
 from zipfile import ZipFile
 
-from packaging.markers import default_environment
-from packaging.requirements import Requirement
-from packaging.tags import Tag
-from packaging.utils import canonicalize_name, parse_wheel_filename
-
 from workspace import ROOT, members, pins, root_table
 
+try:
+    from packaging.markers import default_environment
+    from packaging.requirements import Requirement
+    from packaging.tags import Tag, cpython_tags
+    from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(
+        f"error: this Python has no module {error.name}; use uv run python scripts/carry_wheels.py",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
 WHEELS = ROOT / ".carry" / "wheels"
+RECORD = "carried.txt"  # in the folder: the names whose wheels this script put there
 MEBIBYTE = 2**20
 MOST_WHEELS, MOST_TRAVELLING = 25 * MEBIBYTE, 60 * MEBIBYTE
 
@@ -104,6 +117,13 @@ class Target:
             for tag in tags
         )
 
+    def suits(self, tags: frozenset[Tag]) -> bool:
+        """Whether the machine's Python can load a wheel with these tags."""
+        major, minor = map(int, self.python.split("."))
+        platforms = [*PLATFORMS, "linux_x86_64"]  # the last one is what a build here has
+        compiled = cpython_tags((major, minor), [f"cp{major}{minor}"], platforms)
+        return self.is_pure(tags) or not tags.isdisjoint(compiled)
+
 
 def there() -> dict[str, str]:
     """Name -> version of what the machine has; the version is empty where it is not known."""
@@ -150,11 +170,24 @@ def pip(*arguments: object) -> str | None:
     return done.stdout + done.stderr if done.returncode else None
 
 
-def find_wheel(folder: Path, name: str, version: str) -> Path | None:
-    """The wheel of one exact version in a folder."""
+def parse(wheel: Path) -> tuple[str, str, frozenset[Tag]]:
+    """Name, version and tags of a wheel, which its file name has.
+
+    Raises:
+        CarryError: If the file is not named as a wheel; pip would then refuse all that are beside it.
+    """
+    try:
+        name, version, _, tags = parse_wheel_filename(wheel.name)
+    except InvalidWheelFilename as error:
+        raise CarryError(f"{wheel} is not named as a wheel; move it elsewhere") from error
+    return name, str(version), tags
+
+
+def find_wheel(folder: Path, name: str, version: str, target: Target) -> Path | None:
+    """The wheel of one exact version in a folder, if it is one for the machine's Python."""
     for path in folder.glob("*.whl"):
-        found, number, _, _ = parse_wheel_filename(path.name)
-        if (found, str(number)) == (name, version):
+        found, number, tags = parse(path)
+        if (found, number) == (name, version) and target.suits(tags):
             return path
     return None
 
@@ -166,7 +199,7 @@ def fetch(name: str, version: str, folder: Path, target: Target) -> Path:
         CarryError: If there is neither, or the wheel is compiled and not allowed to be.
     """
     exact = f"{name}=={version}"
-    wheel = find_wheel(folder, name, version)
+    wheel = find_wheel(folder, name, version, target)
     if wheel is None:
         compiled = [part for each in PLATFORMS for part in ("--platform", each)]
         pure = ["--platform", "any", "--abi", "none"]
@@ -177,10 +210,13 @@ def fetch(name: str, version: str, folder: Path, target: Target) -> Path:
             exact,
         )
         problem = problem and build(exact, folder)
-        wheel = find_wheel(folder, name, version)
+        wheel = find_wheel(folder, name, version, target)
         if problem or wheel is None:
-            raise CarryError(f"{exact} has no wheel and does not build here; see below\n{problem}")
-    if not target.is_pure(parse_wheel_filename(wheel.name)[3]) and name not in COMPILED:
+            raise CarryError(
+                f"{exact} has no wheel for Python {target.python} and does not build here; see below\n"
+                + (problem or "what was built here is compiled for another Python or platform")
+            )
+    if not target.is_pure(parse(wheel)[2]) and name not in COMPILED:
         wheel.unlink()
         raise CarryError(f"{wheel.name} is compiled; leave {name} out or add it to COMPILED")
     return wheel
@@ -221,9 +257,21 @@ def collect(folder: Path, target: Target) -> dict[str, Path]:
             seen.add((name, extra))
             needs = requirements_of(carried[name])
             queue += ((each, name) for each in needs if target.applies(each, extra))
-    for path in set(folder.glob("*.whl")) - set(carried.values()):
-        path.unlink()
+    remove_stale(folder, carried)
     return carried
+
+
+def remove_stale(folder: Path, carried: dict[str, Path]) -> None:
+    """Remove wheels that an earlier run put there, and other ones of what is carried now.
+
+    Two versions of one package cannot be installed together. Any other wheel is somebody else's.
+    """
+    record = folder / RECORD
+    earlier = record.read_text().split() if record.exists() else []
+    for path in set(folder.glob("*.whl")) - set(carried.values()):
+        if parse(path)[0] in {*earlier, *carried}:
+            path.unlink()
+    record.write_text("".join(f"{name}\n" for name in sorted(carried)))
 
 
 def conflicts(carried: dict[str, Path], target: Target) -> Iterator[str]:
@@ -271,17 +319,29 @@ def check_size(wheels: list[Path]) -> str:
 
 
 def main() -> int:
+    reasons = (f"  {name:<17}{reason}" for name, reason in LEFT_OUT.items())
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog="\n".join(("left out, though required by something:", *reasons)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--python", default="3.12", help="Python of the machine (default 3.12)")
     parser.add_argument("--out", type=Path, default=WHEELS, help="default .carry/wheels")
     flags = parser.parse_args()
+    if not re.fullmatch(r"\d\.\d{1,2}", flags.python):
+        parser.error(f"--python {flags.python}: name it as in 3.12")
     target = Target(flags.python)
-    flags.out.mkdir(parents=True, exist_ok=True)
+    try:
+        flags.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {flags.out} ({error.strerror}): name a folder")
     try:
         carried = collect(flags.out, target)
-        print(check_size(list(carried.values())))
+        # The folder travels, and is installed, as a whole.
+        wheels = sorted(flags.out.glob("*.whl"))
+        for path in set(wheels) - set(carried.values()):
+            print(f"{path.name} is not from here: it stays, and is installed with the others")
+        print(check_size(wheels))
     except CarryError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

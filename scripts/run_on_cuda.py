@@ -4,12 +4,15 @@
 
 Each part is a process of its own with its own time limit, the most valuable first; summary.json is
 written after every part, so nothing that was measured is lost when a later part fails or overruns.
-OUT gets summary.json, log.txt and one <module>-cuda.json a package. Exits 1 if any part failed.
+OUT gets summary.json, log.txt and one <module>-cuda.json a package; those of an earlier run are
+removed first. Exits 1 if any part failed, 128 + N if signal N ended the run.
 """
 
 import argparse
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +24,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 
 from packaging.requirements import Requirement
 
@@ -35,6 +37,8 @@ INSTALL, CEILINGS, TESTS, MODULE = 90, 60, 120, 75
 MINUTES = 8
 LEAST, GRACE = 5, 5  # seconds: too few to start a part with; to finish in after SIGINT
 IMPORTS = 25  # seconds of a package's limit that its timings leave for imports and the last step
+POLL = 0.05  # seconds between two looks at the running part
+PASSED = r"[1-9]\d* passed"  # in the closing line of pytest, which may be coloured
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Part:
     command: Sequence[str]
     limit: float  # seconds
     plans: bool = False  # takes --seconds and shares them among what it times
+    must_pass: bool = False  # runs pytest, which exits 0 even if it skipped every test
 
 
 @dataclass
@@ -52,7 +57,7 @@ class Outcome:
     """How a part ended."""
 
     part: str
-    state: str  # ok, failed, timed out, no time left
+    state: str  # ok, failed, timed out, interrupted, no time left, not run
     exit: int | None
     seconds: float
 
@@ -73,7 +78,7 @@ def plan(out: Path, scratch: Path, wheels: Path, device: str, tiny: bool) -> Ite
     tests = [python, "-m", "pytest", "-m", "cuda", "-v", "-rs", "-p", "no:cacheprovider"]
     tests += ["--durations=10", "--timeout=60", "-n", "0"]  # one process: they share one card
     tests += ["--collect-only"] * (device == "cpu")
-    yield Part("tests", [*tests, *marked_files()], TESTS)
+    yield Part("tests", [*tests, *marked_files()], TESTS, must_pass=device != "cpu")
 
     for module in MODULES:
         command = (python, "-m", f"benchmarks.{module}.cuda", *where, "--out", str(out))
@@ -110,12 +115,19 @@ def describe_members(site: Path) -> None:
         (folder / "METADATA").write_text("\n".join(lines) + "\n")
 
 
+def distributions(*path: str) -> Iterator[metadata.Distribution]:
+    """What is installed there, without the folders that a removal left behind: they have no name."""
+    for each in metadata.distributions(path=list(path)):
+        if "Name" in each.metadata and "Version" in each.metadata:
+            yield each
+
+
 def unmet(site: Path) -> list[str]:
     """Requirements of our packages and the carried ones that this machine does not meet."""
     found = []
-    versions = {d.name: d.version for d in metadata.distributions(path=[*sys.path, str(site)])}
+    versions = {d.name: d.version for d in distributions(*sys.path, str(site))}
     versions = {name.lower().replace("_", "-"): number for name, number in versions.items()}
-    for distribution in metadata.distributions(path=[str(site)]):
+    for distribution in distributions(str(site)):
         for each in map(Requirement, distribution.requires or ()):
             name = each.name.lower().replace("_", "-")
             if name in LEFT_OUT or (each.marker and not each.marker.evaluate({"extra": ""})):
@@ -126,11 +138,14 @@ def unmet(site: Path) -> list[str]:
     return sorted(found)
 
 
-def run_part(part: Part, limit: float, log: Path, environ: Mapping[str, str]) -> Outcome:
-    """Run one part, its output into the log, and end it and its children at the limit."""
+def run_part(
+    part: Part, limit: float, log: Path, environ: Mapping[str, str], signals: Sequence[int] = ()
+) -> Outcome:
+    """Run one part, its output into the log; end it and its children at the limit or a signal."""
     start = time.monotonic()
     seconds = ("--seconds", f"{max(limit - IMPORTS, LEAST):.0f}") if part.plans else ()
     with log.open("ab") as file:
+        before = file.tell()
         file.write(f"\n=== {part.name}, {limit:.0f} s at most\n".encode())
         file.flush()
         process = subprocess.Popen(
@@ -144,19 +159,32 @@ def run_part(part: Part, limit: float, log: Path, environ: Mapping[str, str]) ->
         )
         state = ""
         try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            # An interrupt, as from a keyboard: pytest still says what passed and failed.
-            state = "timed out"
-            os.killpg(process.pid, signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+            while process.poll() is None and not state:
+                if signals:
+                    state = "interrupted"
+                elif time.monotonic() > start + limit:
+                    state = "timed out"
+                else:
+                    time.sleep(POLL)
+            if state:
+                # An interrupt, as from a keyboard: pytest still says what passed and failed.
+                os.killpg(process.pid, signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    state = state or ("failed" if process.returncode else "ok")
+        state = state or ("failed" if process.returncode else "ok")
+        if state == "ok" and part.must_pass and not re.search(PASSED, read_from(log, before)):
+            state = "failed"
+            file.write(b"no test passed\n")
     return Outcome(part.name, state, process.returncode, round(time.monotonic() - start, 1))
+
+
+def read_from(log: Path, start: int) -> str:
+    """The log from a byte on."""
+    return log.read_bytes()[start:].decode(errors="replace")
 
 
 def write_summary(path: Path, head: Mapping[str, object], outcomes: Sequence[Outcome]) -> None:
@@ -174,8 +202,20 @@ def read_json(path: Path) -> dict[str, object]:
     return {}
 
 
-def run_all(flags: argparse.Namespace, scratch: Path) -> list[Outcome]:
-    """Run all parts, each within its own limit and what is left of the whole."""
+def say(text: str) -> None:
+    """Print a line for whoever still listens; after a hang-up nobody does, and the run goes on."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        # Elsewhere from here on, or the exit would fail on what could not be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def run_all(flags: argparse.Namespace, scratch: Path, signals: Sequence[int] = ()) -> list[Outcome]:
+    """Run all parts, each within its own limit and what is left of the whole.
+
+    Once there is a number in ``signals``, the running part is ended and no other one is started.
+    """
     deadline = time.monotonic() + 60 * flags.minutes
     site, log = scratch / "site", flags.out / "log.txt"
     site.mkdir()
@@ -183,31 +223,55 @@ def run_all(flags: argparse.Namespace, scratch: Path) -> list[Outcome]:
     outcomes: list[Outcome] = []
     for part in plan(flags.out, scratch, flags.wheels, flags.device, flags.tiny):
         limit = min(part.limit * flags.minutes / MINUTES, deadline - time.monotonic() - GRACE)
-        if limit < LEAST:
-            outcomes.append(Outcome(part.name, "no time left", None, 0.0))
+        before = log.stat().st_size
+        if signals:
+            outcome = Outcome(part.name, "not run", None, 0.0)
+        elif limit < LEAST:
+            outcome = Outcome(part.name, "no time left", None, 0.0)
         else:
-            before = log.stat().st_size if log.exists() else 0
-            outcomes.append(run_part(part, limit, log, environment(site)))
-            if outcomes[-1].state != "ok":
-                tail = log.read_bytes()[before:].decode(errors="replace").splitlines()[-15:]
-                print("\n".join(tail), flush=True)
-        print(f"{part.name}: {outcomes[-1].state}, {outcomes[-1].seconds} s", flush=True)
+            outcome = run_part(part, limit, log, environment(site), signals)
+        outcomes.append(outcome)
 
         # What the next parts stand on, and what the first ones found.
-        if part.name == "install":
+        missing: list[str] = []
+        if part.name == "install" and not signals:
             describe_members(site)
-            head["unmet"] = unmet(site)
-            for line in unmet(site):
-                print(f"unmet: {line}", flush=True)
+            missing = unmet(site)
+            head["unmet"] = missing
         if part.name == "ceilings":
             head |= read_json(scratch / "ceilings.json")
         write_summary(flags.out / "summary.json", head, outcomes)
+
+        tail = [] if outcome.state == "ok" else read_from(log, before).splitlines()[-15:]
+        about = f"{part.name}: {outcome.state}, {outcome.seconds} s"
+        for line in (*tail, about, *(f"unmet: {each}" for each in missing)):
+            say(line)
     return outcomes
 
 
-def stop(number: int, _frame: FrameType | None) -> None:
-    """End like an interrupt, so that the running part is ended too."""
-    raise SystemExit(128 + number)
+def prepare(out: Path) -> None:
+    """Make the folder for the results and remove those of an earlier run.
+
+    Otherwise a result from before would pass for one of a part that now fails.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    results = (f"{module}-cuda.json" for module in MODULES)
+    for name in ("log.txt", "summary.json", *results):
+        (out / name).unlink(missing_ok=True)
+    (out / "log.txt").touch()
+
+
+def catch_signals() -> list[int]:
+    """A list that gets the number of each signal that asks the run to end."""
+    signals: list[int] = []
+    # Also where an interrupt is ignored, as in a background job: parts would inherit that.
+    caught = [signal.SIGTERM, signal.SIGINT]
+    # But under nohup a hang-up is to be ignored.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
+    for number in caught:
+        signal.signal(number, lambda number, _frame: signals.append(number))
+    return signals
 
 
 def main() -> int:
@@ -222,21 +286,28 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default 8)")
     parser.add_argument("--wheels", type=Path, default=WHEELS, help="default .carry/wheels")
     flags = parser.parse_args()
-    flags.out, flags.wheels = flags.out.resolve(), flags.wheels.resolve()
+    called_from = Path(os.environ.get("CALLED_FROM", "."))
+    flags.out, flags.wheels = ((called_from / path).resolve() for path in (flags.out, flags.wheels))
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", flags.device):
+        parser.error(f"--device {flags.device}: use cuda, cuda:N or cpu")
+    if not 0 < flags.minutes < math.inf:
+        parser.error(f"--minutes {flags.minutes:g}: must be a finite number above 0")
     if not list(flags.wheels.glob("*.whl")):
         parser.error(f"no wheels in {flags.wheels}; run python scripts/carry_wheels.py")
-    flags.out.mkdir(parents=True, exist_ok=True)
+    try:
+        prepare(flags.out)
+    except OSError as error:
+        parser.error(f"cannot write to {flags.out} ({error.strerror}); name another folder")
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(
-        signal.SIGINT, stop
-    )  # parts would inherit that it is ignored, as in a background job
+    signals = catch_signals()
     with tempfile.TemporaryDirectory(prefix="cuda-") as scratch:
-        outcomes = run_all(flags, Path(scratch))
-    print(f"\n{'part':<18}{'state':<14}{'exit':>5}{'seconds':>9}")
+        outcomes = run_all(flags, Path(scratch), signals)
+    say(f"\n{'part':<18}{'state':<14}{'exit':>5}{'seconds':>9}")
     for each in outcomes:
         code = "" if each.exit is None else each.exit
-        print(f"{each.part:<18}{each.state:<14}{code:>5}{each.seconds:>9.1f}")
+        say(f"{each.part:<18}{each.state:<14}{code:>5}{each.seconds:>9.1f}")
+    if signals:
+        return 128 + signals[0]
     return int(any(each.state != "ok" for each in outcomes))
 
 

@@ -1,5 +1,7 @@
 """The wheels for a machine without network: all that is missing there, and nothing else."""
 
+import subprocess
+import sys
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -44,6 +46,12 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[st
     return held
 
 
+def script(*arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run the script itself."""
+    command = [sys.executable, *options, "scripts/carry_wheels.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 def want(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr(carry_wheels, "wanted", lambda: [Requirement(line) for line in lines])
 
@@ -58,10 +66,9 @@ def test_what_is_missing_there_comes_with_all_that_it_requires(
         "stubs": (),
     }
     want(monkeypatch, "torch", "diffusers", "parser[signatures]", "elsewhere; os_name == 'nt'")
-    make_wheel(tmp_path, "stale")
     carried = carry_wheels.collect(tmp_path, TARGET)
     assert set(carried) == {"diffusers", "zip-thing", "parser", "stubs"}
-    assert set(tmp_path.glob("*.whl")) == set(carried.values())  # the stale one is gone
+    assert set(tmp_path.glob("*.whl")) == set(carried.values())
 
 
 def test_pure_sources_are_built_into_a_wheel(
@@ -82,6 +89,116 @@ def test_a_compiled_wheel_is_carried_only_if_named(
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(carry_wheels, "COMPILED", {"core"})
     assert set(carry_wheels.collect(tmp_path, TARGET)) == {"core"}
+
+
+def test_what_is_no_longer_carried_is_removed_and_wheels_from_elsewhere_stay(
+    index: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index |= {"diffusers": (), "stale": ()}
+    foreign = make_wheel(tmp_path, "foreign")
+    want(monkeypatch, "diffusers", "stale")
+    carry_wheels.collect(tmp_path, TARGET)
+    other = make_wheel(tmp_path, "diffusers", tag="py3-none-linux_x86_64")
+    want(monkeypatch, "diffusers")
+    carried = carry_wheels.collect(tmp_path, TARGET)
+    assert set(tmp_path.glob("*.whl")) == {foreign, *carried.values()}
+    assert other not in carried.values()
+
+
+def test_a_wheel_from_elsewhere_is_named_and_added_up_since_the_folder_travels(
+    index: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index["diffusers"] = ()
+    make_wheel(tmp_path, "foreign")
+    want(monkeypatch, "diffusers")
+    monkeypatch.setattr(sys, "argv", ["carry_wheels.py", "--out", str(tmp_path)])
+    assert carry_wheels.main() == 0
+    output = capsys.readouterr().out
+    assert "foreign-1-py3-none-any.whl is not from here: it stays" in output
+    assert "2 wheels, " in output
+
+
+def test_a_file_that_is_not_named_as_a_wheel_is_refused(
+    index: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index["diffusers"] = ()
+    want(monkeypatch, "diffusers")
+    (tmp_path / "junk.whl").touch()
+    with pytest.raises(CarryError, match=r"junk\.whl is not named as a wheel; move it elsewhere"):
+        carry_wheels.collect(tmp_path, TARGET)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "cp311-cp311-manylinux_2_17_x86_64",
+        "cp312-cp312-macosx_11_0_arm64",
+        "cp313-abi3-manylinux_2_17_x86_64",
+        "py311-none-any",
+    ],
+)
+def test_a_wheel_for_another_python_or_platform_is_fetched_anew(
+    tag: str, index: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index["core"] = ("cp312-cp312-manylinux_2_17_x86_64",)
+    monkeypatch.setattr(carry_wheels, "COMPILED", {"core"})
+    want(monkeypatch, "core")
+    wrong = make_wheel(tmp_path, "core", tag=tag)
+    carried = carry_wheels.collect(tmp_path, TARGET)
+    assert carried["core"].name == "core-1-cp312-cp312-manylinux_2_17_x86_64.whl"
+    assert not wrong.exists()
+
+
+@pytest.mark.parametrize("tag", ["cp39-abi3-manylinux2014_x86_64", "py2.py3-none-any"])
+def test_a_wheel_that_is_there_is_not_fetched_again(
+    tag: str, index: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index["core"] = ()
+    monkeypatch.setattr(carry_wheels, "COMPILED", {"core"})
+    monkeypatch.setattr(carry_wheels, "pip", lambda *_: pytest.fail("asked the index"))
+    want(monkeypatch, "core")
+    ready = make_wheel(tmp_path, "core", tag=tag)
+    assert carry_wheels.collect(tmp_path, TARGET) == {"core": ready}
+
+
+def test_a_wheel_that_was_built_for_another_python_is_not_carried(
+    index: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index["core"] = ("cp312-cp312-manylinux_2_17_x86_64",)
+    want(monkeypatch, "core")
+    with pytest.raises(CarryError, match=r"core==1 has no wheel for Python 3\.11 .*\n.*another"):
+        carry_wheels.collect(tmp_path, Target("3.11"))
+
+
+@pytest.mark.parametrize("value", ["banana", "3", "312", "3.12.1", "3.x", ""])
+def test_a_python_that_is_no_version_gets_one_line(value: str, tmp_path: Path) -> None:
+    done = script("--python", value, "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    _, error = done.stderr.splitlines()  # below the usage
+    assert error == f"carry_wheels.py: error: --python {value}: name it as in 3.12"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_a_file_gets_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = script("--out", str(tmp_path / "file"))
+    assert done.returncode == 2
+    assert done.stderr.endswith("file (File exists): name a folder\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_help_names_what_is_left_out_and_why() -> None:
+    done = script("--help")
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    for name, reason in carry_wheels.LEFT_OUT.items():
+        assert [name, reason] in lines
+
+
+def test_a_python_without_packaging_is_told_which_one_to_use() -> None:
+    done = script("--help", options=("-S",))  # without site-packages
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "no module packaging; use uv run python scripts/carry_wheels.py" in line
 
 
 def test_a_package_without_a_pin_is_refused(

@@ -151,7 +151,7 @@ PATHS = [
         fake="cpu",
         allow=WAITS,
     ),
-    HotPath("the same with a cached teacher", cached_update, fake="cpu", allow=WAITS),
+    HotPath("one step with a cached teacher", cached_update, fake="cpu", allow=WAITS),
     HotPath("teacher forward alone", teacher_forward),
     HotPath("plain student step", student_update, fake="cpu"),
 ]

@@ -14,9 +14,12 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 
 # Read as much of the first argument as they return, or write as much of it as they are given.
-LOOKUPS = {"embedding", "index", "index_select", "gather"}
-SCATTERS = {"index_put", "index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_"}
+LOOKUPS = {"embedding", "index", "index_select", "gather", "take"}
+SCATTERS = {"index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_"}
+SCATTERS |= {"scatter_reduce_", "index_fill_"}
+# The old values of what they write do not matter.
 _WRITES_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_"}
+_WRITES_ONLY |= {"exponential_", "_foreach_copy_", "_foreach_zero_"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,13 @@ def attention(
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         lower = torch.get_autocast_dtype(kind)
         query, key, value = (t.to(lower) for t in (query, key, value))
+    if len({t.dtype for t in (query, key, value)}) > 1:
+        raise RuntimeError(f"attention of {query.dtype}, {key.dtype} and {value.dtype}")
+    if attn_mask is not None and (is_causal or not _can_mask(attn_mask)):
+        raise RuntimeError("attention takes a boolean or additive mask, or is_causal, not both")
+    if query.dim() > 3 and query.shape[-3] != key.shape[-3] and not enable_gqa:
+        raise RuntimeError("attention with shared key heads needs enable_gqa=True")
+
     q, k, v = (t.reshape(-1, *t.shape[-3:]) if t.dim() != 4 else t for t in (query, key, value))
     if query.dim() == 3:
         q, k, v = (t.unsqueeze(0) for t in (query, key, value))
@@ -113,6 +123,10 @@ def attention(
     return out.reshape(query.shape[:-1] + value.shape[-1:])
 
 
+def _can_mask(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool or mask.dtype.is_floating_point
+
+
 def traffic(name: str, read: list[Tensor], written: list[Tensor]) -> tuple[int, int]:
     """Bytes that an operation reads and writes.
 
@@ -125,11 +139,24 @@ def traffic(name: str, read: list[Tensor], written: list[Tensor]) -> tuple[int, 
     if name in LOOKUPS:  # the rows that are looked up, not the table
         return wrote + sum(map(nbytes, read[1:])), wrote
     if name in SCATTERS:
-        touched = sum(map(nbytes, read[1:]))
-        return touched, touched
-    if name in _WRITES_ONLY:  # the old value of the first argument does not matter
-        return sum(map(nbytes, read[1:])), wrote
+        return _scattered(read[0], read[1:])
+    if name.endswith("_like") or name.startswith("new_"):  # only the shape is looked at
+        return 0, wrote
+    if name in _WRITES_ONLY:
+        old = {id(tensor) for tensor in written}
+        return sum(nbytes(tensor) for tensor in read if id(tensor) not in old), wrote
     return sum(map(nbytes, {id(t): t for t in read}.values())), wrote
+
+
+def _scattered(table: Tensor, others: list[Tensor]) -> tuple[int, int]:
+    """Bytes of indices and values, and of what they touch: one value may be written to many places."""
+    indices = [tensor for tensor in others if tensor.dtype in (torch.int32, torch.int64)]
+    values = [tensor for tensor in others if tensor.dtype not in (torch.int32, torch.int64)]
+    given = sum(map(nbytes, others))
+    if all(tensor.dim() == 0 for tensor in values) and indices:
+        rows = max(index.numel() for index in indices)
+        return given, min(rows * nbytes(table) // max(len(table), 1), nbytes(table))
+    return given, given
 
 
 def nbytes(tensor: Tensor) -> int:
@@ -144,20 +171,35 @@ def work(
     """FLOPs of an operation and the type of its operands ("tf32" where float32 may use it)."""
     name = func._schema.name.split("::")[1]
     floating = [t.dtype for t in inputs if t.dtype.is_floating_point]
+    if name == "_int_mm":
+        floating = [torch.int8]
     dtype = str(floating[0] if floating else "none").removeprefix("torch.")
     if name.startswith("_scaled_dot_product"):
         return _attention_flops(name, func, args, kwargs), dtype
-    formula = flop_registry.get(func._overloadpacket)
+    formula = flop_registry.get(func._overloadpacket) or _FORMULAS.get(name)
     flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
     if dtype == "float32" and flops and _tf32(name):
         dtype = "tf32"
     return flops, dtype
 
 
+def _two_per_element(matrix: Tensor, *others: Any, out_val: Any) -> int:
+    return 2 * matrix.numel()
+
+
+# Products that torch's own table leaves out.
+_FORMULAS: dict[str, Any] = {
+    "mv": _two_per_element,
+    "dot": _two_per_element,
+    "addmv": lambda bias, matrix, *others, out_val, **kwargs: 2 * matrix.numel(),
+    "_int_mm": lambda a, b, out_val: 2 * a.numel() * b.shape[1],
+}
+
+
 def _tf32(name: str) -> bool:
     if "conv" in name:
-        return bool(torch.backends.cudnn.allow_tf32)
-    return bool(torch.backends.cuda.matmul.allow_tf32)
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _attention_flops(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

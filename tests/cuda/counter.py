@@ -24,8 +24,6 @@ What is counted:
 """
 
 import contextlib
-import gc
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,15 +32,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import torch.utils._foreach_utils as foreach_utils
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
+    FakeTensorDeviceMismatchError,
 )
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.cuda.costs import (
@@ -59,16 +55,28 @@ from tests.cuda.costs import (
     traffic,
     work,
 )
-from tests.cuda.frames import frames, inside_optimizer, line
+from tests.cuda.fakes import (
+    FakeMode,
+    Misplaced,
+    OneCallAttention,
+    device_of,
+    frozen_garbage,
+    mixes_devices,
+    optimizer_patches,
+)
+from tests.cuda.frames import frames, inside_optimizer, line, place
 
 aten = torch.ops.aten
-_HOST_LIST = FakeTensor.tolist
+_HOST_LIST, _TEXT = FakeTensor.tolist, FakeTensor.__repr__
 
 # Neither a view nor a kernel: memory that nobody has written, and marks of the dispatcher.
 _NO_KERNEL = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "resize_"}
-_NO_KERNEL |= {"new_empty_strided", "_unsafe_view", "lift", "lift_fresh", "_pin_memory", "set_"}
+_NO_KERNEL |= {"new_empty_strided", "_unsafe_view", "lift", "lift_fresh", "set_"}
+_NO_KERNEL |= {"unsqueeze_", "squeeze_", "t_", "transpose_", "unsafe_chunk", "unsafe_split"}
+_INDEXED = LOOKUPS | SCATTERS | {"index_put"}
 # Check their result on the host before they return.
 _CHECKED = {"_linalg_check_errors", "_linalg_eigh", "_linalg_svd", "cholesky_inverse"}
+_CHECKED |= {"_linalg_eigvals", "linalg_eig", "linalg_matrix_exp", "linalg_pinv", "histc"}
 
 
 class HiddenWait(Exception):
@@ -95,9 +103,7 @@ class Counter:
     """
 
     def __init__(self, device: str, allow: Mapping[str, Any] | None = None) -> None:
-        if device.startswith("gpu"):
-            _register_gpu()
-        self.device = torch.device(device)
+        self.device = device_of(device)
         self.allow = dict(allow or {})
         self.cost = Cost()
         self.active = False
@@ -105,20 +111,19 @@ class Counter:
         self._total = 0
 
     def __enter__(self) -> "Counter":
-        self._stack = contextlib.ExitStack()
-        # A collection need not walk what the libraries hold: a tenth of the time.
-        gc.freeze()
-        self._stack.callback(gc.unfreeze)
-        self.fake = _FakeMode(allow_non_fake_inputs=self.device.type == "meta")
-        # Where the device is meta its tensors need no fake; the host's small tensors stay real.
-        if self.device.type != "meta":
-            self._stack.enter_context(self.fake)
-        self._stack.enter_context(_Dispatch(self))
-        self._stack.enter_context(_Attention())
-        # Backward runs in this thread, so that its operations have a line too.
-        self._stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        for patch in self._patches():
-            self._stack.enter_context(patch)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(frozen_garbage())
+            self.fake = FakeMode(allow_non_fake_inputs=self.device.type == "meta")
+            # Where the device is meta its tensors need no fake; the host's small tensors stay real.
+            if self.device.type != "meta":
+                stack.enter_context(self.fake)
+            stack.enter_context(_Dispatch(self))
+            stack.enter_context(OneCallAttention())
+            # Backward runs in this thread, so that its operations have a line too.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            for patch in self._patches():
+                stack.enter_context(patch)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -164,20 +169,17 @@ class Counter:
         return copy
 
     def _patches(self) -> list[Any]:
-        """A card's defaults: fused lists of tensors in optimizers, and synchronize without one."""
-        lists = ("_get_foreach_kernels_supported_devices", "_get_fused_kernels_supported_devices")
-        patches = [
+        """What asks the device without an operation: synchronizing, and reading or printing values."""
+        return [
             mock.patch.object(F, "scaled_dot_product_attention", attention),
             mock.patch.object(torch.cuda, "synchronize", self._synchronize),
+            mock.patch.object(torch.cuda.Event, "synchronize", self._synchronize),
+            mock.patch.object(torch.accelerator, "synchronize", self._synchronize),
             mock.patch.object(FakeTensor, "tolist", lambda tensor: self._list(tensor)),
+            mock.patch.object(FakeTensor, "__repr__", lambda tensor: self._text(tensor)),
+            mock.patch.object(FakeTensor, "__format__", lambda tensor, _: self._text(tensor)),
+            *optimizer_patches(self.device.type),
         ]
-        for module in (foreach_utils, sys.modules["torch.optim.optimizer"]):
-            for name in lists:
-                kinds = [*getattr(module, name)(), self.device.type]
-                patches.append(mock.patch.object(module, name, return_value=kinds))
-            types = [*module._foreach_supported_types, FakeTensor]
-            patches.append(mock.patch.object(module, "_foreach_supported_types", types))
-        return patches
 
     def on_device(self, value: object) -> bool:
         """Whether a value is a tensor on the counted device."""
@@ -199,6 +201,12 @@ class Counter:
         with _disable_current_modes():
             return torch.full(tensor.shape, value).tolist()
 
+    def _text(self, tensor: Any) -> str:
+        """Printing a tensor copies it to the host."""
+        if self.active and self.on_device(tensor):
+            self.answer(aten._local_scalar_dense.default, (tensor,))
+        return _TEXT(tensor)
+
     def _synchronize(self, device: object = None) -> None:
         self.wait()
 
@@ -206,12 +214,13 @@ class Counter:
         """Follow a storage until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live:
-            return
+        if key not in self._live:
+            weakref.finalize(storage, self._free, key).atexit = False
+        # It may have been resized since.
+        self._total += storage.nbytes() - self._live.get(key, 0)
         self._live[key] = storage.nbytes()
-        self._total += storage.nbytes()
-        self.cost.peak = max(self.cost.peak, self._total)
-        weakref.finalize(storage, self._free, key).atexit = False
+        if self.active:
+            self.cost.peak = max(self.cost.peak, self._total)
 
     def _free(self, key: int) -> None:
         self._total -= self._live.pop(key, 0)
@@ -225,26 +234,33 @@ class Counter:
         if not self.active:
             return
 
-        # A copy between host and device; a blocking one waits, in both directions.
         name = func._schema.name.split("::")[1]
+        if name == "_foreach_copy_" and self.on_device(args[0][0]) != self.on_device(args[1][0]):
+            for pair in zip(*args[:2], strict=True):
+                self.record(aten.copy_.default, (*pair, *args[2:]), kwargs, pair[0])
+            return
+
+        # A copy between host and device; a blocking one waits, in both directions.
         source = args[1] if name == "copy_" else args[0] if name == "_to_copy" else None
         if source is not None and self.on_device(source) != self.on_device(results[0]):
             direction = "to host" if self.on_device(source) else "to device"
             self.cost.copies[f"{direction} {line()}"] += 1
+            # Into memory of the host that is not pinned a copy waits, whatever it was told.
             non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
-            if not non_blocking:
+            into_host = name == "copy_" and self.on_device(source)
+            if not non_blocking or (into_host and not hasattr(args[0], "is_pinned_here")):
                 self.wait()
             return
 
         # Indices that live on the host are copied first; a check reads its result back.
-        if name in LOOKUPS | SCATTERS and self.on_device(args[0]):
+        if name in _INDEXED and self.on_device(args[0]):
             for index in tensors_in(args[1:]):
                 if isinstance(index, Tensor) and not self.on_device(index) and index.dim():
                     self.cost.copies[f"to device {line()}"] += 1
                     self.wait()
         if name in _CHECKED:
             self.wait()
-        if name in SCATTERS and any(is_mask(i) for i in tensors_in([args[1]])):
+        if name in _INDEXED - LOOKUPS and any(is_mask(i) for i in tensors_in([args[1]])):
             self.wait()
 
         # A launch: something on the device was written.
@@ -252,7 +268,7 @@ class Counter:
         written = written or [t for t in mutated(func, args, kwargs) if self.on_device(t)]
         if not written or is_view(func) or name in _NO_KERNEL or name == "_linalg_check_errors":
             return
-        inputs = tensors_in([*args, *kwargs.values()])
+        inputs = tensors_in([*args, *(kwargs[key] for key in kwargs if key != "out")])
         read, wrote = traffic(name, [t for t in inputs if self.on_device(t)], written)
         self.cost.read += read
         self.cost.written += wrote
@@ -262,30 +278,28 @@ class Counter:
     def answer(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Serve an operation whose result depends on values, if its place is allowed by name."""
         name = func._schema.name.split("::")[1]
-        counts = self.on_device(args[0]) and not inside_optimizer()
+        # Optimizers keep their step counts on the host, which has the device's name where that is fake.
+        hosts = self.device.type in ("cpu", "meta") and inside_optimizer()
+        counts = self.on_device(args[0]) and not hosts
         if counts:
             self.wait()
         places = [f"{Path(path).name}:{function}" for path, function, _ in frames()]
-        key = next((place for place in places if place in self.allow), None)
+        key = next((each for each in places if each in self.allow), None)
         if key is None:
-            where = "{}:{}, line {}".format(*next(frames(), ("torch", "backward", 0)))
             raise HiddenWait(
-                f"{name} needs a value of {args[0].device} at {where}; allow it by name"
+                f"{name} needs a value of {self.device} at {place()}; "
+                f'if it belongs there: allow={{"{line()}": VALUE}}'
             )
         value = self.allow[key]
         if callable(value):
-            return value(func, args)
-        if name == "nonzero":
-            return args[0].new_empty((int(value), args[0].dim()), dtype=torch.long)
-        if name == "index":
-            return func(args[0], rows_for_masks(args[1], int(value)))
+            value = value(func, args)
+        elif name == "nonzero":
+            value = args[0].new_empty((int(value), args[0].dim()), dtype=torch.long)
+        elif name == "index":
+            value = func(args[0], rows_for_masks(args[1], int(value)))
+        if isinstance(value, Tensor):
+            self.record(func, args, {}, value)
         return value
-
-
-class _FakeMode(FakeTensorMode):
-    """Touches no device, also where torch believes one to be there: a card, or the device "gpu"."""
-
-    avoid_device_init = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
 
 class _Dispatch(TorchDispatchMode):
@@ -306,11 +320,21 @@ class _Dispatch(TorchDispatchMode):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked for at every step of the host, so answered at once
         if func is aten._pin_memory.default:  # the fake mode has none
+            args[0].is_pinned_here = True
             return args[0]
+        if torch.is_inference_mode_enabled():  # composite operations come whole
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if func is aten._local_scalar_dense.default and self.counter.on_device(args[0]):
             return self._scalar(func, args, kwargs)
         try:
+            if mixes_devices(func, args, kwargs):
+                raise Misplaced(f"{func} mixes devices at {place()}")
             out = func(*args, **kwargs)
+        except FakeTensorDeviceMismatchError as error:
+            raise Misplaced(f"{error} (at {place()})") from error
         except (DataDependentOutputException, DynamicOutputShapeException):
             return self.counter.answer(func, args)
         self.counter.record(func, args, kwargs, out)
@@ -322,26 +346,3 @@ class _Dispatch(TorchDispatchMode):
             with contextlib.suppress(DataDependentOutputException):
                 return func(*args, **kwargs)
         return self.counter.answer(func, args)
-
-
-class _Attention(TorchFunctionMode):
-    """Replaces attention that was imported by name before the counter was entered."""
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if getattr(func, "__name__", "") == "scaled_dot_product_attention":
-            return attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _register_gpu() -> None:
-    """Register a device "gpu" in Python; torch allows it once in a process."""
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-    if torch._C._get_privateuse1_backend_name() != "gpu":
-        _setup_privateuseone_for_python_backend("gpu")

@@ -1,15 +1,19 @@
 """The counter counts what a card would do; known operations give known figures."""
 
 import doctest
+import gc
 import sys
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tests.cuda.counter import Counter, HiddenWait
+from tests.cuda.fakes import Misplaced
 
 GPU = "cuda:0"
 
@@ -61,7 +65,7 @@ def test_a_module_is_placed_without_memory_and_stays_tied() -> None:
 
 
 def test_a_device_mismatch_raises() -> None:
-    with Counter(GPU), pytest.raises(FakeTensorDeviceMismatchError, match=r"cuda:0 and cpu"):
+    with Counter(GPU), pytest.raises(Misplaced, match=r"cuda:0 and cpu"):
         torch.zeros(4, 4, device=GPU) + torch.eye(4)
 
 
@@ -335,3 +339,232 @@ def test_the_example_in_the_docstring_runs() -> None:
     failures, examples = doctest.testmod(sys.modules[Counter.__module__])
     assert examples
     assert not failures
+
+
+def test_inference_mode_costs_what_no_grad_costs() -> None:
+    costs = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with Counter(GPU) as counter, mode():
+            x, weight = torch.zeros(10, 100, device=GPU), torch.zeros(10, 100, device=GPU)
+            with counter.counting() as cost:
+                F.dropout(F.linear(x, weight), training=False).t().reshape(-1).half().cpu()
+                torch.linalg.cholesky(x @ weight.t())
+            costs.append(cost)
+    assert costs[0].flops == costs[1].flops == {"float32": 2 * (2 * 10 * 100 * 10)}
+    assert costs[0].waits.total() == costs[1].waits.total() == 2
+    assert costs[0].launch_count == costs[1].launch_count
+
+
+def test_what_an_allowed_wait_returns_is_a_launch_with_its_bytes() -> None:
+    def rows(x: Tensor, mask: Tensor) -> Tensor:
+        return x[mask]
+
+    with Counter(GPU, {"test_counter.py:rows": 50}) as counter:
+        x, mask = torch.zeros(100, device=GPU), torch.zeros(100, device=GPU, dtype=torch.bool)
+        with counter.counting() as cost:
+            rows(x, mask)
+    assert cost.launch_count == 1
+    assert cost.written == 50 * 4
+    assert cost.peak == 400 + 100 + 200
+
+
+@pytest.mark.parametrize(("name", "device"), [("cuda", "cuda:0"), ("gpu", "gpu:0")])
+def test_a_device_without_an_index_is_the_first(name: str, device: str) -> None:
+    with Counter(name) as counter:
+        x = torch.zeros(3, device=device)
+        with counter.counting() as cost:
+            x + 1
+    assert cost.launch_count == 1
+
+
+@pytest.mark.parametrize("name", ["cpu:0", "meta:0", "mps", 0])
+def test_a_device_that_cannot_be_counted_on_is_refused(name) -> None:
+    with pytest.raises(ValueError, match="cuda:0"):
+        Counter(name)
+
+
+class _Norming(torch.optim.Optimizer):
+    """Reads the norm of its first gradient at each step."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure=None):
+        return self.param_groups[0]["params"][0].grad.norm().item()
+
+
+def test_a_wait_inside_somebodys_optimizer_is_counted() -> None:
+    with Counter("gpu:0", {"test_counter.py:step": 1.0}) as counter:
+        model: Any = counter.module(lambda: nn.Linear(4, 4))
+        model(torch.zeros(2, 4, device="gpu:0")).sum().backward()
+        with counter.counting() as cost:
+            _Norming(model.parameters()).step()
+    assert cost.waits == {"test_counter.py:step": 1}
+
+
+def _foreach(x: Tensor, host: Tensor) -> None:
+    torch._foreach_add_([x], [host])
+
+
+@torch.library.custom_op("tests::two", mutates_args=())
+def _two(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+@_two.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x, host: x + host,
+        lambda x, host: _foreach(x, host),
+        lambda x, host: _two(x, host),
+        lambda x, host: host[torch.zeros(2, dtype=torch.long, device=x.device)],
+        lambda x, host: torch.randn(3, device=x.device, generator=torch.Generator()),
+    ],
+    ids=["sum", "list in place", "custom operation", "table of the host", "generator"],
+)
+def test_what_a_card_would_refuse_is_refused_and_located(operation) -> None:
+    with (
+        Counter(GPU) as counter,
+        counter.counting(),
+        pytest.raises(Misplaced, match=r"test_counter.py:<lambda>|test_counter.py:_foreach"),
+    ):
+        operation(torch.zeros(4, device=GPU), torch.zeros(4))
+
+
+def test_copying_a_list_to_the_host_waits_for_each_tensor() -> None:
+    with Counter(GPU) as counter:
+        device, host = ([torch.zeros(4, device=kind) for _ in range(3)] for kind in (GPU, "cpu"))
+        with counter.counting() as cost:
+            torch._foreach_copy_(host, device)
+    assert cost.copies.total() == cost.waits.total() == 3
+    assert cost.launch_count == 0
+
+
+@pytest.mark.parametrize("show", [str, repr, "{}".format, "loss %s".__mod__])
+def test_printing_a_tensor_is_a_wait(show) -> None:
+    def log(x: Tensor) -> str:
+        return show(x)
+
+    with Counter(GPU, {"test_counter.py:log": 1.0}) as counter:
+        x = torch.zeros((), device=GPU)
+        with counter.counting() as cost:
+            log(x)
+    assert cost.waits.total() == 1
+
+
+@pytest.mark.parametrize("synchronize", [torch.cuda.synchronize, torch.accelerator.synchronize])
+def test_every_way_to_synchronize_is_a_wait(synchronize) -> None:
+    with Counter(GPU) as counter, counter.counting() as cost:
+        getattr(sys.modules[synchronize.__module__], synchronize.__name__)()
+    assert cost.waits.total() == 1
+
+
+def test_copying_to_host_memory_that_is_not_pinned_waits_whatever_it_is_told() -> None:
+    with Counter(GPU) as counter:
+        x, host = torch.zeros(3, device=GPU), torch.zeros(3)
+        with counter.counting() as cost:
+            host.copy_(x, non_blocking=True)
+        assert cost.waits.total() == 1
+        pinned = torch.zeros(3).pin_memory()
+        with counter.counting() as cost:
+            pinned.copy_(x, non_blocking=True)
+            x.to("cpu", non_blocking=True)
+        assert not cost.waits
+
+
+def test_the_peak_is_that_of_what_was_counted() -> None:
+    with Counter(GPU) as counter:
+        with counter.counting() as cost:
+            torch.zeros(10, device=GPU) + 1
+        torch.zeros(1_000_000, device=GPU)
+    assert cost.peak == 80
+
+
+def test_a_storage_that_grows_is_followed() -> None:
+    with Counter(GPU) as counter, counter.counting() as cost:
+        torch.empty(0, device=GPU).resize_(1000).fill_(1.0)
+    assert cost.peak == 4000
+
+
+TABLE, ROWS = 1000 * 1000 * 4, 100 * 8
+
+
+@pytest.mark.parametrize(
+    ("operation", "read", "written"),
+    [
+        (lambda x, i, one, row: x.index_put_((i,), one), ROWS + 4, TABLE // 10),
+        (lambda x, i, one, row: x.index_put((i,), row), TABLE + ROWS + 4000, TABLE),
+        (lambda x, i, *_: x.index_fill_(1, i, 0.0), ROWS, TABLE // 10),
+        (lambda x, i, *_: torch.zeros_like(x), 0, TABLE),
+        (lambda x, i, *_: x.new_zeros(10), 0, 40),
+        (lambda x, i, *_: torch.mul(x, 2, out=x.t()), TABLE, TABLE),
+        (lambda x, i, *_: x.unsqueeze_(0), 0, 0),
+    ],
+    ids=["one value", "out of place", "fill", "like", "new", "out", "view in place"],
+)
+def test_bytes_are_those_that_a_card_would_move(operation, read, written) -> None:
+    with Counter(GPU) as counter:
+        x = torch.zeros(1000, 1000, device=GPU)
+        i = torch.zeros(100, dtype=torch.long, device=GPU)
+        one, row = torch.zeros((), device=GPU), torch.zeros(1, 1000, device=GPU)
+        with counter.counting() as cost:
+            operation(x, i, one, row)
+    assert (cost.read, cost.written) == (read, written)
+
+
+def test_products_with_vectors_and_of_int8_have_flops() -> None:
+    with Counter(GPU) as counter:
+        a, x = torch.zeros(32, 64, device=GPU), torch.zeros(64, device=GPU)
+        q = torch.zeros(64, 32, dtype=torch.int8, device=GPU)
+        with counter.counting() as cost:
+            a @ x
+            x @ x
+            torch._int_mm(q.t(), q)
+    assert cost.flops == {"float32": 2 * 32 * 64 + 2 * 64, "int8": 2 * 32 * 64 * 32}
+
+
+@pytest.mark.parametrize(
+    ("heads", "settings"),
+    [
+        (2, {}),
+        (8, {"attn_mask": torch.ones(4, 4, dtype=torch.bool), "is_causal": True}),
+        (8, {"attn_mask": torch.ones(4, 4, dtype=torch.long)}),
+    ],
+    ids=["key heads", "mask and causal", "mask of whole numbers"],
+)
+def test_attention_that_torch_refuses_is_refused(heads: int, settings: dict[str, Any]) -> None:
+    real = [torch.zeros(1, count, 4, 16) for count in (8, heads, heads)]
+    with pytest.raises(RuntimeError):
+        F.scaled_dot_product_attention(*real, **settings)
+    with Counter("cpu"):
+        fake = [torch.zeros(1, count, 4, 16) for count in (8, heads, heads)]
+        if "attn_mask" in settings:
+            settings = settings | {
+                "attn_mask": torch.zeros(4, 4, dtype=settings["attn_mask"].dtype)
+            }
+        with pytest.raises(RuntimeError, match="attention"):
+            F.scaled_dot_product_attention(*fake, **settings)
+
+
+def test_a_library_whose_name_begins_like_torchs_has_lines_of_its_own() -> None:
+    with Counter(GPU) as counter:
+        boxes = torch.zeros(4, 4, device=GPU)
+        with counter.counting() as cost:
+            torchvision.ops.box_area(boxes)
+    assert set(cost.lines) == {"boxes.py:box_area"}
+
+
+def test_a_counter_that_cannot_be_entered_leaves_nothing_on(monkeypatch) -> None:
+    counter = Counter(GPU)
+    monkeypatch.setattr(counter, "_patches", lambda: 1 / 0)
+    frozen = gc.get_freeze_count()
+    with pytest.raises(ZeroDivisionError), counter:
+        pass
+    assert gc.get_freeze_count() == frozen
+    assert not _get_current_dispatch_mode_stack()
+    assert type(torch.zeros(1)) is Tensor
