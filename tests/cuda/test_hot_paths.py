@@ -109,7 +109,7 @@ def test_a_path_that_fails_costs_none_of_the_others_and_fails_the_run(tmp_path, 
         main(
             "nowhere",
             paths,
-            ["--device", "cpu", "--tiny", "--seconds", "1", "--out", str(tmp_path)],
+            ["--device", "cpu", "--tiny", "--seconds", "60", "--out", str(tmp_path)],
         )
     table = capsys.readouterr().out
     assert "RuntimeError: no such layer" in table
