@@ -23,7 +23,8 @@ from af_dcd.mm.reading import read_config
 from af_dcd.mm.running import without_sync_bn
 from af_dcd.mm.shims import build_model, quiet
 from af_dcd.mm.teacher import without_downloads
-from benchmarks.hot_paths import HotPath, Kit, Step, main
+from benchmarks.hot_path_timing import main
+from benchmarks.hot_paths import HotPath, Kit, Step
 
 SIZE = {False: (512, 1024), True: (64, 64)}  # height and width; tiny or not
 CLASSES = 19

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.hot_paths import HotPath, Kit, main
+from benchmarks.hot_path_timing import main
+from benchmarks.hot_paths import HotPath, Kit
 from com_pt.adapters.grow import grow
 from com_pt.adapters.open_clip_models import build_clip, clip_config
 from com_pt.chain import ChainConfig, StageConfig

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.hot_paths import HotPath, Kit, Step, main
+from benchmarks.hot_path_timing import main
+from benchmarks.hot_paths import HotPath, Kit, Step
 from fis_dit import FISConfig, apply_fis
 from fis_dit.bench import ARCHITECTURES, Architecture, forward_inputs, make_transformer
 

@@ -14,7 +14,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from benchmarks.hot_paths import HotPath, Kit, Step, main
+from benchmarks.hot_path_timing import main
+from benchmarks.hot_paths import HotPath, Kit, Step
 from morse_diffusion.adapters.calls import Guidance
 from morse_diffusion.adapters.dot import DotShape, MorseDot, UNetDot
 from morse_diffusion.adapters.estimate import GuidedDash

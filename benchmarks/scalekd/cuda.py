@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.hot_paths import HotPath, Kit, main
+from benchmarks.hot_path_timing import main
+from benchmarks.hot_paths import HotPath, Kit
 from scalekd import ScaleKDTask, TeacherSplit
 from scalekd.adapters.tail import TeacherOut
 from scalekd.cache import teacher_out

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.hot_paths import HotPath, Kit, Step, main
+from benchmarks.hot_path_timing import main
+from benchmarks.hot_paths import HotPath, Kit, Step
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.calibration import update_window, window_simulation
 from sliderquant.compensation import (

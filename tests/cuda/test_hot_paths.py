@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from benchmarks.hot_paths import HotPath, Kit, Step, count, main, measure
+from benchmarks.hot_path_timing import main, measure
+from benchmarks.hot_paths import HotPath, Kit, Step, count
 
 
 def layers(number: int) -> Callable[[Kit, bool], Step]:
@@ -45,7 +46,7 @@ def test_without_it_all_is_multiplied() -> None:
 
 def test_the_time_of_what_happens_once_is_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([7.0, 3.0])  # milliseconds of two layers and of none
-    monkeypatch.setattr("benchmarks.hot_paths._clock_ms", lambda step: next(times))
+    monkeypatch.setattr("benchmarks.hot_path_timing._clock_ms", lambda step: next(times))
     path = HotPath("2 of 40", layers(2), scaled=20, once=layers(0))
     figures = measure(path, torch.device("cpu"), tiny=True, compiled=False, seconds=0)
     assert figures["ms"] == 3 + 20 * (7 - 3)
