@@ -20,7 +20,8 @@ from typing import Any
 from effml_common.cli import COMMON_FLAGS, parse
 from effml_common.errors import ConfigError, InputError
 from effml_common.files import atomic_write
-from effml_common.report import Report, Section, load_report, render_html
+from effml_common.report import SCHEMA
+from effml_common.report_page import Section, render_html
 
 ROOT = Path(__file__).resolve().parent.parent
 PROG = "python benchmarks/run.py"
@@ -59,7 +60,7 @@ class Outcome:
     seconds: float = 0.0
     failure: str = ""  # empty if it worked
     last_lines: list[str] = field(default_factory=list)
-    report: Report | None = None
+    report: dict[str, Any] | None = None
 
 
 def find_demos(root: Path = ROOT) -> dict[str, list[str]]:
@@ -67,7 +68,7 @@ def find_demos(root: Path = ROOT) -> dict[str, list[str]]:
     found = {}
     for file in sorted(root.glob("packages/*/pyproject.toml")):
         project = tomllib.loads(file.read_text())["project"]
-        if project.get("scripts") and list(file.parent.glob("src/*/demo.py")):
+        if project.get("scripts") and list(file.parent.glob("src/*/demo/report.py")):
             script = next(iter(project["scripts"]))
             found[project["name"]] = [str(Path(sys.executable).with_name(script)), "demo"]
     return found
@@ -105,7 +106,7 @@ def run_demo(name: str, command: Sequence[str], seeds: int, folder: Path, echo: 
         if process.returncode:
             outcome.failure = f"exit code {process.returncode}"
         else:
-            outcome.report = load_report(folder / "run" / "report.json")
+            outcome.report = read_report(folder / "run" / "report.json")
     except (OSError, InputError) as error:
         outcome.failure = str(error)
     if outcome.failure:  # what is kept names no folder of this machine; the page sees to its own
@@ -113,6 +114,22 @@ def run_demo(name: str, command: Sequence[str], seeds: int, folder: Path, echo: 
         outcome.last_lines = list(last)
     outcome.seconds = round(time.monotonic() - start, 1)
     return outcome
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The JSON of a demo's report, which the page can show.
+
+    Raises:
+        InputError: If the demo left none, or left something else.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"it is of schema {document['schema']}, not {SCHEMA}")
+        render_html("", [Section("", document)])  # what cannot be shown is no report either
+        return document
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no readable report: {error}; run its command again") from error
 
 
 def section(outcome: Outcome, folder: Path) -> Section:
@@ -134,7 +151,7 @@ def write_report(outcomes: Sequence[Outcome], out: Path, seeds: int) -> dict[str
                 "status": "failed" if outcome.failure else "done",
                 "seconds": outcome.seconds,
                 "failure": outcome.failure,
-                "report": outcome.report and outcome.report.to_json(),
+                "report": outcome.report,
             }
             for outcome in outcomes
         ],

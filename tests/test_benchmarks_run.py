@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from effml_common.errors import InputError
 from effml_common.report import Claim, Report, Row
 from effml_common.report import write_report as write_package_report
 from workspace import COMMON, ROOT, members
@@ -163,3 +164,15 @@ def wait_until(done, seconds: float = 30) -> None:
     while not done():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "rows": 3, "claims": []}'],
+)
+def test_what_is_no_report_is_a_failure_with_a_remedy(run, tmp_path, text: str) -> None:
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(
+        InputError, match=r"^[^\n]+ is no readable report: [^\n]+; run its command again$"
+    ):
+        run.read_report(tmp_path / "report.json")

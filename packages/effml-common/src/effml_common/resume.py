@@ -1,0 +1,52 @@
+"""Whether a run may go on in a folder: nothing of an earlier run is overwritten or mixed up."""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from effml_common.errors import CheckpointError, InputError
+from effml_common.logging import jsonable
+
+
+def check_out_folder(out: Path, results: Sequence[str], *, resume: bool) -> None:
+    """Refuse a folder that holds the result of another run, unless that run is to be resumed.
+
+    Args:
+        out: Folder of the run; it need not exist.
+        results: Names inside it that only a run writes, such as "student.safetensors".
+        resume: Whether the user asked to continue.
+
+    Raises:
+        InputError: If ``out`` is a file, or holds one of ``results`` and ``resume`` is off.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a folder for --out")
+    for name in results:
+        if (out / name).exists() and not resume:
+            raise InputError(
+                f"{out} holds {name} of an earlier run; choose another --out, or add --resume auto"
+            )
+
+
+def check_same_settings(
+    earlier: Mapping[str, Any], now: Mapping[str, Any], *, place: Path, free: Collection[str] = ()
+) -> None:
+    """Refuse to resume a run with settings that would have given another result.
+
+    Args:
+        earlier: Settings that were stored with the run, in JSON types.
+        now: Settings of this command; compared as the JSON that they would be stored as.
+        place: Folder or checkpoint that ``earlier`` was read from, for the message.
+        free: Names that may differ, because the result does not depend on them.
+
+    Raises:
+        CheckpointError: If any other setting differs, with the first such name and both values.
+    """
+    now = jsonable(now)
+    for name in [*now, *(name for name in earlier if name not in now)]:
+        old, new = earlier.get(name), now.get(name)
+        if name not in free and old != new:
+            raise CheckpointError(
+                f"{place} was made with {name} {old}, not {new}; resume with the same settings, "
+                "or choose another --out"
+            )
