@@ -20,7 +20,7 @@ import torch
 from benchmarks.hot_path_timing import main
 from benchmarks.hot_paths import HotPath, Kit, Step
 from fis_dit import FISConfig, apply_fis
-from fis_dit.bench import ARCHITECTURES, Architecture, forward_inputs, make_transformer
+from fis_dit.commands.bench import ARCHITECTURES, Architecture, forward_inputs, make_transformer
 
 BLOCKS = 7
 SPARSE = FISConfig(dense_head=1, dense_tail=0)

@@ -9,7 +9,7 @@ from benchmarks.fis_dit.cuda import HUNYUAN, PATHS, SPARSE, TINY, WAN, HunyuanWa
 from benchmarks.hot_paths import FakeKit, HotPath
 
 from fis_dit.adapters.apply import apply_fis
-from fis_dit.bench import Architecture, forward_inputs, make_transformer
+from fis_dit.commands.bench import Architecture, forward_inputs, make_transformer
 from tests.cuda.budgets import assert_within_budget, each
 from tests.cuda.counter import Counter
 
@@ -44,9 +44,10 @@ def test_index_tensors_are_on_the_blocks_device_and_copied_there_once(
     assert {tensor.device for plan in plans for tensor in vars(plan).values()} == {counter.device}
 
     # Making them waits for the device, using them does not.
-    made = "frames.py:frame_tensors"
-    assert any(made in line or "frames.py:index" in line for line in first.copies)
-    assert not any("frames.py" in line for line in (*second.copies, *second.waits))
+    made = ("neighbours.py:make_frame_index", "neighbours.py:positions")
+    used = ("neighbours.py", "skipped_frames.py")
+    assert any(place in line for line in first.copies for place in made)
+    assert not any(file in line for line in (*second.copies, *second.waits) for file in used)
 
 
 def test_a_sparse_forward_waits_no_more_than_a_dense_one() -> None:

@@ -5,6 +5,7 @@ Two cards are stood in for by fake tensors, which compute nothing and refuse to 
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,14 +13,15 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from fis_dit_pipelines import call
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fis_dit.adapters.apply import FISHandle, apply_fis
-from fis_dit.adapters.table import adapter_of
-from fis_dit.cli import COMMANDS
+from fis_dit.adapters.registry import find_adapter
 from fis_dit.config import BenchConfig, DemoConfig, FISConfig, GenerateConfig, PlanConfig
-from fis_dit.frames import frame_tensors, gather_frames, lift_attention, lift_block, neighbours
+from fis_dit.method.neighbours import find_neighbours, make_frame_index
+from fis_dit.method.skipped_frames import fill_skipped_attention, fill_skipped_frames, gather_frames
 
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 SPLIT = 2  # the first block on the second device
@@ -62,7 +64,7 @@ class Align(AlignDevicesHook):
 
 def split_over_two_devices(model: nn.Module, mode: FakeTensorMode) -> None:
     """As ``device_map`` does: the last blocks, and what follows them, on the second device."""
-    blocks = getattr(model, adapter_of(model).blocks)
+    blocks = getattr(model, find_adapter(model).blocks)
     late = [module for name, module in model.named_children() if name in ("norm_out", "proj_out")]
     late += [model.norm_final] if hasattr(model, "norm_final") else []
     for part in (*blocks[SPLIT:], *late):
@@ -133,17 +135,17 @@ def test_a_plan_is_not_copied_where_it_is_used_on_its_device(tiny_wan) -> None:
 
 
 def test_frames_are_gathered_where_the_tokens_are_and_lifted_where_the_output_is(mode) -> None:
-    plan = frame_tensors(neighbours(7, (0, 2, 4, 6)), FIRST)
+    plan = make_frame_index(find_neighbours(7, (0, 2, 4, 6)), FIRST)
     hidden = torch.empty(1, 28, 8, device=SECOND)
     assert gather_frames(hidden, plan).device == SECOND
     computed = torch.empty(1, 16, 8, device=FIRST)
     for lift in ("residual", "hold", "carry", "state"):
-        assert lift_block(hidden, computed, plan, lift).device == FIRST
-    assert lift_attention(torch.empty(1, 16, 8, device=SECOND), plan).device == SECOND
+        assert fill_skipped_frames(hidden, computed, plan, lift).device == FIRST
+    assert fill_skipped_attention(torch.empty(1, 16, 8, device=SECOND), plan).device == SECOND
 
 
 def test_block_scores_of_blocks_on_two_devices(tiny, monkeypatch) -> None:
-    from fis_dit import planning
+    from fis_dit.commands import plan as planning
 
     family = tiny("wan")
     # A score is a number, which fake tensors do not have.
@@ -180,7 +182,7 @@ def test_weights_may_be_offloaded_one_by_one_before_or_after_and_removal_keeps_i
 def test_bench_reads_peak_memory_of_its_own_device_anew_for_every_forward(
     tiny_wan, monkeypatch
 ) -> None:
-    bench = importlib.import_module("fis_dit.bench")  # the package's name is the function
+    bench = importlib.import_module("fis_dit.commands.bench")  # the package's name is the function
     asked: list[tuple[str, torch.device]] = []
     peaks = iter([5, 4, 3, 2])
 
@@ -201,12 +203,6 @@ def test_bench_reads_peak_memory_of_its_own_device_anew_for_every_forward(
     assert {device for _, device in asked} == {SECOND}
     assert measured["dense"].peak_gib == [5, 3]
     assert measured["block-n2"].peak_gib == [4, 2]
-
-
-def call(*words: str) -> int:
-    from effml_common.cli import main
-
-    return main("fis-dit", "fis-dit", COMMANDS, list(words))
 
 
 COMPUTE = {
@@ -275,9 +271,9 @@ def test_bench_on_a_card_reports_the_memory_of_its_forwards(tmp_path, capsys) ->
 
 @pytest.mark.cuda
 def test_the_demos_models_on_a_card_give_the_clips_of_the_cpu() -> None:
-    from fis_dit.demo import make_noise
-    from fis_dit.demo_model import load
-    from fis_dit.rivals import fis, run_arm
+    from fis_dit.demo.arms import fis, run_arm
+    from fis_dit.demo.models import load
+    from fis_dit.demo.report import make_noise
 
     noise, prompt = make_noise("shapes", 4, seed=1)
     arm = fis("FIS")

@@ -8,15 +8,15 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "FISAdapter": "adapters.table",
+    "FISAdapter": "adapters.layout",
     "FISConfig": "config",
     "apply_fis": "adapters.apply",
-    "bench": "bench",
-    "flops": "cost",
-    "generate": "generate",
-    "inspect": "inspection",
-    "plan": "planning",
-    "register_adapter": "adapters.table",
+    "bench": "commands.bench",
+    "flops": "method.cost",
+    "generate": "commands.generate",
+    "inspect": "commands.inspect",
+    "plan": "commands.plan",
+    "register_adapter": "adapters.registry",
     "remove_fis": "adapters.apply",
 }
 __all__ = list(_HOMES)

@@ -19,11 +19,12 @@ from fis_dit.adapters.hooks import (
     GeometryHook,
     SparseHook,
 )
+from fis_dit.adapters.layout import FISAdapter
 from fis_dit.adapters.processors import FullKeysProcessor, TrimmedTextProcessor
-from fis_dit.adapters.table import FISAdapter, adapter_of
+from fis_dit.adapters.registry import find_adapter
 from fis_dit.config import FISConfig
-from fis_dit.cost import Cost, flops
 from fis_dit.errors import HookStateError, NotSupportedError
+from fis_dit.method.cost import Cost, flops
 
 COMPONENTS = ("transformer", "transformer_2")
 
@@ -158,7 +159,7 @@ def clip_cost(
     steps: int = 4,
 ) -> Cost:
     """Cost of a clip of (frames, height, width) in pixels."""
-    adapter = adapter_of(model_class)
+    adapter = find_adapter(model_class)
     frames, height, width = clip_geometry(adapter, model_config, clip, compression)
     depth = model_config["num_layers"]
     return flops(adapter.shape(model_config), config, depth, frames, height * width, steps)
@@ -192,7 +193,7 @@ def _transformers(target: Any) -> dict[str, nn.Module]:
     found = {name: getattr(target, name, None) for name in COMPONENTS}
     present = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
     if not present:
-        adapter_of(type(target).__name__)  # raises, listing what is supported
+        find_adapter(type(target).__name__)  # raises, listing what is supported
     return present
 
 
@@ -229,7 +230,7 @@ def _fitted(config: FISConfig, model: nn.Module, depth: int) -> FISConfig:
 
 
 def _attach(name: str, model: nn.Module, config: FISConfig) -> Attached:
-    adapter = adapter_of(model)
+    adapter = find_adapter(model)
     blocks = _blocks(model, adapter)
     config = _fitted(config, model, len(blocks))
     chosen = config.sparse_blocks(len(blocks))

@@ -19,19 +19,13 @@ from torch import Tensor, nn
 
 from effml_common.errors import ConfigError, NonFiniteError
 from effml_common.logging import warn
-from fis_dit.adapters.table import FISAdapter, Geometry, PerToken
+from fis_dit.adapters.geometry import Geometry
+from fis_dit.adapters.layout import FISAdapter, PerToken
 from fis_dit.config import FISConfig
 from fis_dit.errors import HookStateError
-from fis_dit.frames import (
-    FrameTensors,
-    anchors,
-    frame_tensors,
-    gather_frames,
-    lift_attention,
-    lift_block,
-    neighbours,
-    random_anchors,
-)
+from fis_dit.method.anchors import choose_anchors, draw_random_anchors
+from fis_dit.method.neighbours import FrameIndex, find_neighbours, make_frame_index
+from fis_dit.method.skipped_frames import fill_skipped_attention, fill_skipped_frames, gather_frames
 
 GEOMETRY_HOOK = "fis_geometry"
 BLOCK_HOOK = "fis_block"
@@ -72,7 +66,7 @@ class SparseHook(ModelHook, ABC):
         super().__init__()
         self.number, self.names, self.per_token = number, names, per_token
         self.lift, self.debug = config.lift, config.debug
-        self.plan: FrameTensors | None = None
+        self.plan: FrameIndex | None = None
         self.tokens = 0  # S; 0 until the geometry hook has run
         self.device: torch.device | None = None  # where the block's output was last time
         self.full_input: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None
@@ -114,7 +108,7 @@ class SparseHook(ModelHook, ABC):
         return (full, *out[1:]) if isinstance(out, tuple) else full
 
     @abstractmethod
-    def fill(self, hidden: Tensor, computed: Tensor, plan: FrameTensors) -> Tensor:
+    def fill(self, hidden: Tensor, computed: Tensor, plan: FrameIndex) -> Tensor:
         """Outputs of all frames from those at the anchors."""
 
     def _misread(self, hidden: Tensor) -> str:
@@ -128,20 +122,20 @@ class SparseHook(ModelHook, ABC):
 class BlockHook(SparseHook):
     """``sites="block"``: everything in the block is sparse."""
 
-    def fill(self, hidden: Tensor, computed: Tensor, plan: FrameTensors) -> Tensor:
+    def fill(self, hidden: Tensor, computed: Tensor, plan: FrameIndex) -> Tensor:
         """Lift the block's residual."""
-        return lift_block(hidden, computed, plan, self.lift)
+        return fill_skipped_frames(hidden, computed, plan, self.lift)
 
 
 class AttentionHook(SparseHook):
     """``sites="attn"``: only the self-attention is."""
 
-    def fill(self, hidden: Tensor, computed: Tensor, plan: FrameTensors) -> Tensor:
+    def fill(self, hidden: Tensor, computed: Tensor, plan: FrameIndex) -> Tensor:
         """Interpolate the attention's output, which the block adds with its own gate."""
-        return lift_attention(computed, plan, self.lift)
+        return fill_skipped_attention(computed, plan, self.lift)
 
 
-def _gather_argument(value: Any, rule: PerToken, tokens: int, plan: FrameTensors, name: str) -> Any:
+def _gather_argument(value: Any, rule: PerToken, tokens: int, plan: FrameIndex, name: str) -> Any:
     if isinstance(value, tuple | list):
         return tuple(_gather_argument(item, rule, tokens, plan, name) for item in value)
     if rule.ndim is not None and (value.ndim != rule.ndim or value.shape[rule.dim] == 1):
@@ -169,7 +163,7 @@ class GeometryHook(ModelHook):
         self.counters = StateManager(StepCounter)  # pyright: ignore[reportArgumentType]
         self.last: tuple[Geometry, int] | None = None
         self.forwards = 0
-        self._plans: OrderedDict[Any, FrameTensors | None] = OrderedDict()
+        self._plans: OrderedDict[Any, FrameIndex | None] = OrderedDict()
         self._warned = False
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -200,7 +194,7 @@ class GeometryHook(ModelHook):
         residue = rank + step * config.step_shift
         if config.pattern == "static":
             residue = 0
-        chosen = anchors(
+        chosen = choose_anchors(
             frames,
             config.stride,
             residue,
@@ -209,10 +203,10 @@ class GeometryHook(ModelHook):
         )
         if config.pattern == "random":
             seed = rank + 1000 * step * bool(config.step_shift)
-            return random_anchors(frames, len(chosen), seed, boundaries=config.boundaries)
+            return draw_random_anchors(frames, len(chosen), seed, boundaries=config.boundaries)
         return chosen
 
-    def _plan(self, frames: int, rank: int, step: int, device: torch.device) -> FrameTensors | None:
+    def _plan(self, frames: int, rank: int, step: int, device: torch.device) -> FrameIndex | None:
         chosen = self.anchors(frames, rank, step)
         key = (frames, chosen, device)
         if key not in self._plans:
@@ -220,8 +214,10 @@ class GeometryHook(ModelHook):
             if len(chosen) < 4 and not self._warned:
                 self._warned = True
                 warn(f"only {len(chosen)} of {frames} frames are computed; quality will be poor")
-            plan = neighbours(frames, chosen, lift=config.lift, excluded=config.condition_frames)
-            self._plans[key] = frame_tensors(plan, device) if plan.skipped else None
+            plan = find_neighbours(
+                frames, chosen, lift=config.lift, excluded=config.condition_frames
+            )
+            self._plans[key] = make_frame_index(plan, device) if plan.skipped else None
             self._forget_old_plans()
         self._plans.move_to_end(key)
         return self._plans[key]

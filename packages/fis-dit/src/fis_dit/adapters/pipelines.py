@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from effml_common.errors import InputError
-from fis_dit.adapters.table import adapter_of
+from fis_dit.adapters.registry import find_adapter
 
 
 def load_pipeline(directory: str, dtype: torch.dtype, device: torch.device) -> Any:
@@ -32,7 +32,7 @@ def load_pipeline(directory: str, dtype: torch.dtype, device: torch.device) -> A
         raise InputError(f"{directory} cannot be loaded ({error}); check its files") from error
     for name in ("transformer", "transformer_2"):
         if getattr(pipe, name, None) is not None:
-            adapter_of(getattr(pipe, name))
+            find_adapter(getattr(pipe, name))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -121,7 +121,7 @@ def read_transformer_config(model: str) -> tuple[str, dict[str, Any], tuple[int,
         raise InputError(f"{model} has no config.json; give a diffusers directory or the file")
     config = _json(file)
     name = config.get("_class_name", "")
-    adapter_of(str(name))
+    find_adapter(str(name))
     vae = path / "vae" / "config.json"
     return str(name), with_defaults(str(name), config), _compression(vae)
 
