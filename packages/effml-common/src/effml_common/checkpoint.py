@@ -73,9 +73,11 @@ def save(
     target, staging = root / f"step-{step}", root / f".tmp-{step}-{pid}"
     if rank() > 0:
         return target
+    if keep < 1 or step < 0:
+        raise CheckpointError(f"keep is {keep}, step {step}; give keep >= 1 and step >= 0")
+
+    # Under another name until it is complete and on the disk.
     try:
-        if keep < 1 or step < 0:
-            raise CheckpointError(f"keep is {keep}, step {step}; give keep >= 1 and step >= 0")
         root.mkdir(exist_ok=True)
         _make_way(target)
         staging.mkdir()
@@ -91,6 +93,8 @@ def save(
             f"cannot save step {step} in {root}: {one_line(str(error))}; "
             "earlier ones are untouched, so correct this and run again with --resume auto"
         ) from error
+
+    # Only now, with the new one verified, are older ones dispensable.
     _prune(root, step, keep)
     return target
 
@@ -167,6 +171,8 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Any, c
     os.chmod(folder / _TENSORS, (folder / _CONFIG).stat().st_mode & 0o777)
     with open(folder / _STATE, "wb") as file:
         torch.save(dict(state), file)
+
+    # torch writes what it would later refuse to load; the time to notice is now.
     try:
         torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -174,6 +180,8 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Any, c
             f"step {step} is not saved: its state would not load again: {_reason(error)}; "
             "keep numbers, strings, tensors, and lists and dicts of them in it"
         ) from error
+
+    # The manifest is written last, of files that are complete.
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "safetensors")}
     files = {name: _fingerprint(folder / name) for name in _FILES}
     manifest = {"format": FORMAT, "step": step, "files": files, "libraries": libraries}

@@ -55,10 +55,13 @@ def main(
     0 done; 2 bad input; 3 a number was not finite; 130 or 143 interrupted; or the ``exit_code`` of
     the result. ``--version`` prints the version of ``distribution``.
     """
+    # The common flags may stand anywhere, also before the command.
     words = list(sys.argv[1:] if argv is None else argv)
     flags = {word for word in words if word in COMMON_FLAGS}
     rest = [word for word in words if word not in COMMON_FLAGS]
     set_quiet("--quiet" in flags)
+
+    # Bad input ends in one line and an exit code; a fault of the program keeps its traceback.
     try:
         if rest[:1] in (["-h"], ["--help"]):
             print(_overview(prog, commands), flush=True)

@@ -55,20 +55,30 @@ def parse(
         ConfigError: If a flag, a key, a type or a value is wrong.
         SystemExit: With code 0, after ``--help``.
     """
+    see_help = f"see {prog} --help"
     hints = get_type_hints(config_class)
     parser = _parser(prog, description or inspect.getdoc(config_class) or "", examples, hints)
+    flags, positionals = {}, []
     for field in fields(config_class):  # pyright: ignore[reportArgumentType]
-        _add(parser, field, hints[field.name])
+        if _add(parser, field, hints[field.name]):
+            positionals.append(_flag(field.name))
+        else:
+            flags[_flag(field.name)] = hints[field.name]
+
+    # What the parser says is passed on as it is, on one line.
+    words = _regroup(argv, flags, positionals, see_help)
     try:
-        values = parser.parse_args(_regroup(argv, hints))
+        values = parser.parse_args(words)
     except Exception as error:  # odd words make the parsers fail in odd ways, AttributeError too
-        raise ConfigError(_explain(str(error), hints, prog)) from error
+        raise ConfigError(f"{one_line(str(error)).rstrip('.')}; {see_help}") from error
+
+    # The config refuses values of the right type that make no sense.
     try:
         return config_class(**{name: _value(values[name], hint) for name, hint in hints.items()})
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigError(_explain(str(error), hints, prog)) from error
+        raise ConfigError(f"{one_line(str(error))}; {see_help}") from error
 
 
 def dump_config(config: Any) -> str:
@@ -126,7 +136,8 @@ def _parser(prog: str, description: str, examples: Sequence[str], hints: Mapping
     return parser
 
 
-def _add(parser: Any, field: Field[Any], hint: Any) -> None:
+def _add(parser: Any, field: Field[Any], hint: Any) -> bool:
+    """Add one field to the parser; returns whether it is given by its place, without a flag."""
     from jsonargparse import ActionYesNo
 
     required = field.default is MISSING and field.default_factory is MISSING
@@ -148,13 +159,18 @@ def _add(parser: Any, field: Field[Any], hint: Any) -> None:
     elif NoneType in get_args(hint) and str not in get_args(hint):
         options["type"] = hint | Literal["none"]
     parser.add_argument(field.name if positional else _flag(field.name), **options)
+    return positional
 
 
-def _regroup(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
+def _regroup(
+    argv: Sequence[str], flags: Mapping[str, Any], positionals: Sequence[str], see_help: str
+) -> list[str]:
     """Dashes in names, config files first, the words after a list flag as one JSON list."""
-    item_types = {_flag(name): get_args(hint)[0] for name, hint in hints.items() if _is_list(hint)}
+    item_types = {flag: get_args(hint)[0] for flag, hint in flags.items() if _is_list(hint)}
+    known = [*flags, *(f"--no-{flag[2:]}" for flag, hint in flags.items() if hint is bool)]
+    known += ["--config", "--help", "--"]
     lists: dict[str, list[str]] = {}
-    configs: list[str] = []
+    first: list[str] = []
     others: list[str] = []
     words = list(argv)
     while words:
@@ -163,6 +179,10 @@ def _regroup(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
         name = name.replace("_", "-")
         if not word.startswith("--"):
             others.append(word)
+        elif name in positionals:
+            raise ConfigError(f"{name} is no flag; write its value at its place ({see_help})")
+        elif name not in known:
+            raise ConfigError(f"there is no flag {name}; {did_you_mean(name, known, see_help)}")
         elif name in item_types:
             items = lists.setdefault(name, [])
             items.extend([value] if equals else [])
@@ -172,40 +192,14 @@ def _regroup(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
             # argparse would take a value such as -1e-3, or a missing file name, for a flag.
             if not equals and words and (name == "--config" or re.match(r"-[\d.]", words[0])):
                 equals, value = "=", words.pop(0)
-            (configs if name == "--config" else others).append(name + equals + value)
+            (first if name == "--config" else others).append(name + equals + value)
+
     for name, items in lists.items():
-        given_whole = len(items) == 1 and items[0].startswith("[")
+        is_json = len(items) == 1 and items[0].startswith("[")
         quote = json.dumps if item_types[name] is str else str
-        joined = items[0] if given_whole else f"[{', '.join(map(quote, items))}]"
-        configs.append(f"{name}={joined}")
-    return configs + others
-
-
-def _explain(text: str, hints: Mapping[str, Any], prog: str) -> str:
-    """Turn an error of jsonargparse into one line that says what to do."""
-    see = f"see {prog} --help"
-    if found := re.search(r"unrecognized arguments: (.*)", text):
-        name = next((w for w in found[1].split() if w.startswith("-")), "").partition("=")[0]
-        known = [*map(_flag, hints), "--config", "--help", *COMMON_FLAGS]
-        if name in map(_flag, hints):  # a required word
-            return f"write the value of {name} at its place, without the flag; {see}"
-        unknown = f"there is no flag {name}; {did_you_mean(name, known, see)}"
-        return unknown if name else f"{found[1]!r} was not expected; {see}"
-    if found := re.search(r"'([^']*)' is not (?:accepted|expected)", text):
-        return f"there is no setting {found[1]!r}; {did_you_mean(found[1], list(hints), see)}"
-    if found := re.search(r"arguments are required: (.*)", text):
-        return f"{found[1].replace('_', '-')} must be given; {see}"
-    if found := re.search(r"argument (--[\w-]+)/(--no-[\w-]+): ignored explicit", text):
-        return f"{found[1]} takes no value; write {found[1]} or {found[2]}"
-    if "Unexpected config:" in text:
-        return "the config file holds no settings; write lines such as 'name: value'"
-    key = re.search(r'Parser key "(\w+)', text)
-    value = re.search(r"(?:Given value|Got value): (.*)", text, re.DOTALL)
-    if key and value and key[1] in hints:
-        given = one_line(value[1]) or "an empty text"
-        return f"{_flag(key[1])} got {given}; give {_words(hints[key[1]])}"
-    text = one_line(text).removeprefix('Parser key "config": ').rstrip(".")
-    return text if "; " in text else f"{text}; {see}"
+        joined = items[0] if is_json else f"[{', '.join(map(quote, items))}]"
+        first.append(f"{name}={joined}")
+    return first + others
 
 
 def _words(hint: Any) -> str:

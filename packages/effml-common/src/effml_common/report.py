@@ -142,34 +142,30 @@ class ReportBuilder:
         self._started = time.monotonic()
 
     def build(
-        self,
-        rows: Sequence[Row],
-        *,
-        seeds: Sequence[int] = (),
-        device: "torch.device | str" = "cpu",
-        claims: Sequence[Claim] = (),
-        notes: Sequence[str] = (),
-        files: Sequence[str] = (),
+        self, rows: Sequence[Row], *, device: "torch.device | str" = "cpu", **fields: Any
     ) -> Report:
-        """Report of the run as it stands now; ``device`` is where it computed."""
+        """Report of the run as it stands now.
+
+        Args:
+            rows: What was measured.
+            device: Where it computed.
+            fields: ``seeds``, ``claims``, ``notes`` and ``files`` of the report.
+        """
         name = device if isinstance(device, str) else device_name(device)
         return Report(
             package=self._package,
             version=importlib.metadata.version(self._package),
             command=sys.argv,
-            seeds=seeds,
             seconds=time.monotonic() - self._started,
             rows=rows,
-            claims=claims,
-            notes=notes,
-            files=files,
             environment=environment(self._libraries, name),
+            **{"seeds": (), **fields},
         )
 
     def write(
         self, run_dir: Path, rows: Sequence[Row], *, figures: Sequence[Path] = (), **fields: Any
     ) -> Report:
-        """Write the report into ``run_dir``, created if missing, and say where it is.
+        """Build the report, write it into ``run_dir``, created if missing, and say where it is.
 
         Args:
             run_dir: The folder ``run`` inside the out folder.
@@ -218,23 +214,25 @@ def resolve(gaps: Sequence[float]) -> tuple[float, float | None, str]:
 
 
 def t_quantile(df: int) -> float:
-    """The t that Student's T with ``df`` >= 1 degrees of freedom stays within, in 95 % of cases."""
+    """The t that Student's T with ``df`` >= 1 degrees of freedom stays within, in 95 % of cases.
+
+    The mass within t is the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    """
+
+    def mass_within(t: float) -> float:
+        angle, odd = math.atan(t / math.sqrt(df)), df % 2
+        total = term = 0.0 if df == 1 else math.cos(angle) if odd else 1.0
+        for k in range(2 + odd, df, 2):
+            term *= (k - 1) / k * math.cos(angle) ** 2
+            total += term
+        mass = math.sin(angle) * total
+        return (angle + mass) * 2 / math.pi if odd else mass
+
     low, high = 1.0, 16.0
     while high - low > 1e-12:
         middle = (low + high) / 2
-        low, high = (middle, high) if _mass_within(middle, df) < 0.95 else (low, middle)
+        low, high = (middle, high) if mass_within(middle) < 0.95 else (low, middle)
     return high
-
-
-def _mass_within(t: float, df: int) -> float:
-    # The finite series for integer df: Abramowitz and Stegun, 26.7.3 and 26.7.4.
-    angle, odd = math.atan(t / math.sqrt(df)), df % 2
-    total = term = 0.0 if df == 1 else math.cos(angle) if odd else 1.0
-    for k in range(2 + odd, df, 2):
-        term *= (k - 1) / k * math.cos(angle) ** 2
-        total += term
-    mass = math.sin(angle) * total
-    return (angle + mass) * 2 / math.pi if odd else mass
 
 
 def _statistics(values: Sequence[float]) -> dict[str, Any]:

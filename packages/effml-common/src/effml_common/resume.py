@@ -40,10 +40,10 @@ def check_same_settings(
         free: Names that may differ, because the result does not depend on them.
 
     Raises:
-        CheckpointError: If any other setting differs, with the first such name and both values.
+        CheckpointError: If another setting differs; the message has its name and both values.
     """
     now = jsonable(now)
-    for name in [*now, *(name for name in earlier if name not in now)]:
+    for name in dict.fromkeys((*now, *earlier)):
         old, new = earlier.get(name), now.get(name)
         if name not in free and old != new:
             raise CheckpointError(

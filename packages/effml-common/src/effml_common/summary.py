@@ -1,7 +1,7 @@
 """A short table of named values, which most commands that describe something return."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from effml_common.logging import jsonable
@@ -14,16 +14,16 @@ class Summary:
     """Named values: a table for people, an object for ``--json``.
 
     Args:
-        values: What was found out, by name; shown as it is, numbers with four digits.
+        values: What was found out, by name.
         title: Heading of the table.
         note: A sentence below the table.
-        shown: Text of the cells that should not show the plain value, by name.
+        shown: Text for cells that should not show the plain value, by name.
     """
 
     values: Mapping[str, Any]
     title: str = ""
     note: str = ""
-    shown: Mapping[str, str] | None = None
+    shown: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The values in plain JSON types, without title and note."""
@@ -35,8 +35,7 @@ class Summary:
 
         table = Table("", "", title=self.title or None, show_header=False)
         for name, value in self.values.items():
-            text = (self.shown or {}).get(name) or cell(value)
-            table.add_row(Text(name), Text(text))
+            table.add_row(Text(name), Text(self.shown.get(name) or cell(value)))
         yield table
         if self.note:
             yield Text(self.note)
