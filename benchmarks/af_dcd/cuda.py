@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from af_dcd import PRESETS, omni_contrastive_loss
-from af_dcd.mimicking import MaskedGeneration, feature_loss
-from af_dcd.mm.models import distill_step
-from af_dcd.mm.optim import AfDCDOptimWrapper
-from af_dcd.mm.reading import read_config
-from af_dcd.mm.running import without_sync_bn
-from af_dcd.mm.shims import build_model, quiet
-from af_dcd.mm.teacher import without_downloads
+from af_dcd.adapters.mmseg.checkpoints import read_config
+from af_dcd.adapters.mmseg.optimizer_wrappers import AfDCDOptimWrapper
+from af_dcd.adapters.mmseg.runner import without_sync_bn
+from af_dcd.adapters.mmseg.segmentors import distill_step
+from af_dcd.adapters.mmseg.shims import build_model, quiet
+from af_dcd.adapters.mmseg.teacher import without_downloads
+from af_dcd.method.mimicking import MaskedGeneration, feature_loss
 from benchmarks.hot_path_timing import main
 from benchmarks.hot_paths import HotPath, Kit, Step
 
@@ -40,8 +40,8 @@ def waits(images: int) -> dict[str, Any]:
     return {
         "accuracy.py:accuracy": images * height * width,
         "cross_entropy_loss.py:cross_entropy": 0,
-        "models.py:_check_labels": 0,
-        "models.py:parse_losses": 1.0,
+        "segmentors.py:_check_labels": 0,
+        "segmentors.py:parse_losses": 1.0,
         "finite.py:check_finite": 1.0,
     }
 

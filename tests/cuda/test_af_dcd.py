@@ -27,8 +27,8 @@ def test_a_path_costs_what_was_committed_and_copies_nothing(path: HotPath) -> No
         "one step"
     ):  # of ours one for the labels, the terms and the gradients
         waits = {line: n for line, n in cost["waits"].items() if line not in MMSEG}
-        assert waits.pop("models.py:_check_labels") == 1
-        assert set(waits) <= {"models.py:parse_losses", *CHECK}
+        assert waits.pop("segmentors.py:_check_labels") == 1
+        assert set(waits) <= {"segmentors.py:parse_losses", *CHECK}
     if "autocast" in path.name:
         assert cost["flops"]["bfloat16"] > 0.999 * sum(cost["flops"].values())
 
@@ -58,7 +58,7 @@ def test_every_form_of_the_contrast_runs_on_a_card_without_a_wait(impl, p, negat
 
 def test_images_for_a_teacher_of_another_preprocessor_are_converted_on_the_device() -> None:
 
-    from af_dcd.mm.teacher import Teacher
+    from af_dcd.adapters.mmseg.teacher import Teacher
 
     class Model(torch.nn.Module):
         def __init__(self, mean: float) -> None:

@@ -84,8 +84,8 @@ def write_images(
 
 def save_weights(config: Path, target: Path, seed: int = 0, **meta: object) -> Path:
     """Random weights of a config, as mmengine keeps them."""
-    from af_dcd.mm.reading import read_config
-    from af_dcd.mm.shims import build_model
+    from af_dcd.adapters.mmseg.checkpoints import read_config
+    from af_dcd.adapters.mmseg.shims import build_model
 
     torch.manual_seed(seed)
     model = build_model(read_config(str(config)).model)

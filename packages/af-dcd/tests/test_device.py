@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-import af_dcd.bench
+import af_dcd.commands.bench
 from af_dcd import omni_contrastive_loss
 from af_dcd.cli import COMMANDS
-from af_dcd.config import BenchConfig, PairConfig, TrainConfig
-from af_dcd.contrast import pair_mask
-from af_dcd.distillation import AfDCDLoss
-from af_dcd.presets import DistillConfig
+from af_dcd.config import BenchConfig, DistillConfig, PairConfig, TrainConfig
+from af_dcd.method.contrast import pair_mask
+from af_dcd.method.distillation import AfDCDLoss
 from effml_common.cli import main
 from effml_common.errors import ConfigError, InputError
 
@@ -67,7 +66,7 @@ def test_mmengine_computes_on_the_chosen_kind_of_device(monkeypatch) -> None:
     pytest.importorskip("mmseg")
     import mmengine.device
 
-    from af_dcd.mm.running import use_device
+    from af_dcd.adapters.mmseg.runner import use_device
 
     monkeypatch.setattr(mmengine.device.utils, "DEVICE", "cpu")
     use_device(torch.device("cuda", 1))  # the index is torch's current device
@@ -79,8 +78,8 @@ def test_mmengine_computes_on_the_chosen_kind_of_device(monkeypatch) -> None:
 
 def test_mixed_precision_and_cluster_launchers_ask_the_chosen_device(pair, tmp_path) -> None:
     pytest.importorskip("mmseg")
-    from af_dcd.mm.compose import compose
-    from af_dcd.mm.running import check_device
+    from af_dcd.adapters.mmseg.config_builder import compose
+    from af_dcd.adapters.mmseg.runner import check_device
 
     given = {"student": str(pair.student), "teacher": str(pair.teacher)}
     for change, message in (({"amp": "bf16"}, "amp"), ({"launcher": "slurm"}, "launcher slurm")):
@@ -117,7 +116,7 @@ def test_bench_reads_the_peak_memory_of_the_card_that_it_used(monkeypatch) -> No
     def run() -> None:
         counters.peak = [9000, 450]
 
-    assert af_dcd.bench.extra_bytes(run, CUDA_1) == 400
+    assert af_dcd.commands.bench.extra_bytes(run, CUDA_1) == 400
 
 
 @pytest.mark.parametrize(("device", "warm_up"), [("cpu", 0), ("cuda:1", 1)])
@@ -125,7 +124,7 @@ def test_bench_warms_a_card_up_before_it_reads_the_clock(
     device, warm_up, tmp_path, monkeypatch
 ) -> None:
     parts = {name: lambda: None for name in ("contrast, chunked", "contrast, naive")}
-    parts[af_dcd.bench.GENERATOR] = lambda: None
+    parts[af_dcd.commands.bench.GENERATOR] = lambda: None
     calls: list[torch.device] = []
 
     def timed(run, where) -> float:
@@ -137,8 +136,8 @@ def test_bench_warms_a_card_up_before_it_reads_the_clock(
         "parts_of": lambda config, where: parts, "peak_of": lambda *args: 1.0,
     }  # fmt: skip
     for name, value in replaced.items():
-        monkeypatch.setattr(af_dcd.bench, name, value)
-    report = af_dcd.bench.bench(BenchConfig(device=device, repeats=2, out=str(tmp_path)))
+        monkeypatch.setattr(af_dcd.commands.bench, name, value)
+    report = af_dcd.commands.bench.bench(BenchConfig(device=device, repeats=2, out=str(tmp_path)))
     assert set(calls) == {torch.device(device)}
     assert {v for row in report.rows for v in row.metrics["seconds"]} == {1.0}
 
@@ -175,9 +174,10 @@ def test_autocast_reaches_the_generator_and_the_losses_stay_in_float32(monkeypat
 
 def test_an_arm_of_the_demo_trains_where_its_scenes_lie() -> None:
     pytest.importorskip("mmseg")
-    from af_dcd.comparison import ARMS, Training
-    from af_dcd.demo_data import draw
-    from af_dcd.demo_model import Segmenter
+    from af_dcd.demo.arms import ARMS
+    from af_dcd.demo.data import draw
+    from af_dcd.demo.models import Segmenter
+    from af_dcd.demo.training import Training
 
     pair = PairConfig(student_width=4, teacher_width=4, batch=2)
     scenes = draw(2, 0).to(torch.device("meta"))
@@ -189,7 +189,7 @@ def test_an_arm_of_the_demo_trains_where_its_scenes_lie() -> None:
 
 def test_what_the_demo_trains_once_is_kept_apart_for_each_kind_of_device() -> None:
     pytest.importorskip("mmseg")
-    from af_dcd.demo_model import key_of
+    from af_dcd.demo.models import key_of
 
     keys = {key_of(PairConfig(), torch.device(kind)) for kind in ("cpu", "cuda", "mps")}
     assert len(keys) == 3
@@ -201,10 +201,10 @@ def test_the_step_takes_a_batch_as_it_is_and_gives_the_terms(pair) -> None:
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
-    from af_dcd.mm.compose import compose
-    from af_dcd.mm.models import distill_step
-    from af_dcd.mm.optim import AfDCDOptimWrapper
-    from af_dcd.mm.shims import build_model
+    from af_dcd.adapters.mmseg.config_builder import compose
+    from af_dcd.adapters.mmseg.optimizer_wrappers import AfDCDOptimWrapper
+    from af_dcd.adapters.mmseg.segmentors import distill_step
+    from af_dcd.adapters.mmseg.shims import build_model
 
     method = ("groups=4", "pool=1")
     given = {"student": str(pair.student), "teacher": str(pair.teacher), "method": method}
@@ -269,7 +269,7 @@ def test_a_card_trains_and_measures_a_pair(amp, pair, tmp_path, capsys) -> None:
 def test_a_card_runs_the_demo_and_bench(tmp_path, monkeypatch) -> None:
     pytest.importorskip("mmseg")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("af_dcd.demo.GATE", -100.0)
+    monkeypatch.setattr("af_dcd.demo.report.GATE", -100.0)
     small = "--teacher-steps 4 --teacher-scenes 4 --teacher-width 4 --student-width 4 --scenes 3"
     words = ["demo", *small.split(), "--steps", "3", "--tests", "4", "--batch", "2"]
     words += ["--device", "cuda", "--out", str(tmp_path / "demo"), "--quiet"]

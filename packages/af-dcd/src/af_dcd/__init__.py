@@ -9,15 +9,15 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "PRESETS": "presets",
-    "AfDCDLoss": "distillation",
-    "DistillConfig": "presets",
-    "Distiller": "distiller",
-    "MaskedGeneration": "mimicking",
-    "cwd_loss": "rivals",
-    "feature_mse_loss": "rivals",
-    "logits_kd_loss": "rivals",
-    "omni_contrastive_loss": "contrast",
+    "PRESETS": "method.presets",
+    "AfDCDLoss": "method.distillation",
+    "DistillConfig": "config",
+    "Distiller": "method.distiller",
+    "MaskedGeneration": "method.mimicking",
+    "cwd_loss": "demo.arms",
+    "feature_mse_loss": "demo.arms",
+    "logits_kd_loss": "method.logits_kd",
+    "omni_contrastive_loss": "method.contrast",
 }
 __all__ = list(_HOMES)
 

@@ -11,14 +11,14 @@ COMMANDS = (
         "demo",
         "ways to train a small segmenter on drawn scenes, beside Af-DCD",
         config="af_dcd.config:DemoConfig",
-        run="af_dcd.demo:demo",
+        run="af_dcd.demo.report:demo",
         examples=("af-dcd demo", "af-dcd demo --seeds 3 --out runs/demo"),
     ),
     Command(
         "train",
         "distil any mmsegmentation pair",
         config="af_dcd.config:TrainConfig",
-        run="af_dcd.train:train",
+        run="af_dcd.commands.train:train",
         examples=(
             f"af-dcd train --student {_R18} --teacher {_R101} --teacher-checkpoint teacher.pth "
             "--iters 40000 --out runs/r18",
@@ -31,7 +31,7 @@ COMMANDS = (
         "eval",
         "measure a checkpoint on the test data of its config",
         config="af_dcd.config:EvalConfig",
-        run="af_dcd.evaluation:evaluate",
+        run="af_dcd.commands.eval:evaluate",
         examples=(
             "af-dcd eval runs/r18/student.py runs/r18/student.pth",
             "af-dcd eval my_student.py student.pth --cfg-options test_dataloader.num_workers=8",
@@ -41,7 +41,7 @@ COMMANDS = (
         "export",
         "the plain student of a run, also of an unfinished one",
         config="af_dcd.config:ExportConfig",
-        run="af_dcd.export:export",
+        run="af_dcd.commands.export:export",
         examples=(
             "af-dcd export runs/r18 student.pth",
             "af-dcd export runs/mine weights/mine.pth --json",
@@ -51,7 +51,7 @@ COMMANDS = (
         "inspect",
         "shapes, loss weights, memory and cost of a pair, without data",
         config="af_dcd.config:InspectConfig",
-        run="af_dcd.inspection:inspect",
+        run="af_dcd.commands.inspect:inspect",
         examples=(
             f"af-dcd inspect --student {_R18} --teacher {_R101}",
             "af-dcd inspect --student af-dcd::camvid/deeplabv3_r18.py "
@@ -62,7 +62,7 @@ COMMANDS = (
         "bench",
         "time and memory of the contrast and of the rest of the branch",
         config="af_dcd.config:BenchConfig",
-        run="af_dcd.bench:bench",
+        run="af_dcd.commands.bench:bench",
         examples=(
             "af-dcd bench --repeats 3",
             "af-dcd bench --preset voc --height 64 --width 64 --device cuda",
@@ -74,7 +74,3 @@ COMMANDS = (
 def main() -> None:
     """Run the command line and exit."""
     raise SystemExit(run_command("af-dcd", "af-dcd", COMMANDS))
-
-
-if __name__ == "__main__":  # torchrun -m af_dcd.cli train ...
-    main()

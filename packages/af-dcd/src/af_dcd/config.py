@@ -1,10 +1,86 @@
-"""Settings of the commands: defaults, units and checks, once. Those of the method are in ``presets``."""
+"""Settings of the method and of the commands: their defaults, units and checks, once.
 
+What each data set needs of the method is in ``method/presets.py``.
+"""
+
+from ast import literal_eval
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from effml_common.device import DEVICE_HELP
+from effml_common.errors import ConfigError
 from effml_common.settings import require, setting
+
+Side = Literal["none", "student", "teacher"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """Settings of the method; the defaults are the released code's on Cityscapes.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    lambda_kd: float = setting(1.0, "weight of logits distillation")
+    lambda_fd: float = setting(2e-6, "weight of masked feature mimicking")
+    lambda_ctr: float = setting(5e-3, "weight of the contrast")
+    temperature: float = setting(1.0, "T of logits distillation")
+    fd_reduction: Literal["sum", "mean"] = setting("sum", "how mimicking adds its squared errors")
+    mask: Literal["random", "center"] = setting("random", "which positions mimicking zeroes")
+    mask_ratio: float = setting(0.75, "share that the random mask zeroes")
+    enhanced: bool = setting(False, "two-depth generator")
+    hidden: int | None = setting(None, "inner channels of the generator; none: the teacher's")
+    contrast: Literal["omni", "spatial", "channel"] = setting("omni", "what is contrasted")
+    groups: int = setting(16, "M, channel groups (omni, channel)")
+    patch: int | None = setting(4, "side of the patches (omni, spatial); none: the whole map")
+    pool: int = setting(4, "max-pooling before the contrast")
+    tau: float = setting(0.07, "temperature of the contrast")
+    p: int = setting(1, "distance: 1 or 2")
+    negatives: Literal["cross_group", "all"] = setting(
+        "cross_group", "released code, or the paper's figure (omni, channel)"
+    )
+    crop_to_fit: bool = setting(False, "drop what patches leave over")
+    resize: Literal["none", "student", "teacher"] = setting(
+        "none", "side that is resized when feature or score maps differ in size"
+    )
+    impl: Literal["chunked", "naive"] = setting("chunked", "how the contrast is computed")
+
+    def __post_init__(self) -> None:
+        for name in ("lambda_kd", "lambda_fd", "lambda_ctr"):
+            value = getattr(self, name)
+            require(0 <= value < float("inf"), f"{name} is {value}", "give 0 or more")
+        for name in ("temperature", "tau"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}", "give above 0")
+        require(
+            0 <= self.mask_ratio < 1,
+            f"mask_ratio is {self.mask_ratio}, and 1 would zero everything",
+            "give a share in [0, 1)",
+        )
+        require(self.p in (1, 2), f"p is {self.p}", "give 1 or 2")
+        for name in ("groups", "pool", "patch", "hidden"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} is {value}", "give 1 or more")
+        for name, hint in get_type_hints(DistillConfig).items():
+            choices, value = get_args(hint), getattr(self, name)
+            if choices and isinstance(choices[0], str):
+                require(value in choices, f"{name} is {value!r}", f"give {' or '.join(choices)}")
+
+    @property
+    def has_branch(self) -> bool:
+        """Whether a generator is trained beside the student."""
+        return self.lambda_fd > 0 or self.lambda_ctr > 0
+
+    def contrast_settings(self) -> dict[str, Any]:
+        """Arguments of ``omni_contrastive_loss``; spatial and channel contrast are cases of it."""
+        form: dict[str, Any] = {
+            "groups": self.groups, "patch": self.patch, "pool": self.pool, "tau": self.tau,
+            "p": self.p, "negatives": self.negatives, "crop_to_fit": self.crop_to_fit,
+            "impl": self.impl,
+        }  # fmt: skip
+        if self.contrast == "spatial":
+            return {**form, "groups": 1, "negatives": "all"}
+        return {**form, "patch": 1} if self.contrast == "channel" else form
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,3 +224,22 @@ class BenchConfig:
         for name in ("channels", "student_channels", "height", "width", "batch", "repeats"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}", "give 1 or more")
+
+
+def options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Values of ``name=value`` words: Python literals, or else text.
+
+    Raises:
+        ConfigError: If a word has no ``=``.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{pair!r} is no setting; write name=value")
+        words = {"true": True, "false": False, "none": None}
+        try:
+            found[name] = words[value] if value in words else literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found

@@ -1,5 +1,5 @@
 _base_ = ["../_base_/deeplabv3_r101.py", "../_base_/camvid.py", "../_base_/recipe.py"]
-custom_imports = dict(imports=["af_dcd.mm"], allow_failed_imports=False)
+custom_imports = dict(imports=["af_dcd.adapters.mmseg"], allow_failed_imports=False)
 model = dict(
     data_preprocessor=dict(size=(360, 360)),
     decode_head=dict(num_classes=11),

@@ -1,0 +1,1 @@
+"""The host libraries that the method is brought to, a folder for each."""

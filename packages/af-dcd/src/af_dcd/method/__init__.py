@@ -1,0 +1,1 @@
+"""The paper on tensors and modules of torch alone; ``adapters`` bring it to mmsegmentation."""
