@@ -12,7 +12,7 @@ import pytest
 from workspace import COMMON, ROOT, Member, members, root_table
 
 each_package = pytest.mark.parametrize("member", members(), ids=lambda member: member.name)
-MOST_NAMES, MOST_LINES = 10, 450
+MOST_NAMES = 10
 
 
 def committed_files() -> list[Path]:
@@ -44,15 +44,6 @@ def test_a_package_has_at_most_ten_public_names(member: Member) -> None:
         if not (isinstance(value, type) and issubclass(value, BaseException)):
             public.append(name)
     assert len(public) <= MOST_NAMES, public
-
-
-@each_package
-def test_a_module_stays_readable_in_one_sitting(member: Member) -> None:
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
-        for path in member.source.rglob("*.py")
-    }
-    assert {name: n for name, n in lengths.items() if n > MOST_LINES} == {}
 
 
 @each_package
