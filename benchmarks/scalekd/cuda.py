@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from benchmarks.hot_path_timing import main
 from benchmarks.hot_paths import HotPath, Kit
 from scalekd import ScaleKDTask, TeacherSplit
-from scalekd.adapters.tail import TeacherOut
-from scalekd.cache import teacher_out
-from scalekd.recipe import load_recipe
-from scalekd.trainer import optimizer_of, training_step
+from scalekd.adapters.teacher import TeacherOut
+from scalekd.training.cache import teacher_out
+from scalekd.training.recipe import load_recipe
+from scalekd.training.trainer import optimizer_of, training_step
 
 TEACHER = "swin_large_patch4_window7_224"
 TINY_TEACHER: dict[str, Any] = {"img_size": 64, "window_size": 2, "embed_dim": 16}

@@ -10,9 +10,9 @@ from scalekd_tiny import CLASSES, STUDENTS, tiny_teacher
 from torch import nn
 
 from scalekd import ScaleKDTask
-from scalekd.adapters.data import CheckedImages
-from scalekd.comparison import BASELINES, SCALEKD, make_task
-from scalekd.demo_models import student_of, swin_teacher
+from scalekd.demo.arms import BASELINES, SCALEKD, make_task
+from scalekd.demo.models import student_of, swin_teacher
+from scalekd.training.data import CheckedImages
 
 META = torch.device("meta")
 

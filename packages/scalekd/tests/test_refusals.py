@@ -6,7 +6,7 @@ import pytest
 from scalekd_runs import WORDS, make_photos, scalekd
 
 from effml_common.errors import InputError
-from scalekd.adapters.data import CheckedImages
+from scalekd.training.data import CheckedImages
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ TABLE = [
     (["--tail-blocks", "3"], "tail_blocks is 3 but VisionTransformer has 3 blocks; use 1 to 2"),
     (["--kd-alpha", "1"], "kd_alpha must be in [0, 1), got 1.0; use 0.5"),
     (["--tau", "-1"], "tau must be finite and 0 or more, got -1.0"),
-    (["--w-full", "inf"], "--w-full got inf; give float or none"),
+    (["--w-full", "inf"], 'key "w_full": Does not validate'),
     (["--kd-t", "0"], "kd_t must be above 0, got 0.0; use 1"),
     (["--epochs", "0"], "epochs is 0; give 1 or more"),
-    (["--recipe", "fast"], "--recipe got"),
+    (["--recipe", "fast"], 'key "recipe": Expected'),
     (["--kd-alhpa", "0"], "there is no flag --kd-alhpa; did you mean --kd-alpha?"),
     (["--cache", "nowhere"], "nowhere is no cache of scalekd; make one with scalekd cache"),
     (["--cache", "x", "--mixup", "1"], "cached teacher outputs do not fit mixed images"),

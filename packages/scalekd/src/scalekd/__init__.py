@@ -9,15 +9,15 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "CAP": "projector",
+    "CAP": "method.projector",
     "ScaleKDConfig": "config",
     "ScaleKDTask": "adapters.task",
-    "StudentTap": "adapters.taps",
-    "TeacherSplit": "adapters.tail",
+    "StudentTap": "adapters.student",
+    "TeacherSplit": "adapters.teacher",
     "TrainConfig": "config",
-    "mimic_loss": "losses",
+    "mimic_loss": "method.feature_mimicking",
     "plan_pair": "adapters.pairing",
-    "train": "train",
+    "train": "commands.train",
 }
 __all__ = list(_HOMES)
 

@@ -1,5 +1,6 @@
-"""``python -m scalekd``, which torchrun needs."""
+"""``python -m scalekd``, which torchrun and ``accelerate launch -m`` need."""
 
 from scalekd.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -8,14 +8,14 @@ COMMANDS = (
         "demo",
         "three kinds of small students beside other ways to distil",
         config="scalekd.config:DemoConfig",
-        run="scalekd.demo:demo",
+        run="scalekd.demo.report:demo",
         examples=("scalekd demo", "scalekd demo --seeds 3 --students cnn vit --out runs/demo"),
     ),
     Command(
         "inspect",
         "shapes, tail, projectors, weights and cost of a pair; no data",
         config="scalekd.config:InspectConfig",
-        run="scalekd.inspection:inspect",
+        run="scalekd.commands.inspect:inspect",
         examples=(
             "scalekd inspect --teacher swin_large_patch4_window7_224 --student resnet50",
             "scalekd inspect --published --json",
@@ -25,7 +25,7 @@ COMMANDS = (
         "train",
         "train a student beside a teacher on your own images",
         config="scalekd.config:TrainConfig",
-        run="scalekd.train:train",
+        run="scalekd.commands.train:train",
         examples=(
             "scalekd train --data-dir photos --teacher vit_base_patch14_dinov2.lvd142m "
             "--teacher-checkpoint teacher.safetensors --num-classes 12 --student resnet18 --out run",
@@ -37,7 +37,7 @@ COMMANDS = (
         "eval",
         "accuracy of a trained student",
         config="scalekd.config:EvalConfig",
-        run="scalekd.evaluation:evaluate",
+        run="scalekd.commands.eval:evaluate",
         examples=(
             "scalekd eval run --data-dir photos",
             "scalekd eval run --data-dir photos --no-use-ema --json",
@@ -47,7 +47,7 @@ COMMANDS = (
         "export",
         "write the student alone, as timm loads it",
         config="scalekd.config:ExportConfig",
-        run="scalekd.export:export",
+        run="scalekd.commands.export:export",
         examples=(
             "scalekd export run --out student.safetensors --verify",
             "scalekd export run/run/checkpoints/step-500 --no-use-ema --out student.safetensors",
@@ -57,7 +57,7 @@ COMMANDS = (
         "cache",
         "run the teacher once and keep what training needs of it",
         config="scalekd.config:CacheConfig",
-        run="scalekd.cache:cache",
+        run="scalekd.commands.cache:cache",
         examples=(
             "scalekd cache --data-dir photos --teacher swin_tiny_patch4_window7_224.ms_in1k "
             "--views 8 --out cached",

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from effml_common.errors import ConfigError
 from effml_common.logging import warn
-from scalekd.adapters.tail import TeacherOut, TeacherSplit
-from scalekd.adapters.taps import StudentTap, kind_of
+from scalekd.adapters.student import StudentTap, kind_of
+from scalekd.adapters.teacher import TeacherOut, TeacherSplit
 from scalekd.config import ScaleKDConfig
-from scalekd.mimicking import MimicShape
-from scalekd.presets import auto_heads, auto_tau, auto_weights, find_preset, term_weights
+from scalekd.method.parameter_perception import MimicShape
+from scalekd.method.presets import auto_heads, auto_tau, auto_weights, find_preset, term_weights
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 ALPHA = 0.5  # share of the logit term in the released configurations

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from effml_common.errors import ConfigError, InputError
 from effml_common.logging import say
 from scalekd.adapters.pairing import Plan, normalisation, plan_pair
-from scalekd.adapters.tail import TeacherOut, TeacherSplit
-from scalekd.adapters.taps import StudentTap
+from scalekd.adapters.student import StudentTap
+from scalekd.adapters.teacher import TeacherOut, TeacherSplit
 from scalekd.config import ScaleKDConfig
-from scalekd.losses import logit_loss
-from scalekd.mimicking import Projectors
+from scalekd.method.feature_mimicking import logit_loss
+from scalekd.method.parameter_perception import Projectors
 
 NAMES = {"s3_full": "spat_s3", "s3_ac": "ac_s3", "s4_full": "spat_s4", "s4_ac": "ac_s4"}
 

@@ -1,0 +1,1 @@
+"""The paper: projector, feature mimicking, parameter perception, released settings."""

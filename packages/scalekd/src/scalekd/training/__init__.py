@@ -1,0 +1,1 @@
+"""Data, loop, cache and results of a training run."""
