@@ -18,14 +18,15 @@ from benchmarks.hot_path_timing import main
 from benchmarks.hot_paths import HotPath, Kit, Step
 from morse_diffusion.adapters.calls import Guidance
 from morse_diffusion.adapters.dot import DotShape, MorseDot, UNetDot
+from morse_diffusion.adapters.dot.io import fingerprint
 from morse_diffusion.adapters.estimate import GuidedDash
-from morse_diffusion.adapters.files import fingerprint
 from morse_diffusion.adapters.hook import Trajectory, apply_morse
-from morse_diffusion.jumps import Process
-from morse_diffusion.objective import Draws
-from morse_diffusion.plan import MorsePlan
-from morse_diffusion.sampler import ZeroDot
-from morse_diffusion.trainer import Batch, LoopConfig, accelerator_on, update_average, update_dot
+from morse_diffusion.method.jumps import Process
+from morse_diffusion.method.objective import Draws
+from morse_diffusion.method.sampler import ZeroDot
+from morse_diffusion.method.schedule import MorsePlan
+from morse_diffusion.training.accelerator import accelerator_on
+from morse_diffusion.training.trainer import Batch, LoopConfig, update_average, update_dot
 
 # The published config.json of each UNet, as far as it differs from the class's defaults.
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
@@ -65,7 +66,7 @@ class Pair(nn.Module):
     def __init__(self, dash: nn.Module, dot: MorseDot) -> None:
         super().__init__()
         self.dash, self.dot = dash, dot
-        self.folded = nn.ModuleDict({k.replace(".", "/"): v for k, v in dot._copies.items()})
+        self.folded = nn.ModuleDict({k.replace(".", "/"): v for k, v in dot._folded.items()})
 
     def forward(self, *inputs: Any) -> Tensor:
         """Answer for a step."""
@@ -93,7 +94,7 @@ class Model:
 
         # A Dot drops its copies when it is moved; these have been moved with it.
         pair: Any = kit.module(make)
-        pair.dot._copies = {k.replace("/", "."): v for k, v in pair.folded.items()}
+        pair.dot._folded = {k.replace("/", "."): v for k, v in pair.folded.items()}
         return pair
 
     def latents(self, kit: Kit, tiny: bool, batch: int, dtype: torch.dtype) -> Tensor:
@@ -306,7 +307,7 @@ PATHS = [
     ),
     HotPath(
         "fingerprint of SD 1.5, at every call", recognition, scaled=686 / 10,
-        allow={"files.py:fingerprint": 1.0}, compile=False,
+        allow={"io.py:fingerprint": 1.0}, compile=False,
     ),
 ]  # fmt: skip
 

@@ -29,7 +29,7 @@ def test_a_step_of_sample_waits_for_its_time_its_values_and_the_clock(kind: str)
     cost = count(BY_NAME[f"sample, {kind} step, SD 1.5"], tiny=True)
     waits = {"hook.py:_locate": 1, "hook.py:_check": 1, "device.py:synchronize": 2}
     # The guidance scale is a number of the host's.
-    copied = {"dot.py:guidance_features": 1} if kind == "Dot" else {}
+    copied = {"base.py:guidance_features": 1} if kind == "Dot" else {}
     assert cost["waits"] == waits | copied
     assert cost["copies"] == {f"to device {line}": n for line, n in copied.items()}
 

@@ -5,10 +5,10 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from morse_diffusion.jumps import Process, vp_jump
-from morse_diffusion.objective import draw, make_pair, pair_losses
-from morse_diffusion.plan import MorsePlan
-from morse_diffusion.sampler import MorseSampler
+from morse_diffusion.method.jumps import Process, vp_jump
+from morse_diffusion.method.objective import draw, make_pair, residual_losses
+from morse_diffusion.method.sampler import MorseSampler
+from morse_diffusion.method.schedule import MorsePlan
 
 DIM, COMPONENTS = 4, 10
 LEVELS = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
@@ -76,7 +76,7 @@ def trained_dot(
         clean = mixture.sample(256, generator)
         draws = draw(PROCESS, clean.shape, generator, gap_max=0.4)
         pair = make_pair(mixture.noise, PROCESS, clean, draws)
-        loss, repeated = pair_losses(dot, pair)
+        loss, repeated = residual_losses(dot, pair)
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()

@@ -5,28 +5,34 @@ arXiv 2506.18251). The Dash is the user's own denoiser, the Dot the network that
 estimate.
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "DotTrainer": "trainer",
-    "ExtrapolationDot": "sampler",
-    "MorseDot": "adapters.dot",
-    "MorsePipeline": "adapters.pipeline",
-    "MorsePlan": "plan",
-    "MorseSampler": "sampler",
-    "ZeroDot": "sampler",
-    "apply_morse": "adapters.hook",
-    "make_plan": "plan",
-    "remove_morse": "adapters.hook",
-}
-__all__ = list(_HOMES)
+from effml_common.exports import lazy_exports
 
+if TYPE_CHECKING:
+    from morse_diffusion.adapters.dot import MorseDot as MorseDot
+    from morse_diffusion.adapters.hook import apply_morse as apply_morse
+    from morse_diffusion.adapters.hook import remove_morse as remove_morse
+    from morse_diffusion.adapters.pipeline import MorsePipeline as MorsePipeline
+    from morse_diffusion.method.sampler import ExtrapolationDot as ExtrapolationDot
+    from morse_diffusion.method.sampler import MorseSampler as MorseSampler
+    from morse_diffusion.method.sampler import ZeroDot as ZeroDot
+    from morse_diffusion.method.schedule import MorsePlan as MorsePlan
+    from morse_diffusion.method.schedule import make_plan as make_plan
+    from morse_diffusion.training.trainer import DotTrainer as DotTrainer
 
-def __getattr__(name: str) -> Any:
-    # Resolved at first use: --help must not wait for torch and diffusers.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'morse_diffusion' has no attribute {name!r}")
-    value = getattr(import_module(f"morse_diffusion.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+lazy_exports(
+    __name__,
+    {
+        "DotTrainer": "training.trainer",
+        "ExtrapolationDot": "method.sampler",
+        "MorseDot": "adapters.dot",
+        "MorsePipeline": "adapters.pipeline",
+        "MorsePlan": "method.schedule",
+        "MorseSampler": "method.sampler",
+        "ZeroDot": "method.sampler",
+        "apply_morse": "adapters.hook",
+        "make_plan": "method.schedule",
+        "remove_morse": "adapters.hook",
+    },
+)

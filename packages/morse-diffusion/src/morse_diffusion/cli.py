@@ -8,7 +8,7 @@ COMMANDS = (
         "demo",
         "samplers at equal measured time on a small trained denoiser",
         config="morse_diffusion.config:DemoConfig",
-        run="morse_diffusion.demo:demo",
+        run="morse_diffusion.demo.report:demo",
         examples=(
             "morse-diffusion demo",
             "morse-diffusion demo --seeds 3 --budgets 5 10 --out runs/demo",
@@ -18,7 +18,7 @@ COMMANDS = (
         "train-dot",
         "train a Dot for your own pipeline on a folder of images",
         config="morse_diffusion.config:TrainDotConfig",
-        run="morse_diffusion.train_dot:train_dot",
+        run="morse_diffusion.commands.train_dot:train_dot",
         examples=(
             "morse-diffusion train-dot models/sd15 photos --m 2 --rank 64 --guidance 2 10 "
             "--steps 100000 --precision bf16 --out dot",
@@ -30,7 +30,7 @@ COMMANDS = (
         "sample",
         "sample images within a time budget",
         config="morse_diffusion.config:SampleConfig",
-        run="morse_diffusion.sample:sample",
+        run="morse_diffusion.commands.sample:sample",
         examples=(
             "morse-diffusion sample models/ddpm dot --budget-lsd 10 --n 16 --seed 0",
             'morse-diffusion sample models/sd15 dot --budget-lsd 10 --prompt "a red bicycle" '
@@ -41,7 +41,7 @@ COMMANDS = (
         "bench",
         "quality and measured time beside other samplers, on your own pipeline",
         config="morse_diffusion.config:BenchConfig",
-        run="morse_diffusion.bench:bench",
+        run="morse_diffusion.commands.bench:bench",
         examples=(
             "morse-diffusion bench models/ddpm dot digits --budgets 5 10 20 --samples 256",
             "morse-diffusion bench models/ddpm dot digits --baselines ddim dpmpp unipc extrapolate "
@@ -52,7 +52,7 @@ COMMANDS = (
         "plan",
         "the order of Dash and Dot steps for a budget",
         config="morse_diffusion.config:PlanConfig",
-        run="morse_diffusion.inspection:plan",
+        run="morse_diffusion.commands.plan:plan",
         examples=(
             "morse-diffusion plan --budget-lsd 10 --n 6",
             "morse-diffusion plan --budget-ms 400 --profile profile.json --json",
@@ -62,7 +62,7 @@ COMMANDS = (
         "inspect",
         "what a Dot is made of, and its size beside the paper's",
         config="morse_diffusion.config:InspectConfig",
-        run="morse_diffusion.inspection:inspect",
+        run="morse_diffusion.commands.inspect:inspect",
         examples=(
             "morse-diffusion inspect --dot dot",
             "morse-diffusion inspect --published --json",

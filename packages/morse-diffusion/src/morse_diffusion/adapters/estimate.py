@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from morse_diffusion.jumps import Process
-from morse_diffusion.objective import nested
+from morse_diffusion.method.jumps import Process
+from morse_diffusion.method.objective import map_tensors
 
 
 class GuidedDash:
@@ -29,7 +29,7 @@ class GuidedDash:
         self.denoiser = denoiser.eval().requires_grad_(False)
         device = next(denoiser.parameters()).device
         self._process, self._prediction = process.to(device), prediction
-        self._negative = nested(negative, lambda v: v.to(device))
+        self._negative = map_tensors(negative, lambda v: v.to(device))
         config: Any = denoiser.config
         self._learned_sigma = config.out_channels == 2 * config.in_channels
 
@@ -40,7 +40,7 @@ class GuidedDash:
             out = self._call(x, t, inputs)
         else:
             assert self._negative is not None
-            blank = nested(self._negative, lambda v: v.expand(len(x), *v.shape[1:]))
+            blank = map_tensors(self._negative, lambda v: v.expand(len(x), *v.shape[1:]))
             both = join(blank, inputs)
             out = self._call(torch.cat([x, x]), torch.cat([t, t]), both)
             negative, positive = out.chunk(2)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from effml_common.logging import warn
 from morse_diffusion.adapters.calls import Guidance, denoiser_of, half, refuse_side_inputs
+from morse_diffusion.adapters.run_summary import RunSummary, clock
 from morse_diffusion.adapters.schedulers import check_scheduler, check_times, from_space, to_space
-from morse_diffusion.adapters.summary import Summary, clock
 from morse_diffusion.errors import NumericsError, StateError
-from morse_diffusion.plan import MorsePlan
-from morse_diffusion.sampler import Dot
+from morse_diffusion.method.sampler import Dot
+from morse_diffusion.method.schedule import MorsePlan
 
 NAME = "morse"
 
@@ -73,7 +73,7 @@ class MorseHook(ModelHook):
         self._calls_per_step = calls_per_step
         self._run: Trajectory | None = None
         self._dot_is_running = False
-        self.summary = Summary(plan)
+        self.summary = RunSummary(plan)
 
     @property
     def in_the_middle(self) -> bool:
@@ -154,7 +154,7 @@ class MorseHook(ModelHook):
                 f"({times[0]:g} ... {times[-1]:g}); set the timesteps before sampling"
             )
         plan = self.plan.rescaled(len(times) - start)
-        self.summary = Summary(plan)
+        self.summary = RunSummary(plan)
         guidance = Guidance.of(self.pipe, module, x, self._guidance, self._calls_per_step, bound)
         guidance.compare_with(self.dot)
 
@@ -234,7 +234,7 @@ class MorseHandle:
     pipe: Any
     hook: MorseHook
 
-    def summary(self) -> Summary:
+    def summary(self) -> RunSummary:
         """What the last run did."""
         return self.hook.summary
 

@@ -9,11 +9,11 @@ import torch
 from effml_common.logging import say
 from morse_diffusion.adapters.calls import denoiser_of
 from morse_diffusion.adapters.hook import apply_morse
+from morse_diffusion.adapters.run_summary import RunSummary
 from morse_diffusion.adapters.schedulers import fitted
-from morse_diffusion.adapters.summary import Summary
 from morse_diffusion.errors import PlanError
-from morse_diffusion.plan import MorsePlan, make_plan
-from morse_diffusion.sampler import Dot
+from morse_diffusion.method.sampler import Dot
+from morse_diffusion.method.schedule import MorsePlan, make_plan
 
 DASH_SHARE = 1 / 3  # of the steps, when only their number is given
 _CALL = ("budget_lsd", "dash_steps", "dot_steps", "plan")
@@ -45,7 +45,7 @@ class MorsePipeline:
     ) -> None:
         self._pipe, self._dot, self._ratio, self._options = pipe, dot, speed_ratio, options
         self._early = early
-        self._summary: Summary | None = None
+        self._summary: RunSummary | None = None
         self._measured: tuple[torch.device, float] | None = None
 
     @classmethod
@@ -116,7 +116,7 @@ class MorsePipeline:
             plan = self._plan(given, dot_steps, args, kwargs)
         return self._run(plan, args, kwargs)
 
-    def summary(self) -> Summary:
+    def summary(self) -> RunSummary:
         """What the last call did; prints the pattern, times, N and effective LSD."""
         if self._summary is None:
             raise PlanError("there was no call yet; sample first")

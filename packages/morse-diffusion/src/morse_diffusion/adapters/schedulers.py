@@ -7,8 +7,8 @@ from torch import Tensor
 
 from effml_common.logging import warn
 from morse_diffusion.errors import UnsupportedSchedulerError
-from morse_diffusion.jumps import Family, Process, space_coefficients
-from morse_diffusion.plan import MorsePlan
+from morse_diffusion.method.jumps import Family, Process, space_coefficients
+from morse_diffusion.method.schedule import MorsePlan
 
 # One model call per distinct time. With a Dot that returns zero, the first group gives plain sampling
 # with the Dash steps (multistep solvers: at order 1), the others their noisy or mixed counterpart.

@@ -1,0 +1,1 @@
+"""The demo: small networks, the samplers that it compares, and its report."""

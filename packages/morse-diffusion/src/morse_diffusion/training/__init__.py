@@ -1,0 +1,1 @@
+"""Training of a Dot on accelerate, and the data that it learns from."""
