@@ -1,8 +1,8 @@
 """Hot paths of com-pt: a training step of CLIP and of Llama, growth, and an evaluation's forward passes.
 
-The steps are ``com_pt.stage.train_step`` on modules and optimizers that accelerate has prepared, as in
-the trainer, in bf16 autocast; on a fake device without autocast they run in float32 as they are. What
-the trainer reads after an update for its progress line, the loss, belongs to the step.
+The steps are ``com_pt.training.stage.train_step`` on modules and optimizers that accelerate has
+prepared, as in the trainer, in bf16 autocast; on a fake device without autocast they run in float32 as
+they are. What the trainer reads after an update for its progress line, the loss, belongs to the step.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,17 @@ import torch
 
 from benchmarks.hot_path_timing import main
 from benchmarks.hot_paths import HotPath, Kit
+from com_pt.adapters.accelerator import make_accelerator
 from com_pt.adapters.grow import grow
 from com_pt.adapters.open_clip_models import build_clip, clip_config
-from com_pt.chain import ChainConfig, StageConfig
-from com_pt.evaluate import encoded_images, encoded_texts
-from com_pt.losses import InverseFeatureLoss
-from com_pt.stage import StageModel, make_optimizer, train_step
-from com_pt.tasks.base import Task
-from com_pt.tasks.causal_lm import CausalLMTask
-from com_pt.tasks.clip import ClipTask
-from com_pt.trainer import make_accelerator
+from com_pt.config import ChainConfig, StageConfig
+from com_pt.method.losses import InverseFeatureLoss
+from com_pt.method.metrics import encode_images, encode_texts
+from com_pt.training.optimizer import make_optimizer
+from com_pt.training.stage import StageModel, train_step
+from com_pt.training.tasks.base import Task
+from com_pt.training.tasks.causal_lm import CausalLMTask
+from com_pt.training.tasks.clip import ClipTask
 
 WAITS = {"finite.py:check_finite": 1.0, "cuda.py:update": 1.0}
 VOCABULARY = 49408
@@ -65,7 +66,7 @@ def evaluation(kit: Kit, tiny: bool) -> Callable[[], object]:
 
     def embed() -> object:
         with kit.autocast():
-            return encoded_images(model, images), encoded_texts(model, tokens)
+            return encode_images(model, images), encode_texts(model, tokens)
 
     return embed
 

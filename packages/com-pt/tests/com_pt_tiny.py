@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from com_pt.tasks.clip import ClipTask
+from com_pt.training.tasks.clip import ClipTask
 
 torch.set_num_threads(1)
 WORDS = ["red", "green", "blue", "a", "square", "picture", "of"]
@@ -36,6 +36,13 @@ def spec(width: int = 32, layers: Any = 2, *, text: int | None = None, text_laye
                      "heads": text // 16, "layers": text_layers},
     }  # fmt: skip
     return {**made, "custom_text": True} if custom else made
+
+
+def spec_with_swin() -> dict[str, Any]:
+    settings = spec(32)
+    settings["vision_cfg"] = {"timm_model_name": "swin_tiny_patch4_window7_224", "timm_pool": "avg",
+                              "timm_proj": "linear", "image_size": 224}  # fmt: skip
+    return settings
 
 
 def vit(width: int = 32, depth: int = 2, **more: Any) -> Any:

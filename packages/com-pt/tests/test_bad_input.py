@@ -8,15 +8,15 @@ import pytest
 import torch
 from com_pt_tiny import clip, clip_chain, clip_data, llama_settings, spec, task_of
 
-from com_pt.chain import chain_of, load_chain
-from com_pt.data.captions import CaptionData
-from com_pt.data.loading import Batches
 from com_pt.errors import ChainOrderError, GrowthError
-from com_pt.growth import check_weights
-from com_pt.run import run_chain
-from com_pt.tasks.base import task_class
-from com_pt.tasks.clip import ClipTask
-from com_pt.trainer import StageTrainer
+from com_pt.method.growth import check_weights
+from com_pt.training.chain import load_chain, parse_chain
+from com_pt.training.data.captions import CaptionData
+from com_pt.training.data.loading import Batches
+from com_pt.training.run import run_chain
+from com_pt.training.tasks.clip import ClipTask
+from com_pt.training.tasks.registry import task_class
+from com_pt.training.trainer import StageTrainer
 from effml_common.errors import ConfigError, InputError, NonFiniteError
 
 
@@ -41,7 +41,7 @@ from effml_common.errors import ConfigError, InputError, NonFiniteError
         ({"task": "nowhere:Task"}, "task nowhere:Task cannot be imported"),
         ({"task": "json:loads"}, "json:loads is no Task; derive"),
         (
-            {"task": "com_pt.tasks.base:Task"},
+            {"task": "com_pt.training.tasks.base:Task"},
             "lacks __getitem__, __len__, build, features, load, loss, macs, save;",
         ),
     ],
@@ -49,7 +49,7 @@ from effml_common.errors import ConfigError, InputError, NonFiniteError
 def test_a_wrong_setting_is_named_with_what_is_allowed(pictures, change, message) -> None:
     document = {**clip_chain(pictures, 32), **change}
     with pytest.raises(ConfigError, match=message):
-        task_class(chain_of(document).task)(document["data"])
+        task_class(parse_chain(document).task)(document["data"])
 
 
 def test_a_chain_file_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -62,13 +62,13 @@ def test_a_chain_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_missing_epochs_follow_the_linear_rule() -> None:
     stages = [{"name": str(i), "model": "x"} for i in range(4)]
-    chain = chain_of({"task": "clip", "stages": stages, "individual_epochs": 128})
+    chain = parse_chain({"task": "clip", "stages": stages, "individual_epochs": 128})
     assert [chain.epochs_of(i) for i in range(4)] == [128, 25, 20, 16]
 
 
 def test_a_chain_that_does_not_ascend_is_refused(pictures, tmp_path) -> None:
     with pytest.raises(ChainOrderError, match=r"W32 has .* fewer than W64 with"):
-        run_chain(chain_of(clip_chain(pictures, 64, 32)), tmp_path / "out")
+        run_chain(parse_chain(clip_chain(pictures, 64, 32)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -82,11 +82,11 @@ def test_no_data_is_an_error_and_never_a_synthetic_set(tmp_path) -> None:
         len(ClipTask({}))
     document = {"task": "classify", "stages": [{"name": "A", "model": "vit_tiny_patch16_224"}]}
     with pytest.raises(InputError, match="no train data are given; name a CSV"):
-        run_chain(chain_of(document), tmp_path / "out")
+        run_chain(parse_chain(document), tmp_path / "out")
     pytest.importorskip("transformers")
     document = {"task": "causal-lm", "stages": [{"name": "A", "model": llama_settings()}]}
     with pytest.raises(InputError, match="no train data are given; name text files"):
-        run_chain(chain_of(document), tmp_path / "out2")
+        run_chain(parse_chain(document), tmp_path / "out2")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_an_unreadable_image_is_skipped_counted_and_named_and_many_abort(
     batches = Batches(task, 8, seed=0)
     with pytest.raises(InputError, match=r"1 of 48 samples cannot be read, more than 1 % .*5\.png"):
         list(batches.run(0, 6))
-    monkeypatch.setattr("com_pt.data.loading.TOLERATED", 0.05)
+    monkeypatch.setattr("com_pt.training.data.loading.TOLERATED_UNREADABLE", 0.05)
     batches = Batches(task, 8, seed=0)
     made = list(batches.run(0, 6))
     assert len(made) == 6
@@ -154,14 +154,14 @@ def test_batches_that_cannot_be_made_are_refused(pictures, batch, world, message
 
 def test_a_batch_that_does_not_split_into_micro_batches_is_refused(pictures, tmp_path) -> None:
     with pytest.raises(ConfigError, match="a batch of 8 does not split into 1 processes times 3"):
-        run_chain(chain_of(clip_chain(pictures, 32, accum_freq=3)), tmp_path / "out")
+        run_chain(parse_chain(clip_chain(pictures, 32, accum_freq=3)), tmp_path / "out")
 
 
 def test_half_precision_training_without_a_gpu_is_refused(pictures, tmp_path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match="fp16 needs a GPU; use bf16 or fp32"):
-        run_chain(chain_of(clip_chain(pictures, 32, precision="fp16")), tmp_path / "out")
+        run_chain(parse_chain(clip_chain(pictures, 32, precision="fp16")), tmp_path / "out")
 
 
 def test_webdataset_shards_are_read_as_their_own_writer_wrote_them(pictures, tmp_path) -> None:
@@ -195,7 +195,7 @@ def test_a_csv_is_read_like_a_tsv(pictures) -> None:
 
 
 def test_labels_that_are_no_classes_are_refused(pictures) -> None:
-    from com_pt.tasks.classify import ClassifyTask
+    from com_pt.training.tasks.classify import ClassifyTask
 
     (pictures / "labels.csv").write_text("path,label\n0.png,0\n1.png,7\n")
     with pytest.raises(InputError, match="line 3: the label '7' is no number below 3"):
@@ -214,7 +214,7 @@ def test_a_quantised_source_is_refused_and_a_nan_in_given_weights_is_bad_input()
 
 def test_fp16_that_skips_three_updates_in_a_row_stops(pictures, tmp_path) -> None:
     """The scaler of a GPU run is played by its one flag, and a good update resets it."""
-    chain = chain_of(clip_chain(pictures, 32))
+    chain = parse_chain(clip_chain(pictures, 32))
     task = task_of(pictures)
     trainer = StageTrainer(task, chain, chain.stages[0], clip(32), None, 1)
     trainer.accelerator = SimpleNamespace(scaler=object(), optimizer_step_was_skipped=True)

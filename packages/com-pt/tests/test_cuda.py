@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from com_pt.adapters.grow import grow, state_of
 from com_pt.adapters.open_clip_models import save_clip
-from com_pt.chain import chain_of
 from com_pt.cli import COMMANDS
-from com_pt.run import run_chain
+from com_pt.training.chain import parse_chain
+from com_pt.training.run import run_chain
 from effml_common.cli import main
 
 pytestmark = pytest.mark.cuda
@@ -33,7 +33,7 @@ def test_a_chain_trains_on_a_card_to_what_it_trains_to_on_the_cpu(
     runs = {}
     for device in (torch.device("cpu"), CUDA):
         out = tmp_path / device.type
-        runs[device.type] = run_chain(chain_of(document), out, device=device)
+        runs[device.type] = run_chain(parse_chain(document), out, device=device)
     for member in ("W32", "W64"):
         expected = weights(tmp_path / "cpu" / member)
         for name, value in weights(tmp_path / "cuda" / member).items():
@@ -42,7 +42,7 @@ def test_a_chain_trains_on_a_card_to_what_it_trains_to_on_the_cpu(
 
 
 def test_a_chain_trains_in_bfloat16_on_a_card_and_resumes(pictures, tmp_path) -> None:
-    chain = chain_of(clip_chain(pictures, 32, 64, precision="bf16", epochs=4, lr=3e-3))
+    chain = parse_chain(clip_chain(pictures, 32, 64, precision="bf16", epochs=4, lr=3e-3))
     members = run_chain(chain, tmp_path / "out", device=CUDA)
     assert run_chain(chain, tmp_path / "out", resume=True, device=CUDA) == members
     lines = (tmp_path / "out/run/stage-2-W64/metrics.jsonl").read_text().splitlines()
@@ -91,7 +91,7 @@ def test_a_model_is_judged_on_a_card_as_on_the_cpu(suite, pictures, tmp_path, ca
 
 
 def trained(pictures: Path, tmp_path: Path) -> torch.nn.Module:
-    chain = chain_of(clip_chain(pictures, 32, epochs=10, lr=3e-3))
+    chain = parse_chain(clip_chain(pictures, 32, epochs=10, lr=3e-3))
     run_chain(chain, tmp_path / "chain", device=CUDA)
     return task_of(pictures).load(tmp_path / "chain" / "W32", None)
 

@@ -3,28 +3,34 @@
 Paper: "Chain-of-Models Pre-Training" (Fan, Wang, Li, Liu, Yao; CVPR 2026, arXiv 2604.12391).
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "ChainConfig": "chain",
-    "GrowthReport": "growth",
-    "InverseFeatureLoss": "losses",
-    "Layout": "layout",
-    "Task": "tasks.base",
-    "grow": "adapters.grow",
-    "load_chain": "chain",
-    "plan_chain": "run",
-    "register_layout": "adapters.grow",
-    "run_chain": "run",
-}
-__all__ = list(_HOMES)
+from effml_common.exports import lazy_exports
 
+if TYPE_CHECKING:
+    from com_pt.adapters.grow import grow as grow
+    from com_pt.adapters.layouts import register_layout as register_layout
+    from com_pt.config import ChainConfig as ChainConfig
+    from com_pt.method.growth import GrowthReport as GrowthReport
+    from com_pt.method.layout import Layout as Layout
+    from com_pt.method.losses import InverseFeatureLoss as InverseFeatureLoss
+    from com_pt.training.chain import load_chain as load_chain
+    from com_pt.training.plan import plan_chain as plan_chain
+    from com_pt.training.run import run_chain as run_chain
+    from com_pt.training.tasks.base import Task as Task
 
-def __getattr__(name: str) -> Any:
-    # Resolved at first use: --help must not wait for torch and the host libraries.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'com_pt' has no attribute {name!r}")
-    value = getattr(import_module(f"com_pt.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+lazy_exports(
+    __name__,
+    {
+        "ChainConfig": "config",
+        "GrowthReport": "method.growth",
+        "InverseFeatureLoss": "method.losses",
+        "Layout": "method.layout",
+        "Task": "training.tasks.base",
+        "grow": "adapters.grow",
+        "load_chain": "training.chain",
+        "plan_chain": "training.plan",
+        "register_layout": "adapters.layouts",
+        "run_chain": "training.run",
+    },
+)

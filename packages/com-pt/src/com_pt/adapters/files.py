@@ -26,32 +26,35 @@ class Loaded:
 
 
 def load_any(path: str, small_model: str | None = None) -> Loaded:
-    """A finished model from its folder, or from a checkpoint file of open_clip.
+    """Load a finished model from its folder, or from a checkpoint file of open_clip.
 
     Raises:
         InputError: If it is neither.
     """
-    place = Path(path)
-    if place.is_file():
-        return Loaded(_checkpoint(place, small_model), "clip")
-    if (place / CLIP_FOLDER.config).is_file():
-        return Loaded(load_clip(place), "clip")
+    # open_clip is told by the names of its files.
+    folder = Path(path)
+    if folder.is_file():
+        return Loaded(_load_checkpoint(folder, small_model), "clip")
+    if (folder / CLIP_FOLDER.config).is_file():
+        return Loaded(load_clip(folder), "clip")
+
+    # The others are told by their config.json.
     try:
-        document = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} is no model: {one_line(str(error))}; give a folder of open_clip, timm or Llama"
         ) from error
     if "architecture" in document:
-        return Loaded(load_timm(place), "timm", document["num_classes"])
+        return Loaded(load_timm(folder), "timm", document["num_classes"])
     if document.get("model_type") == "llama":
         from transformers import LlamaForCausalLM
 
-        return Loaded(LlamaForCausalLM.from_pretrained(place), "llama")
+        return Loaded(LlamaForCausalLM.from_pretrained(folder), "llama")
     raise InputError(f"{path} is a {document.get('model_type')}; use open_clip, timm or Llama")
 
 
-def _checkpoint(file: Path, name: str | None) -> nn.Module:
+def _load_checkpoint(file: Path, name: str | None) -> nn.Module:
     from open_clip.factory import load_state_dict
 
     if name is None:
@@ -69,7 +72,7 @@ def _checkpoint(file: Path, name: str | None) -> nn.Module:
 
 
 def build_like(small: Loaded, large: str, seed: int) -> tuple[nn.Module, Any]:
-    """A fresh larger model of the same library, and its settings."""
+    """Build a fresh larger model of the same library, and its settings."""
     torch.manual_seed(seed)
     if small.library == "clip":
         return build_clip(clip_config(large)), large
@@ -82,7 +85,11 @@ def build_like(small: Loaded, large: str, seed: int) -> tuple[nn.Module, Any]:
 
 
 def read_spec(text: str) -> Any:
-    """The content of a JSON file, or the text itself."""
+    """Return the content of a JSON file, or the text itself.
+
+    Raises:
+        InputError: If the file is no JSON.
+    """
     if not text.endswith(".json"):
         return text
     try:
@@ -102,11 +109,12 @@ def save_any(model: nn.Module, like: Loaded, spec: Any, folder: Path) -> None:
 
 
 @torch.no_grad()
-def compare(small: Loaded, large: nn.Module) -> dict[str, dict[str, float]]:
-    """Cosine and largest difference of both models' outputs on random inputs, by stream.
+def compare_outputs(small: Loaded, large: nn.Module) -> dict[str, dict[str, float]]:
+    """Return cosine and largest difference of both models' outputs on random inputs, by stream.
 
     Both models are on one device; the inputs are drawn on the CPU, the same for every device.
     """
+    # Random inputs of the kind that the library's models take.
     torch.manual_seed(0)
     pairs: dict[str, Any] = {}
     models: list[Any] = [small.model.eval(), large.eval()]
@@ -125,6 +133,8 @@ def compare(small: Loaded, large: nn.Module) -> dict[str, dict[str, float]]:
     else:
         ids = torch.randint(0, models[0].config.vocab_size, (4, 32)).to(device)
         pairs["logits"] = [m(input_ids=ids).logits for m in models]
+
+    # Streams whose widths differ cannot be compared.
     return {
         name: {
             "cosine": float(torch.cosine_similarity(a, b, dim=-1).mean()),

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from com_pt.layout import Layout, Tower, rules
+from com_pt.method.layout import Layout, Tower, rules
 
 
 def is_llama(model: nn.Module) -> bool:
@@ -13,7 +13,8 @@ def is_llama(model: nn.Module) -> bool:
 
 
 def llama_layout(model: Any) -> Layout:
-    """Layout of a ``LlamaForCausalLM``; head size, rope and vocabulary stay fixed along a chain."""
+    """Describe a ``LlamaForCausalLM``; head size, rope and vocabulary stay fixed along a chain."""
+    # Sizes of the one tower.
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     tower = Tower(
@@ -24,6 +25,8 @@ def llama_layout(model: Any) -> Layout:
         norm="rms",
         eps=config.rms_norm_eps,
     )
+
+    # Roles of the axes of every parameter.
     layer = "layers.N."
     table = (
         *rules(
@@ -52,6 +55,8 @@ def llama_layout(model: Any) -> Layout:
             kind="norm",
         ),
     )
+
+    # What must not change along a chain.
     fixed = {
         "vocabulary": config.vocab_size,
         "rope": dict(getattr(config, "rope_parameters", None) or {}),

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from com_pt.errors import GrowthError, LayoutError
-from com_pt.layout import Layout, Tower, rules
+from com_pt.method.layout import Layout, Tower, rules
 
 BLOCK = {
     "attn.qkv.weight": "QKV <WIDTH",
@@ -32,22 +32,23 @@ def is_timm(model: nn.Module) -> bool:
 
 
 def timm_layout(model: Any) -> Layout:
-    """Layout of a timm ``VisionTransformer`` or ``SwinTransformer``.
+    """Describe a timm ``VisionTransformer`` or ``SwinTransformer``.
 
     Raises:
         LayoutError: If the class is another.
     """
     kind = type(model).__name__
     if kind == "VisionTransformer":
-        return _vit(model)
+        return _describe_vit(model)
     if kind == "SwinTransformer":
-        return _swin(model)
+        return _describe_swin(model)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise GrowthError(f"{kind} has BatchNorm and cannot be grown; use a transformer of timm")
     raise LayoutError(f"timm's {kind} has no layout yet; register one with register_layout")
 
 
-def _vit(model: Any) -> Layout:
+def _describe_vit(model: Any) -> Layout:
+    # Sizes and kind of the one tower.
     block = model.blocks[0]
     heads = block.attn.num_heads
     width = model.embed_dim
@@ -59,6 +60,8 @@ def _vit(model: Any) -> Layout:
         post_norm=type(block).__name__ == "ResPostBlock",
         eps=block.norm1.eps,
     )
+
+    # Roles of the axes of every parameter.
     table = (
         *rules(
             {
@@ -67,17 +70,18 @@ def _vit(model: Any) -> Layout:
                 "pos_embed": "FIXED POS +WIDTH",
                 "head.weight": "CLASS <WIDTH",
                 "head.bias": "CLASS",
-                **_numbered(BLOCK),
-                **_numbered(HEAD_NORMS),
+                **_in_blocks(BLOCK),
+                **_in_blocks(HEAD_NORMS),
             }
         ),
-        *rules({**OUTER_NORM, **_numbered(NORMS)}, kind="norm"),
-        *rules(_numbered({"ls[12].gamma": "WIDTH"}), kind="scale"),
+        *rules({**OUTER_NORM, **_in_blocks(NORMS)}, kind="norm"),
+        *rules(_in_blocks({"ls[12].gamma": "WIDTH"}), kind="scale"),
     )
-    return Layout("timm ViT", table, {"": tower}, _facts(model, pooling=model.global_pool))
+    return Layout("timm ViT", table, {"": tower}, _fixed_facts(model, pooling=model.global_pool))
 
 
-def _swin(model: Any) -> Layout:
+def _describe_swin(model: Any) -> Layout:
+    # Sizes of the first stage; the others are multiples of it.
     attention = model.layers[0].blocks[0].attn
     width = model.embed_dim
     tower = Tower(
@@ -87,6 +91,8 @@ def _swin(model: Any) -> Layout:
         early_norm=True,
         eps=model.layers[0].blocks[0].norm1.eps,
     )
+
+    # Roles of the axes of every parameter; merging reads four neighbours of WIDTH each.
     stages = "layers.[0-9]+.blocks.N."
     table = (
         *rules(
@@ -111,15 +117,17 @@ def _swin(model: Any) -> Layout:
             kind="norm",
         ),
     )
+
+    # The attention window stays the same too.
     window = {"window": tuple(attention.window_size), "stages": len(model.layers)}
-    return Layout("timm Swin", table, {"": tower}, {**_facts(model), **window})
+    return Layout("timm Swin", table, {"": tower}, {**_fixed_facts(model), **window})
 
 
-def _numbered(table: dict[str, str]) -> dict[str, str]:
+def _in_blocks(table: dict[str, str]) -> dict[str, str]:
     return {f"blocks.N.{name}": roles for name, roles in table.items()}
 
 
-def _facts(model: Any, **more: Any) -> dict[str, Any]:
+def _fixed_facts(model: Any, **more: Any) -> dict[str, Any]:
     stem = model.patch_embed
     return {
         "patch size": tuple(stem.patch_size),

@@ -8,7 +8,7 @@ from effml_common.parsing import one_line
 
 
 def llama_config(spec: Any) -> Any:
-    """A ``LlamaConfig`` from its settings or a folder.
+    """Make a ``LlamaConfig`` from its settings or a folder.
 
     Raises:
         ConfigError: If transformers refuses them.

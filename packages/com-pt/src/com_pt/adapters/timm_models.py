@@ -6,19 +6,22 @@ from typing import Any
 
 from torch import nn
 
-from com_pt.adapters.folders import Layout, fill
+from com_pt.adapters.model_folder import FolderFormat, load_weights
 from effml_common.errors import ConfigError
 from effml_common.parsing import one_line
 
-FOLDER = Layout("timm", "config.json", "model.safetensors")
+FOLDER = FolderFormat("timm", "config.json", "model.safetensors")
 
 
 def timm_arguments(spec: Any, classes: int) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of ``timm.create_model``.
+    """Return name and arguments of ``timm.create_model``.
 
     Args:
         spec: A name, or ``{"name": ..., embed_dim: ..., ...}``.
         classes: Unless the arguments have ``num_classes``.
+
+    Raises:
+        ConfigError: If it is neither.
     """
     if isinstance(spec, str):
         return spec, {"num_classes": classes}
@@ -28,7 +31,7 @@ def timm_arguments(spec: Any, classes: int) -> tuple[str, dict[str, Any]]:
 
 
 def build_timm(spec: Any, classes: int) -> nn.Module:
-    """A fresh model.
+    """Build a fresh model.
 
     Raises:
         ConfigError: If timm does not know it or refuses the arguments.
@@ -46,6 +49,7 @@ def build_timm(spec: Any, classes: int) -> nn.Module:
 
 def save_timm(model: Any, spec: Any, classes: int, folder: Path) -> None:
     """Write a folder for ``timm.create_model("local-dir:FOLDER")``."""
+    # Preprocessing as timm reads it from a folder.
     name, arguments = timm_arguments(spec, classes)
     keep = ("mean", "std", "interpolation", "crop_pct", "first_conv", "classifier")
     known = getattr(model, "pretrained_cfg", None) or {}
@@ -55,6 +59,8 @@ def save_timm(model: Any, spec: Any, classes: int, folder: Path) -> None:
         "input_size": [model.patch_embed.proj.in_channels, *size],
         "num_classes": classes,
     }
+
+    # Architecture and arguments make the model again.
     document = {
         "architecture": name.partition(".")[0],
         "num_classes": arguments["num_classes"],
@@ -66,7 +72,7 @@ def save_timm(model: Any, spec: Any, classes: int, folder: Path) -> None:
 
 
 def load_timm(folder: Path | str) -> nn.Module:
-    """The model of such a folder.
+    """Load the model of such a folder.
 
     Raises:
         InputError: If it is none.
@@ -76,5 +82,5 @@ def load_timm(folder: Path | str) -> nn.Module:
         spec = {"name": document["architecture"], **document.get("model_args", {})}
         classes = document["num_classes"]
     except (KeyError, TypeError) as error:
-        raise FOLDER.refused(Path(folder), f"{error} is missing") from error
-    return fill(build_timm(spec, classes), tensors, Path(folder))
+        raise FOLDER.refusal(Path(folder), f"{error} is missing") from error
+    return load_weights(build_timm(spec, classes), tensors, Path(folder))

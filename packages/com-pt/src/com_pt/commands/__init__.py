@@ -1,0 +1,1 @@
+"""The commands of ``com-pt``, one module per verb."""

@@ -1,0 +1,53 @@
+"""The optimizer of a stage and its learning rate."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from com_pt.config import ChainConfig, StageConfig
+
+NO_DECAY = (
+    "positional_embedding", "pos_embed", "cls_token", "class_embedding", "reg_token", "cls_emb",
+    "relative_position_bias_table", "logit_scale", "logit_bias",
+)  # fmt: skip
+
+
+def make_optimizer(module: nn.Module, chain: ChainConfig, stage: StageConfig) -> torch.optim.AdamW:
+    """Make a stage's own AdamW."""
+    return torch.optim.AdamW(
+        parameter_groups(module, stage.weight_decay),
+        lr=stage.lr,
+        betas=chain.betas,
+        eps=chain.eps,
+    )
+
+
+def parameter_groups(module: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Return AdamW's groups: no decay for vectors, scales, tokens and positions."""
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() >= 2 and name.rpartition(".")[2] not in NO_DECAY
+            groups[decays].append(parameter)
+    decays_of_groups = ((groups[True], decay), (groups[False], 0.0))
+    return [{"params": params, "weight_decay": wd} for params, wd in decays_of_groups if params]
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float, floor: float) -> float:
+    """Return the rate of an update: linear warm-up, at most a tenth of the stage, then a cosine.
+
+    Args:
+        step: Number of the update, from 0.
+        steps: Updates of the stage.
+        warmup: Updates of the warm-up.
+        peak: Rate at the end of the warm-up.
+        floor: Rate at the end of the cosine; never above the peak.
+    """
+    warmup = min(warmup, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    floor = min(floor, peak)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,120 @@
+"""The plan of a run: its stages in order, what each costs, and whether the members ascend."""
+
+from dataclasses import dataclass
+
+import torch
+
+from com_pt.config import ChainConfig, StageConfig
+from com_pt.errors import ChainOrderError
+from com_pt.method.cost import ChainCost, StageCost
+from com_pt.training.tasks.base import Task
+from com_pt.training.tasks.registry import open_task
+from effml_common.errors import InputError
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a run.
+
+    Attributes:
+        number: Its place in the chain, from 1.
+        settings: Settings of the member.
+        predecessor: Settings of the member before it; None for the first.
+        epochs: Passes over the data.
+        cost: MACs of a sample.
+        is_last: Whether no other member is grown from it.
+    """
+
+    number: int
+    settings: StageConfig
+    predecessor: StageConfig | None
+    epochs: float
+    cost: StageCost
+    is_last: bool
+
+
+def plan_chain(chain: ChainConfig, task: Task | None = None) -> ChainCost:
+    """Compute what a chain costs, from its models' shapes alone.
+
+    Args:
+        chain: The chain.
+        task: Default the one that the chain names; its data are not read.
+
+    Example:
+        >>> from com_pt.training.chain import load_chain
+        >>> cost = plan_chain(load_chain("cc3m-vit-tsbl"))
+        >>> f"{cost.ratio:.2f} times cheaper than four separate trainings"
+        '5.70 times cheaper than four separate trainings'
+    """
+    task = open_task(chain.task, chain.data) if task is None else task  # its len may be costly
+    macs = [task.macs(stage.model) for stage in chain.stages]
+    stages = [
+        StageCost(
+            stage.name,
+            macs[i],
+            macs[i - 1] if i > 0 and stage.feature_weight > 0 else 0,
+            0 if stage.init_from else chain.epochs_of(i),
+        )
+        for i, stage in enumerate(chain.stages)
+    ]
+    return ChainCost(stages, chain.individual_epochs)
+
+
+def plan_stages(chain: ChainConfig, task: Task) -> list[StagePlan]:
+    """Plan the stages of a run, and refuse a chain that cannot be trained.
+
+    Args:
+        chain: The chain.
+        task: Of the chain; takes the sizes of its data from the models where they are not set.
+
+    Raises:
+        InputError: If there are no data.
+        ConfigError: If models and data settings differ.
+        ChainOrderError: If the members do not ascend.
+    """
+    # Data are made for the models; where image sizes grow, for the last one.
+    sized = chain.stages[-1:] if chain.resize_pos else chain.stages
+    task.adopt({stage.name: stage.model for stage in sized})
+    if len(task) == 0:
+        raise InputError("there are no training data; give some under data: train")
+
+    # What each stage costs, and whether every member is larger than the one before it.
+    cost = plan_chain(chain, task)
+    check_order(
+        [stage.name for stage in chain.stages],
+        [_count_parameters(task, stage) for stage in chain.stages],
+    )
+    return [
+        StagePlan(
+            number=i + 1,
+            settings=stage,
+            predecessor=chain.stages[i - 1] if i > 0 else None,
+            epochs=chain.epochs_of(i),
+            cost=cost.stages[i],
+            is_last=i == len(chain.stages) - 1,
+        )
+        for i, stage in enumerate(chain.stages)
+    ]
+
+
+def _count_parameters(task: Task, stage: StageConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in task.build(stage.model).parameters())
+
+
+def check_order(names: list[str], sizes: list[int]) -> None:
+    """Refuse members that do not ascend.
+
+    Args:
+        names: Of the members, in the chain's order.
+        sizes: Their numbers of parameters.
+
+    Raises:
+        ChainOrderError: Naming the first pair that does not.
+    """
+    for i in range(1, len(names)):
+        if sizes[i] < sizes[i - 1]:
+            raise ChainOrderError(
+                f"{names[i]} has {sizes[i]:,} parameters, fewer than {names[i - 1]} with "
+                f"{sizes[i - 1]:,}; order the chain from small to large"
+            )

@@ -1,0 +1,74 @@
+"""Runs a chain: grows each member from its predecessor, trains it, saves it, keeps the accounts."""
+
+from pathlib import Path
+
+import torch
+
+from com_pt.adapters.accelerator import make_accelerator
+from com_pt.config import ChainConfig
+from com_pt.training.member import train_member
+from com_pt.training.plan import plan_stages
+from com_pt.training.run_folder import (
+    Member,
+    check_run_folder,
+    create_run_folder,
+    finished_members,
+    record_members,
+)
+from com_pt.training.tasks.base import Task
+from com_pt.training.tasks.registry import open_task
+from effml_common.logging import say
+
+
+def run_chain(
+    chain: ChainConfig,
+    out: str | Path,
+    *,
+    task: Task | None = None,
+    resume: bool = False,
+    force: bool = False,
+    device: torch.device | None = None,
+) -> list[Member]:
+    """Train every member in turn.
+
+    Args:
+        chain: The chain.
+        out: A finished member's folder per stage, as the host library loads it, and ``run``.
+        task: Default the one that the chain names, with its data.
+        resume: Go on where an interrupted run stopped, inside a stage or between two.
+        force: Resume although settings have changed.
+        device: Where to compute; None leaves the choice to accelerate.
+
+    Returns:
+        The members, from small to large.
+
+    Raises:
+        InputError: If the chain, its data or the out folder cannot be used.
+        NonFiniteError: If a loss or gradient becomes NaN or infinite.
+    """
+    # Read the data and plan the stages; nothing is written for a chain that cannot be trained.
+    task = open_task(chain.task, chain.data) if task is None else task
+    stages = plan_stages(chain, task)
+
+    # Prepare the folder. A slower process must not find what the first one writes.
+    out = Path(out)
+    accelerator = make_accelerator(chain.precision, device)
+    check_run_folder(chain, out, resume=resume, force=force)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        create_run_folder(chain, out)
+    accelerator.wait_for_everyone()
+    say(
+        f"{len(task)} training samples; batches of "
+        f"{', '.join(str(stage.batch_size) for stage in chain.stages)} over "
+        f"{accelerator.num_processes} processes"
+    )
+
+    # Train stage by stage; a finished one may have been the last thing before an interruption.
+    members = finished_members(out) if resume else []
+    for stage in stages[len(members) :]:
+        members.append(train_member(stage, chain, task, out, accelerator, resume=resume))
+        if accelerator.is_main_process:
+            record_members(chain, out, members)
+        accelerator.wait_for_everyone()
+    return members

@@ -1,0 +1,109 @@
+"""Supervised classification with timm models."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from com_pt.adapters.flop_counter import count_macs
+from com_pt.adapters.timm_models import build_timm, load_timm, save_timm
+from com_pt.method.metrics import top_k_accuracy
+from com_pt.training.data.labelled import labelled_images
+from com_pt.training.tasks.base import Task
+
+
+class ClassifyTask(Task):
+    """Images with one label each.
+
+    Data settings: ``train`` and ``val`` (CSV of path and label), ``images`` (folder of the paths),
+    ``classes``, ``image_size``, ``crop_scale``, ``smoothing`` of the labels.
+    """
+
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {"train", "val", "images", "classes", "image_size", "crop_scale", "smoothing", "val_batch"}
+    )
+    streams: ClassVar[tuple[str, ...]] = ("pooled",)
+    headline: ClassVar[str] = "top-1"
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        super().__init__(data)
+        self.classes = int(data.get("classes", 1000))
+        self.smoothing = float(data.get("smoothing", 0.1))
+        self._samples: Any = None
+
+    def build(self, spec: Any) -> nn.Module:
+        """Build a timm model; the classes are the data's unless the stage says otherwise."""
+        return build_timm(spec, self.classes)
+
+    def adopt(self, specs: Mapping[str, Any]) -> None:
+        """Take the image size of the models, unless the data settings have it."""
+        sizes = {}
+        for name, spec in specs.items():
+            with torch.device("meta"):
+                model: Any = build_timm(spec, self.classes)
+            if hasattr(model, "patch_embed"):
+                sizes[name] = list(model.patch_embed.img_size)
+        if sizes:
+            self.adopt_size("image_size", sizes)
+
+    def __len__(self) -> int:
+        if self._samples is None:
+            self._samples = labelled_images(self.data, "train", self.classes)
+        return len(self._samples[1])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        len(self)
+        images, labels = self._samples
+        return images.image(index), labels[index]
+
+    def features(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """Return pooled features before the classifier [b, w], logits and labels."""
+        images, labels = batch
+        pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+        head = model.head.fc if hasattr(model.head, "fc") else model.head
+        return {"pooled": pooled, "logits": head(pooled), "labels": labels}
+
+    def loss(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the cross-entropy with smoothed labels."""
+        value = F.cross_entropy(
+            outputs["logits"].float(), outputs["labels"], label_smoothing=self.smoothing
+        )
+        return {"cross entropy": value}
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Measure top-1 (and top-5) on the held-out images."""
+        if "val" not in self.data:
+            return {}
+        images, labels = labelled_images(self.data, "val", self.classes)
+        pictures = torch.stack([images.image(i) for i in range(len(labels))])
+        return self.accuracy(model, pictures, torch.tensor(labels))
+
+    @torch.no_grad()
+    def accuracy(self, model: Any, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """Measure a model on images in memory."""
+        device, batch = next(model.parameters()).device, int(self.data.get("val_batch", 256))
+        logits = torch.cat([model(part.to(device)).float() for part in images.split(batch)])
+        return top_k_accuracy(logits.cpu(), labels)
+
+    def chance(self) -> float | None:
+        """Return one in the number of classes, where there are held-out images."""
+        return 1 / self.classes if "val" in self.data else None
+
+    def macs(self, spec: Any) -> int:
+        """Count forward MACs on the meta device: timm has too many shapes for a formula."""
+        with torch.device("meta"):
+            model: Any = build_timm(spec, self.classes)
+        size, channels = model.patch_embed.img_size, model.patch_embed.proj.in_channels
+        image = torch.zeros(1, channels, *size)
+        return count_macs(lambda: build_timm(spec, self.classes), lambda m, x: m(x), image)
+
+    def save(self, model: nn.Module, spec: Any, folder: Path) -> None:
+        """Write a ``timm.create_model("local-dir:...")`` folder."""
+        save_timm(model, spec, self.classes, folder)
+
+    def load(self, folder: Path, spec: Any) -> nn.Module:
+        """Load the model of such a folder."""
+        return load_timm(folder)

@@ -1,0 +1,177 @@
+"""Contrastive image-text pre-training with open_clip models."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from com_pt.adapters.flop_counter import count_macs
+from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip, save_clip
+from com_pt.method.cost import clip_macs
+from com_pt.method.losses import multi_caption_clip_loss
+from com_pt.method.metrics import evaluate_retrieval, evaluate_zero_shot
+from com_pt.training.data.captions import CaptionData, vocabulary_size
+from com_pt.training.tasks.base import Task, height_and_width
+from effml_common.errors import ConfigError
+
+LARGEST_LOGIT_SCALE = math.log(100)  # of the parameter, which is exponentiated
+
+
+class ClipTask(Task):
+    """CLIP on image-caption pairs.
+
+    Data settings: ``train`` and ``val`` (CSV, TSV or WebDataset tars), ``images`` (folder that paths
+    are relative to), ``captions`` (K, drawn anew each time), ``tokenizer`` (``simple``, a list of
+    words or a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``, ``context_length``,
+    ``zero_shot`` (``images``: CSV of path and class; ``classes``; ``templates`` with ``{}``).
+    """
+
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {
+            "train",
+            "val",
+            "images",
+            "tokenizer",
+            "captions",
+            "crop_scale",
+            "zero_shot",
+            "image_size",
+            "context_length",
+            "val_batch",
+        }
+    )
+    streams: ClassVar[tuple[str, ...]] = ("image", "text")
+    couples_samples: ClassVar[bool] = True
+    headline: ClassVar[str] = "zero-shot top-1"
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        super().__init__(data)
+        self.captions = int(data.get("captions", 1))
+        self._samples: CaptionData | None = None
+
+    def adopt(self, specs: Mapping[str, Any]) -> None:
+        """Take image size and context length of the models, unless the data settings have them."""
+        # Sizes of the data.
+        configs = {name: clip_config(spec) for name, spec in specs.items()}
+        for key, section, usual in (
+            ("image_size", "vision_cfg", 224),
+            ("context_length", "text_cfg", 77),
+        ):
+            self.adopt_size(key, {n: c[section].get(key, usual) for n, c in configs.items()})
+
+        # Every token id must have an embedding.
+        tokens = vocabulary_size(self.data)
+        for name, config in configs.items():
+            vocab_size = config["text_cfg"].get("vocab_size", 49408)
+            if vocab_size < tokens:
+                raise ConfigError(
+                    f"vocab_size of {name} is {vocab_size} and the tokenizer has {tokens} tokens; "
+                    "raise it or set data: tokenizer"
+                )
+
+    @property
+    def samples(self) -> CaptionData:
+        """The training pairs, opened at first use."""
+        if self._samples is None:
+            self._samples = CaptionData.open(self.data, "train", captions=self.captions)
+        return self._samples
+
+    def build(self, spec: Any) -> nn.Module:
+        """Build an open_clip model with class ``CLIP`` or ``CustomTextCLIP``."""
+        return build_clip(clip_config(spec))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+    def features(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """Return unit embeddings: image [b, d], text [b, k, d]; the scale, exponentiated."""
+        image, text = batch
+        images, captions, length = text.shape
+        flat = text.reshape(images * captions, length)
+        text_features = model.encode_text(flat, normalize=True)
+        outputs = {
+            "image": model.encode_image(image, normalize=True),
+            "text": text_features.reshape(images, captions, -1),
+            "logit_scale": model.logit_scale.exp().reshape(()),
+        }
+        bias = getattr(model, "logit_bias", None)
+        return outputs if bias is None else {**outputs, "logit_bias": bias.reshape(())}
+
+    def loss(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the contrastive loss over all captions."""
+        value = multi_caption_clip_loss(
+            outputs["image"], outputs["text"], outputs["logit_scale"], outputs.get("logit_bias")
+        )
+        return {"contrastive": value}
+
+    @torch.no_grad()
+    def after_step(self, model: Any) -> None:
+        """Keep the logit scale in [1, 100]."""
+        model.logit_scale.clamp_(0, LARGEST_LOGIT_SCALE)
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Measure zero-shot accuracy and retrieval, as far as there is data for them."""
+        metrics: dict[str, float] = {}
+        batch = int(self.data.get("val_batch", 256))
+        if "zero_shot" in self.data:
+            metrics |= self._zero_shot(model, self.data["zero_shot"], batch)
+        if "val" in self.data:
+            held_out = CaptionData.open(self.data, "val", captions=None)
+            metrics |= evaluate_retrieval(model, *held_out.for_retrieval(), batch=batch)
+        return metrics
+
+    def chance(self) -> float | None:
+        """Return the chance of zero-shot classification."""
+        if "zero_shot" not in self.data:
+            return None
+        return 1 / len(_read_lines(self.data["zero_shot"]["classes"]))
+
+    def _zero_shot(self, model: Any, settings: Mapping[str, Any], batch: int) -> dict[str, float]:
+        # Images and the names of their classes.
+        classes, templates = _read_lines(settings["classes"]), _read_lines(settings["templates"])
+        held_out = CaptionData.open({**self.data, "val": settings["images"]}, "val", captions=None)
+        images = torch.stack([held_out.image(i) for i in range(len(held_out))])
+        names = [line[0] for line in held_out.texts]
+        missing = sorted(set(names) - set(classes))
+        if missing:
+            raise ConfigError(f"class {missing[0]} is not listed; add it to zero_shot classes")
+        labels = torch.tensor([classes.index(name) for name in names])
+
+        # Every class in every template.
+        prompts = [
+            held_out.tokenize([template.format(name) for template in templates]) for name in classes
+        ]
+        return evaluate_zero_shot(model, images, labels, torch.stack(prompts), batch=batch)
+
+    def macs(self, spec: Any) -> int:
+        """Return the forward MACs of the image tower plus K times the text tower."""
+        config = clip_config(spec)
+        vision = config["vision_cfg"]
+        if "timm_model_name" not in vision:
+            return clip_macs(config, self.captions)
+        image = torch.zeros(1, 3, *height_and_width(vision.get("image_size", 224)))
+        text = torch.zeros(1, self.captions, config["text_cfg"].get("context_length", 77)).long()
+        return count_macs(lambda: self.build(spec), self.features, (image, text))
+
+    def save(self, model: nn.Module, spec: Any, folder: Path) -> None:
+        """Write an ``open_clip.create_model("local-dir:...")`` folder."""
+        save_clip(model, clip_config(spec), folder)
+
+    def load(self, folder: Path, spec: Any) -> nn.Module:
+        """Load the model of such a folder."""
+        return load_clip(folder)
+
+
+def _read_lines(value: str | Sequence[str]) -> list[str]:
+    """Return a list, or the lines of a text or JSON file."""
+    if not isinstance(value, str):
+        return [str(item) for item in value]
+    text = Path(value).read_text(encoding="utf-8")
+    return json.loads(text) if value.endswith(".json") else text.splitlines()
