@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.hot_path_timing import main
 from benchmarks.hot_paths import HotPath, Kit, Step
 from sliderquant.adapters.decoder import TransformersDecoder
-from sliderquant.calibration import update_window, window_simulation
-from sliderquant.compensation import (
+from sliderquant.adapters.simulation import model_logits
+from sliderquant.method.calibration import update_window, window_simulation
+from sliderquant.method.error_compensation import (
     TURNS,
     collect_moments,
     damped,
@@ -30,11 +31,11 @@ from sliderquant.compensation import (
     steps_of,
     sweep_columns_,
 )
-from sliderquant.evaluation import model_logits, perplexity
-from sliderquant.learnables import PIECE, BlockLearnables, LinearLearnables
-from sliderquant.packed import PackedLinear
-from sliderquant.quantizer import WeightFormat, codes, quantization_grid
-from sliderquant.sampling import seeded
+from sliderquant.method.learnables import PIECE, BlockLearnables, LinearLearnables
+from sliderquant.method.metrics import perplexity
+from sliderquant.method.packed import PackedLinear
+from sliderquant.method.quantizer import WeightFormat, codes, quantization_grid
+from sliderquant.method.sampling import seeded
 
 BLOCKS = 8  # of 32, where a whole model runs
 LLAMA = LlamaConfig(
@@ -288,7 +289,7 @@ PATHS: Sequence[HotPath] = [
     HotPath(
         "eval of one chunk, 8 blocks of Llama-3-8B, 2048 tokens",
         evaluate,
-        allow={"evaluation.py:perplexity": 2.0},
+        allow={"metrics.py:perplexity": 2.0},
     ),
     HotPath(
         "moments of a Llama-3-8B block, 1 of 128 samples (scaled)",

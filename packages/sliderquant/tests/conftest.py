@@ -27,7 +27,8 @@ from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
 from sliderquant.adapters.streaming import empty_model
 from sliderquant.config import DemoModelConfig
-from sliderquant.demo_model import demo_model, library_corpus
+from sliderquant.demo.data import library_corpus
+from sliderquant.demo.models import demo_model
 
 VOCABULARY = 96
 _SIZES = {

@@ -8,11 +8,16 @@ import torch
 from effml_common.cli import main
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.loading import load_any
-from sliderquant.calibration import calibrate
+from sliderquant.adapters.simulation import (
+    fresh_learnables,
+    model_logits,
+    simulated_logits,
+    simulated_weights,
+)
 from sliderquant.cli import COMMANDS
 from sliderquant.config import SliderConfig
-from sliderquant.evaluation import model_logits, perplexity
-from sliderquant.simulation import fresh_learnables, simulated_logits, simulated_weights
+from sliderquant.method.calibration import calibrate
+from sliderquant.method.metrics import perplexity
 
 DEVICE = "cuda"
 pytestmark = [

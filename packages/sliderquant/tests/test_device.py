@@ -7,14 +7,15 @@ import torch
 from transformers import PreTrainedModel
 
 from effml_common.cli import main
-from sliderquant import calibration, compensation, estimates
-from sliderquant.activations import ActivationFormat
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.loading import load_any
-from sliderquant.bench import kernel_on
-from sliderquant.calibration import calibrate, train_window
+from sliderquant.adapters.shapes import decoder_shape
+from sliderquant.adapters.simulation import finished_block, fresh_learnables, simulated_logits
 from sliderquant.cli import COMMANDS
-from sliderquant.compensation import damped, rounded_with_feedback
+from sliderquant.commands import _estimates as estimates
+from sliderquant.commands._estimates import rounding_seconds, timed
+from sliderquant.commands.bench import kernel_on
+from sliderquant.commands.inspect import make_plan
 from sliderquant.config import (
     BenchConfig,
     DemoConfig,
@@ -23,11 +24,12 @@ from sliderquant.config import (
     SensitivityConfig,
     SliderConfig,
 )
-from sliderquant.estimates import rounding_seconds, timed
-from sliderquant.plan import decoder_shape, make_plan
-from sliderquant.quantizer import WeightFormat
-from sliderquant.simulation import finished_block, fresh_learnables, simulated_logits
-from sliderquant.smoothing import smoothing_factors
+from sliderquant.method import calibration, error_compensation
+from sliderquant.method.activations import ActivationFormat
+from sliderquant.method.calibration import calibrate, train_window
+from sliderquant.method.error_compensation import damped, rounded_with_feedback
+from sliderquant.method.quantizer import WeightFormat
+from sliderquant.method.smoothing import smoothing_factors
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi4")
 SETTINGS = {"wbits": 4, "group_size": 8, "nsamples": 2, "seqlen": 12}
@@ -54,8 +56,8 @@ def test_a_weight_is_rounded_where_it_is(symmetric, fake_card) -> None:
 def two_columns(monkeypatch) -> None:
     """Column loops that stop after two columns: on fake tensors a column takes a second."""
     for name in ("round_columns_", "sweep_columns_"):
-        loop = getattr(compensation, name)
-        monkeypatch.setattr(compensation, name, lambda *args, loop=loop: loop(*args[:-1], 2))
+        loop = getattr(error_compensation, name)
+        monkeypatch.setattr(error_compensation, name, lambda *args, loop=loop: loop(*args[:-1], 2))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from effml_common.errors import ConfigError
+from sliderquant.commands.quantize import quantize
 from sliderquant.config import QuantizeConfig
-from sliderquant.learnables import BlockLearnables
-from sliderquant.quantization import quantize
+from sliderquant.method.learnables import BlockLearnables
 
 
 def run(directory: Path, **changes):
@@ -28,8 +28,9 @@ def run(directory: Path, **changes):
 def perplexity(directory: Path, **kwargs) -> float:
     """Of a directory that transformers loads, on the whole text in chunks of the model's limit."""
     from sliderquant.adapters.files import load_tokenizer
-    from sliderquant.evaluation import chunks, model_logits
-    from sliderquant.evaluation import perplexity as measured
+    from sliderquant.adapters.simulation import model_logits
+    from sliderquant.adapters.text import chunks
+    from sliderquant.method.metrics import perplexity as measured
 
     model = AutoModelForCausalLM.from_pretrained(directory, **kwargs).eval()
     text = Path(directory).with_name("text.txt").read_text()

@@ -11,13 +11,13 @@ from typing import Any
 _HOMES = {
     "QuantizeConfig": "config",
     "SliderConfig": "config",
-    "calibrate": "calibration",
-    "evaluate": "evaluation",
-    "export": "conversion",
-    "inspect": "plan",
+    "calibrate": "method.calibration",
+    "evaluate": "commands.eval",
+    "export": "commands.export",
+    "inspect": "commands.inspect",
     "load": "adapters.native",
-    "make_windows": "windows",
-    "quantize": "quantization",
+    "make_windows": "method.windows",
+    "quantize": "commands.quantize",
 }
 __all__ = list(_HOMES)
 

@@ -8,7 +8,7 @@ COMMANDS = (
         "demo",
         "train a small Llama once, quantize it four ways, compare perplexities",
         config="sliderquant.config:DemoConfig",
-        run="sliderquant.demo:demo",
+        run="sliderquant.demo.report:demo",
         examples=(
             "sliderquant demo",
             "sliderquant demo --seeds 3 --bits 2 3 --out runs/demo",
@@ -18,7 +18,7 @@ COMMANDS = (
         "quantize",
         "quantize a local model directory",
         config="sliderquant.config:QuantizeConfig",
-        run="sliderquant.quantization:quantize",
+        run="sliderquant.commands.quantize:quantize",
         examples=(
             "sliderquant quantize models/llama --calib notes.txt --out models/llama-w4",
             "sliderquant quantize models/llama --wbits 2 --group-size 64 --no-sym "
@@ -29,7 +29,7 @@ COMMANDS = (
         "eval",
         "perplexity and lm-eval tasks of a model directory in any format",
         config="sliderquant.config:EvalConfig",
-        run="sliderquant.evaluation:evaluate",
+        run="sliderquant.commands.eval:evaluate",
         examples=(
             "sliderquant eval models/llama-w4 --text held_out.txt",
             "sliderquant eval models/llama-w4 --tasks tasks/arc.yaml tasks/mine --batch-size 8",
@@ -39,7 +39,7 @@ COMMANDS = (
         "sensitivity",
         "what rounding each block alone does to the model: table, JSON, plot",
         config="sliderquant.config:SensitivityConfig",
-        run="sliderquant.sensitivity:sensitivity",
+        run="sliderquant.commands.sensitivity:sensitivity",
         examples=(
             "sliderquant sensitivity models/llama --text notes.txt",
             "sliderquant sensitivity models/llama --text notes.txt --wbits 3 --by linear --metric mse",
@@ -49,7 +49,7 @@ COMMANDS = (
         "export",
         "write a quantized model in another format, without loss",
         config="sliderquant.config:ExportConfig",
-        run="sliderquant.conversion:export",
+        run="sliderquant.commands.export:export",
         examples=(
             "sliderquant export models/llama-w4-native --out models/llama-w4",
             "sliderquant export models/llama-w2-native --container-bits 4 --out models/llama-w2-vllm",
@@ -59,7 +59,7 @@ COMMANDS = (
         "bench",
         "tokens per second of a native model, packed and dense, on your device",
         config="sliderquant.config:BenchConfig",
-        run="sliderquant.bench:bench",
+        run="sliderquant.commands.bench:bench",
         examples=(
             "sliderquant bench models/llama-w2-native",
             "sliderquant bench models/llama-w2-native --device cuda --prompt 512 --tokens 64",
@@ -69,7 +69,7 @@ COMMANDS = (
         "inspect",
         "windows, cost and memory plan, without reading a weight",
         config="sliderquant.config:InspectConfig",
-        run="sliderquant.plan:inspect",
+        run="sliderquant.commands.inspect:inspect",
         examples=(
             "sliderquant inspect --layers 32 --rounding nearest",
             "sliderquant inspect --model models/llama --wbits 2 --group-size 64",

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from sliderquant.activations import ActivationFormat
 from sliderquant.adapters.families import (
     UnsupportedArchitectureError as UnsupportedArchitectureError,
 )
 from sliderquant.adapters.families import block_layout, family_of
 from sliderquant.adapters.rounding import ActivationRounding
-from sliderquant.layout import BlockLayout
-from sliderquant.sampling import to_device
+from sliderquant.method.activations import ActivationFormat
+from sliderquant.method.layout import BlockLayout
+from sliderquant.method.sampling import to_device
 
 
 class ParameterSource(Protocol):

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from effml_common.errors import InputError
-from sliderquant.layout import COLUMNS, ROWS, BlockLayout, Site, Touch
+from sliderquant.method.layout import COLUMNS, ROWS, BlockLayout, Site, Touch
 
 
 class UnsupportedArchitectureError(InputError):

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from effml_common.errors import ConfigError, InputError
 from effml_common.logging import warn
-from sliderquant.activations import ActivationFormat
 from sliderquant.adapters.families import DOWN_EXPERTS, GATE_UP_EXPERTS
-from sliderquant.quantizer import WeightFormat
+from sliderquant.method.activations import ActivationFormat
+from sliderquant.method.quantizer import WeightFormat
 
 ExportFormat = Literal["compressed-tensors", "native", "dense", "pre-quant"]
 MARK = "sliderquant"  # key of config.json that says what was done

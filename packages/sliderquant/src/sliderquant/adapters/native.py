@@ -12,14 +12,14 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from effml_common.device import resolve_device
 from effml_common.errors import InputError
-from sliderquant.activations import ActivationFormat
 from sliderquant.adapters.families import family_of
 from sliderquant.adapters.files import quiet_transformers, weight_files
 from sliderquant.adapters.formats import MARK, NATIVE_TYPE, NATIVE_VERSION
 from sliderquant.adapters.rounding import ActivationRounding
 from sliderquant.adapters.streaming import EMBEDDING, HEAD, empty_model
-from sliderquant.packed import PackedLinear, pack_parameter_
-from sliderquant.quantizer import WeightFormat
+from sliderquant.method.activations import ActivationFormat
+from sliderquant.method.packed import PackedLinear, pack_parameter_
+from sliderquant.method.quantizer import WeightFormat
 
 INDEX = "sliderquant.safetensors.index.json"
 

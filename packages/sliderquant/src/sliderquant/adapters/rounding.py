@@ -17,8 +17,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sliderquant.activations import ActivationFormat, fake_quantize_tokens
-from sliderquant.packed import PackedLinear
+from sliderquant.method.activations import ActivationFormat, fake_quantize_tokens
+from sliderquant.method.packed import PackedLinear
 
 PREFIX = "sliderquant_"
 _active: ContextVar[ActivationFormat] = ContextVar("activation format")

@@ -38,8 +38,8 @@ from sliderquant.adapters.files import (
     quiet_transformers,
     weight_files,
 )
-from sliderquant.rotation import random_rotation, rotate_block, rotate_rows
-from sliderquant.sampling import seeded
+from sliderquant.method.rotation import random_rotation, rotate_block, rotate_rows
+from sliderquant.method.sampling import seeded
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 

@@ -1,7 +1,7 @@
 """Text files to tokens: calibration samples and evaluation streams."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from effml_common.errors import InputError
 from effml_common.logging import warn
 from sliderquant.adapters.files import quiet_transformers
 
+LITERATURE_SEQLEN = 2048  # tokens per chunk of evaluation text
 SCARCE_TOKENS = 16_384  # below this, calibration tends to fit the samples rather than the model
 
 
@@ -102,3 +103,25 @@ def calibration_samples(
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(stream) - seqlen + 1, (nsamples, 1), generator=generator)
     return stream[starts + torch.arange(seqlen)]
+
+
+def chunks(
+    stream: Int[Tensor, " n"], seqlen: int, batch_size: int = 1
+) -> Iterable[Int[Tensor, "b t"]]:
+    """Cut a token stream into floor(n / seqlen) chunks without overlap, in batches.
+
+    Raises:
+        InputError: If the stream does not fill one chunk.
+    """
+    count = len(stream) // seqlen
+    if count == 0:
+        raise InputError(
+            f"evaluation text has {len(stream)} tokens, fewer than one chunk of {seqlen}; "
+            "give more text or lower --seqlen"
+        )
+    return stream[: count * seqlen].view(count, seqlen).split(batch_size)
+
+
+def default_seqlen(context: int) -> int:
+    """Return the literature's chunk length, or the model's limit where that is shorter."""
+    return min(LITERATURE_SEQLEN, context)

@@ -1,0 +1,175 @@
+"""The quantized model before it is stored: simulated parameters, logits, perplexities, codes."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sliderquant.adapters.decoder import TransformersDecoder
+from sliderquant.adapters.shapes import check_group_size
+from sliderquant.config import FULL_BITS, SliderConfig, with_rounding
+from sliderquant.method.activations import ActivationFormat
+from sliderquant.method.learnables import BlockLearnables
+from sliderquant.method.metrics import perplexity
+from sliderquant.method.quantizer import QuantizedWeight, WeightFormat, quantize_weight
+from sliderquant.method.round_to_nearest import rtn_weights
+from sliderquant.method.sampling import seeded
+
+BlockWeights = Sequence[dict[str, Tensor]]
+# Parameters of a block to use instead of the model's own; ``None`` for the model's own.
+Replacement = Callable[[int], dict[str, Tensor] | None]
+
+
+def weight_format(config: SliderConfig, dtype: torch.dtype) -> WeightFormat:
+    """Return the storage format that ``config`` asks for, with scales in ``dtype``."""
+    return WeightFormat(
+        bits=config.wbits, group_size=config.group_size, sym=config.sym, dtype=dtype
+    )
+
+
+def fresh_learnables(
+    decoder: TransformersDecoder, config: SliderConfig, dtype: torch.dtype
+) -> list[BlockLearnables]:
+    """Return untrained learnables for every block; reads no weight.
+
+    Those of windows are on the model's device. Compensated rounding only reads the channel scales:
+    corrections and clipping of all blocks stay in the host's memory.
+
+    Raises:
+        ShapeError: If the group size does not divide some layer.
+    """
+    fmt = weight_format(config, dtype)
+    learnables = []
+    for block in range(decoder.depth):
+        layout = decoder.layout(block)
+        shapes = {n: p for n, p in decoder.blocks[block].named_parameters() if n in layout.linears}
+        check_group_size({name: tuple(w.shape) for name, w in shapes.items()}, config.group_size)
+        weights = {name: shapes[name] for name in layout.linears}
+        sites = layout.sites if config.scales_channels else ()
+        made = BlockLearnables(
+            weights, fmt, config.lora_rank, seeded((config.seed, block)), sites, config.lwc
+        )
+        rounding = with_rounding(config, [weight.shape for weight in weights.values()]).rounding
+        trained = made if rounding == "nearest" else made.factors
+        trained.to(decoder.device)
+        learnables.append(made)
+    return learnables
+
+
+@torch.no_grad()
+def simulated_weights(
+    decoder: TransformersDecoder, learnables: Sequence[BlockLearnables]
+) -> list[dict[str, Tensor]]:
+    """Return the changed parameters of every block, dequantized: what a merged model holds."""
+    return [learnables[block](decoder.tensors(block)) for block in range(decoder.depth)]
+
+
+def finished_block(
+    decoder: TransformersDecoder, learnables: BlockLearnables, block: int, rounded: bool = True
+) -> dict[str, Tensor | QuantizedWeight]:
+    """Return every parameter of a block as it is to be stored: codes, or floats in the stored type.
+
+    Args:
+        decoder: The model.
+        learnables: Of the block.
+        block: Its number.
+        rounded: Round the weights; else W~ is returned, for another quantizer to finish.
+    """
+    tensors = decoder.tensors(block)
+    merged = tensors | learnables.merged(tensors)
+    finished: dict[str, Tensor | QuantizedWeight] = {}
+    for name, value in merged.items():
+        if rounded and name in learnables.names and learnables.fmt.bits != FULL_BITS:
+            linear = learnables.linear(name)
+            finished[name] = linear.rounded or quantize_weight(
+                value, learnables.fmt, linear.upper, linear.lower
+            )
+        else:
+            finished[name] = value.to(learnables.fmt.dtype)
+    return finished
+
+
+def model_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Return a function from tokens to the logits of a transformers model, without cache."""
+    return lambda tokens: model(input_ids=tokens.to(model.device), use_cache=False).logits
+
+
+def simulated_logits(
+    decoder: TransformersDecoder,
+    weights: BlockWeights | None,
+    activations: ActivationFormat | None = None,
+) -> Callable[[Int[Tensor, "b t"]], Float[Tensor, "b t v"]]:
+    """Return a function from tokens to logits with replaced weights; ``None`` for the model's own."""
+
+    @torch.no_grad()
+    def logits(tokens: Tensor) -> Tensor:
+        hidden = decoder.block_inputs(tokens)
+        for block in range(decoder.depth):
+            replaced = weights[block] if weights else None
+            hidden = decoder.run_block(block, hidden, replaced, activations)
+        return decoder.logits(hidden)
+
+    return logits
+
+
+@torch.no_grad()
+def merge_(decoder: TransformersDecoder, weights: BlockWeights) -> None:
+    """Copy simulated parameters into a model in memory, in place."""
+    for block, replaced in enumerate(weights):
+        tensors = decoder.tensors(block)
+        for name, weight in replaced.items():
+            tensors[name].copy_(weight)
+
+
+def learned(decoder: TransformersDecoder, learnables: Sequence[BlockLearnables]) -> Replacement:
+    """Return the simulated parameters, made block by block."""
+
+    @torch.no_grad()
+    def replaced(block: int) -> dict[str, Tensor]:
+        return learnables[block](decoder.tensors(block))
+
+    return replaced
+
+
+def rounded(decoder: TransformersDecoder, fmt: WeightFormat) -> Replacement:
+    """Return the round-to-nearest weights, made block by block."""
+    return lambda block: rtn_weights(decoder, block, fmt)
+
+
+@torch.no_grad()
+def blockwise_perplexity(
+    decoder: TransformersDecoder,
+    texts: Mapping[str, Sequence[Int[Tensor, "1 t"]]],
+    replaced: Replacement,
+    activations: ActivationFormat | None = None,
+    cache: Callable[[str, Tensor], Tensor] = lambda name, hidden: hidden,
+) -> dict[str, float]:
+    """Return perplexities of texts with one block in memory at a time.
+
+    Args:
+        decoder: The model.
+        texts: Chunks of equal length, by name.
+        replaced: Parameters to use.
+        activations: Rounding of activations.
+        cache: May put hidden states on disk.
+    """
+    result = {}
+    for name, chunks in texts.items():
+        hidden = cache("evaluation", decoder.block_inputs(torch.cat(list(chunks))))
+        for block in range(decoder.depth):
+            decoder.hold([block])
+            parameters = decoder.tensors(block) | (replaced(block) or {})
+            for part in hidden.split(1):
+                part.copy_(decoder.run_block(block, part, parameters, activations))
+        decoder.hold([])
+        result[name] = perplexity(_heads(decoder, hidden), chunks)
+    return result
+
+
+def _heads(decoder: TransformersDecoder, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return logits of successive chunks; the head is read once."""
+    outside = decoder.source.outside()
+    parts: Iterator[Tensor] = iter(hidden.split(1))
+    return lambda tokens: decoder.logits(next(parts), outside)

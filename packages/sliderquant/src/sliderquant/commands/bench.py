@@ -1,0 +1,141 @@
+"""The ``bench`` command: tokens per second of a packed model and of its dense twin, on your device."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from effml_common.device import resolve_device, synchronize
+from effml_common.logging import progress
+from effml_common.report import Report, Row, environment, write_report
+from sliderquant.adapters.native import load
+from sliderquant.config import BenchConfig
+from sliderquant.method.packed import PackedLinear
+
+NOTES = {
+    "torch": "packed layers dequantize their weight at every pass",
+    "triton": "packed layers of 2, 4 and 8 bits multiply up to 8 rows without dequantizing",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Tokens per second of one pass.
+
+    Attributes:
+        prefill: Of the prompt, all tokens at once.
+        decode: Of greedy generation with a cache, one token at a time.
+    """
+
+    prefill: float
+    decode: float
+
+
+def bench(config: BenchConfig) -> Report:
+    """Time a native model against the same model with dequantized weights, in turns.
+
+    Returns:
+        The report: one row per model, one value per repetition.
+
+    Raises:
+        InputError: If the directory is no native model, or the device is not there.
+    """
+    started = time.monotonic()
+    device = resolve_device(config.device)
+    kernel = kernel_on(device)
+    packed = load(config.model, device, kernel=kernel)
+    dense = unpacked(load(config.model, device))
+    generator = torch.Generator().manual_seed(0)
+    limit = packed.config.max_position_embeddings - config.tokens
+    prompt = torch.randint(
+        packed.config.vocab_size, (1, min(config.prompt, limit)), generator=generator
+    )
+    speeds: dict[str, list[Speed]] = {"packed": [], "dense": []}
+    with progress("timing", 2 * (config.repeats + 1)) as bar:
+        for turn in range(config.repeats + 1):
+            for name, model in (("packed", packed), ("dense", dense)):
+                speed = measure(model, prompt.to(device), config.tokens)
+                if turn:  # the first turn warms up
+                    speeds[name].append(speed)
+                bar.advance()
+    rows = [
+        Row(
+            name,
+            f"prompt {prompt.shape[1]}, batch 1, {packed.dtype}",
+            {
+                "prefill tokens/s": [s.prefill for s in speeds[name]],
+                "decode tokens/s": [s.decode for s in speeds[name]],
+                "weights MB": [held_bytes(model) / 1e6],
+            },
+        )
+        for name, model in (("packed", packed), ("dense", dense))
+    ]
+    report = Report(
+        package="sliderquant",
+        version=version("sliderquant"),
+        command=sys.argv,
+        seeds=[],
+        seconds=time.monotonic() - started,
+        rows=rows,
+        notes=[f"the two models took turns; {NOTES[kernel]}"],
+        environment=environment(("transformers",), str(device)),
+    )
+    out = Path(config.out or time.strftime("runs/bench-%Y%m%d-%H%M%S"))
+    (out / "run").mkdir(parents=True, exist_ok=True)
+    write_report(report, out / "run")
+    return report
+
+
+def kernel_on(device: torch.device) -> Literal["torch", "triton"]:
+    """Return how packed layers multiply few rows on a device: Triton's kernel needs a GPU."""
+    return "triton" if device.type == "cuda" else "torch"
+
+
+def unpacked(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace packed linear layers by dense ones with the same values, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            weight = module.weight
+            linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
+    return model
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Return the memory of parameters and buffers; tied ones count once."""
+    held = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    return sum(held.values())
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, prompt: Tensor, tokens: int) -> Speed:
+    """Time one prompt and ``tokens`` greedy steps behind it."""
+
+    def timed(run: Callable[[], object]) -> float:
+        synchronize(prompt.device)
+        begin = time.perf_counter()
+        run()
+        synchronize(prompt.device)
+        return time.perf_counter() - begin
+
+    state: dict[str, object] = {}
+
+    def prefill() -> None:
+        out = model(input_ids=prompt, use_cache=True)
+        state["cache"], state["next"] = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+    def decode() -> None:
+        for _ in range(tokens):
+            out = model(input_ids=state["next"], past_key_values=state["cache"], use_cache=True)
+            state["next"] = out.logits[:, -1:].argmax(-1)
+
+    return Speed(prefill=prompt.shape[1] / timed(prefill), decode=tokens / timed(decode))

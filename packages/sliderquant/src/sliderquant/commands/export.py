@@ -1,0 +1,150 @@
+"""The ``export`` command: a quantized model in another format, without loss."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from effml_common.errors import InputError
+from effml_common.files import atomic_write
+from effml_common.logging import progress, say
+from sliderquant.adapters.files import weight_files
+from sliderquant.adapters.formats import NATIVE_TYPE, check_expressible
+from sliderquant.adapters.model_writer import ModelWriter
+from sliderquant.adapters.native import base_config, native_formats, read_raw_config
+from sliderquant.commands._model_card import made_of, model_card, sizes
+from sliderquant.config import ExportConfig
+from sliderquant.method.packing import PACKED, SCALE, SHAPE, ZERO, unpacked_weight
+from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What an export wrote.
+
+    Attributes:
+        out: Folder.
+        format: Of the weights.
+        files: Their names.
+        bytes: From ``card.sizes``.
+    """
+
+    out: str
+    format: str
+    files: list[str]
+    bytes: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain data."""
+        return {
+            "out": Path(self.out).name,
+            "format": self.format,
+            "files": self.files,
+            "bytes": self.bytes,
+        }
+
+    def __rich__(self) -> str:
+        """Return one line."""
+        parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in self.bytes.items())
+        return f"wrote {self.out} ({self.format}): {parts}"
+
+
+def export(config: ExportConfig) -> ExportResult:
+    """Write a native model in another format; every weight keeps its value, bit for bit.
+
+    One layer is in memory at a time. An interrupted export continues when it is started again.
+
+    Raises:
+        InputError: If the source is no native model, is damaged, or the format cannot express it.
+    """
+    source, out = Path(config.model), Path(config.out or time.strftime("runs/export-%Y%m%d-%H%M%S"))
+    raw = read_raw_config(source)
+    if raw.get("model_type") != NATIVE_TYPE:
+        raise InputError(
+            f"{source} is no native model, and other formats do not hold all that is needed; "
+            "quantize with --format native, and export from that"
+        )
+    formats, activations = native_formats(source, raw)
+    check_expressible(config.format, formats, activations)
+    writer = ModelWriter(
+        out,
+        source,
+        format=config.format,
+        dtype=getattr(torch, raw["dtype"]),
+        config=base_config(source, raw),
+        activations=activations,
+        container_bits=config.container_bits,
+        identity=json.dumps(raw, sort_keys=True),
+    )
+    names = _layers(source)
+    with progress(f"exporting to {config.format}", len(names)) as bar:
+        for batch in _batches(names, formats):
+            writer.write(batch)
+            bar.advance(len(batch))
+    files = writer.publish()
+    base = raw.get("_name_or_path") or source.name
+    atomic_write(out / "README.md", model_card(out, Path(base).name, made_of(source)))
+    say(f"wrote {out}")
+    return ExportResult(
+        out=str(out), format=config.format, files=[*files, "README.md"], bytes=sizes(out)
+    )
+
+
+def _layers(directory: Path) -> dict[str, dict[str, Path]]:
+    """Return the files of every parameter's tensors: parameter -> suffix -> file."""
+    layers: dict[str, dict[str, Path]] = {}
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    layer, _, suffix = name.rpartition(".")
+                    if suffix in (PACKED, SCALE, SHAPE, ZERO):
+                        layers.setdefault(layer, {})[suffix] = path
+                    else:
+                        layers[name] = {"": path}
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path} is damaged ({reason}); copy it again") from None
+    return layers
+
+
+def _batches(
+    layers: Mapping[str, Mapping[str, Path]], formats: Mapping[str, WeightFormat]
+) -> Iterator[dict[str, QuantizedWeight | Tensor]]:
+    """Yield parameters under their names, one decoder block at a time."""
+    by_block: dict[str, list[str]] = {}
+    for layer in layers:
+        words = layer.split(".")
+        block = words[2] if layer.startswith("model.layers.") else layer
+        by_block.setdefault(block, []).append(layer)
+    for inside in by_block.values():
+        batch: dict[str, QuantizedWeight | Tensor] = {}
+        for layer in inside:
+            name = next((n for n in (layer, f"{layer}.weight") if n in formats), layer)
+            batch[name] = _parameter(layer, layers[layer], formats.get(name))
+        yield batch
+
+
+def _parameter(
+    layer: str, files: Mapping[str, Path], fmt: WeightFormat | None
+) -> QuantizedWeight | Tensor:
+    def read(suffix: str) -> Tensor:
+        with safe_open(files[suffix], framework="pt") as file:
+            return file.get_tensor(f"{layer}.{suffix}" if suffix else layer)
+
+    try:
+        if fmt is None:
+            return read("")
+        zero = None if fmt.sym else read(ZERO)
+        columns = int(read(SHAPE)[-1])
+        return unpacked_weight(read(PACKED), read(SCALE), zero, columns, fmt)
+    except (KeyError, SafetensorError, RuntimeError) as error:
+        raise InputError(
+            f"{layer} is not stored as its config says ({error}); copy it again"
+        ) from None

@@ -1,0 +1,152 @@
+"""What a calibration will do and need, known before it starts: the ``inspect`` command."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from sliderquant.adapters.shapes import ModelShape, check_group_size, model_shape
+from sliderquant.config import FULL_BITS, InspectConfig, SliderConfig, with_rounding
+from sliderquant.method.calibration import RECOMPUTE_ABOVE
+from sliderquant.method.windows import block_visits, make_windows
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Windows, cost and memory of a calibration.
+
+    Attributes:
+        windows: Block numbers per window.
+        block_visits: Sum of the window sizes; times ``epochs`` it is the cost of the calibration.
+        stages: Passes over the windows (intra-layer stages).
+        updates: Optimizer updates in all.
+        bits_per_weight: Stored bits per quantized weight, scales included; needs a model.
+        memory_gib: Peak memory by part, GiB; needs a model.
+        lean: Whether blocks are computed again in the backward pass to save memory.
+    """
+
+    windows: list[list[int]]
+    block_visits: int
+    stages: int
+    updates: int
+    bits_per_weight: float | None = None
+    memory_gib: dict[str, float] | None = None
+    lean: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data."""
+        return asdict(self)
+
+    def __rich__(self) -> Table:
+        """Return the plan as a table."""
+        table = Table(title="calibration plan", show_header=False)
+        spans = (f"{w[0]}-{w[-1]}" if len(w) > 1 else str(w[0]) for w in self.windows)
+        table.add_row("windows", " ".join(spans) or "none: blocks are rounded one after the other")
+        table.add_row("number of windows", str(len(self.windows)))
+        table.add_row("block visits per epoch", str(self.block_visits))
+        table.add_row("intra-layer stages", str(self.stages))
+        table.add_row("optimizer updates", str(self.updates))
+        if self.bits_per_weight is not None:
+            table.add_row("bits per quantized weight", f"{self.bits_per_weight:.3f}")
+        for part, size in (self.memory_gib or {}).items():
+            table.add_row(f"memory: {part}", f"{size:.2f} GiB")
+        return table
+
+
+def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Plan:
+    """Return what a calibration with ``config`` does to a model of ``layers`` blocks.
+
+    Args:
+        config: Method settings.
+        shape: Sizes of the model, if known: adds bits per weight and memory.
+        layers: Number of decoder blocks.
+
+    Raises:
+        ConfigError: If the windows do not fit.
+        ShapeError: If the group size does not divide.
+    """
+    config = with_rounding(config, shape.linears.values() if shape else ())
+    trained = config.rounding == "nearest"
+    windows = make_windows(layers, config) if trained else []
+    batches = -(-config.nsamples // config.batch_size)
+    updates = config.stages * len(windows) * (config.epochs // config.stages) * batches
+    bits = memory = None
+    lean = False
+    if shape is not None:
+        check_group_size(shape.linears, config.group_size)
+        bits = _bits_per_weight(config, shape)
+        largest = max(map(len, windows), default=1)
+        lean = largest * sum(map(math.prod, shape.linears.values())) > RECOMPUTE_ABOVE
+        memory = _memory(config, shape, largest, lean)
+        if not trained:
+            memory |= _memory_of_feedback(shape, layers)
+    return Plan(
+        windows=windows,
+        block_visits=block_visits(windows),
+        stages=config.stages if trained else 1,
+        updates=updates,
+        bits_per_weight=bits,
+        memory_gib=memory,
+        lean=lean,
+    )
+
+
+def _bits_per_weight(config: SliderConfig, shape: ModelShape) -> float:
+    """Codes plus 16-bit scales, plus zero points where asymmetric, averaged over a block."""
+    if config.wbits == FULL_BITS:
+        return float(FULL_BITS)
+    side = 16 + (0 if config.sym else config.wbits)
+    stored = sum(
+        math.prod(weight) * (config.wbits + side / (config.group_size or weight[-1]))
+        for weight in shape.linears.values()
+    )
+    return stored / sum(map(math.prod, shape.linears.values()))
+
+
+def _memory(
+    config: SliderConfig, shape: ModelShape, largest_window: int, lean: bool
+) -> dict[str, float]:
+    """Embedding, caches, and the working copies of the largest window, all in float32."""
+    float32 = 4 / 2**30
+    seqlen = min(config.seqlen, shape.context)
+    weights = list(map(math.prod, shape.linears.values()))
+    window = largest_window * sum(weights)
+    # Autograd keeps about six temporaries of a weight's size through its fake quantizer; where blocks
+    # are computed again, it keeps one block's simulated weights and a gradient or two.
+    simulated = sum(weights) + 2 * max(weights) if lean else 6 * window
+    return {
+        "embedding, read once": float32 * shape.embedding,
+        "weights of the window": float32 * window,
+        "simulation of the window": float32 * simulated,
+        "activation caches": float32 * 3 * config.nsamples * seqlen * shape.hidden,
+    }
+
+
+def _memory_of_feedback(shape: ModelShape, layers: int) -> dict[str, float]:
+    """What compensated rounding needs instead of simulating a window: codes of all blocks, moments."""
+    solved = [weight for weight in shape.linears.values() if len(weight) == 2]  # no fused experts
+    codes = 2 * layers * sum(map(math.prod, solved))
+    # X^T X, H, its factor and inverse in float64.
+    moments = 4 * 8 * max((columns**2 for _, columns in solved), default=0)
+    return {
+        "simulation of the window": 0.0,
+        "codes of all blocks (with eval text)": codes / 2**30,
+        "moments of the largest layer": moments / 2**30,
+    }
+
+
+def inspect(config: InspectConfig) -> Plan:
+    """Return windows, cost and memory for a model directory or a number of layers.
+
+    Raises:
+        InputError: If the model is not supported or the settings do not fit it.
+    """
+    if config.model is None:
+        assert config.layers is not None  # checked by the config
+        return make_plan(config, None, config.layers)
+    shape = model_shape(config.model)
+    return make_plan(config, shape, shape.layers)

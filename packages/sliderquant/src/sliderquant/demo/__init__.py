@@ -1,0 +1,1 @@
+"""A small model trained here, quantized in several ways and compared."""

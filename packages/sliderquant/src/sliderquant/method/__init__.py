@@ -1,0 +1,1 @@
+"""The method on tensors and modules of torch alone; ``adapters`` bring it to transformers."""

@@ -1,0 +1,67 @@
+"""Dynamic per-token activation quantization.
+
+Paper: "SliderQuant" (ICLR 2026, arXiv 2603.25284), weight-activation setting. Every token (and, for
+queries, keys and values, every head of it) gets its own grid over the last axis; nothing is stored.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sliderquant.method.quantizer import STEP_FLOOR, leading_columns, round_ste
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationFormat:
+    """How activations are rounded.
+
+    Attributes:
+        bits: Bits per value, 2 to 8.
+        sym: Signed grid around zero, the one servers run; asymmetric follows the paper.
+        attention: Also round queries, keys and values after the rotary embedding.
+        ratio: Share of leading features that is rounded, the intra-layer ratio, in (0, 1].
+    """
+
+    bits: int
+    sym: bool
+    attention: bool = False
+    ratio: float = 1.0
+
+
+def fake_quantize_tokens(x: Float[Tensor, "*tokens d"], fmt: ActivationFormat) -> Tensor:
+    """Round activations to a grid of their own token and return them dequantized.
+
+    Asymmetric: D = (max(x, 0) - min(x, 0)) / (2^b - 1), z = round(-min(x, 0) / D). Symmetric:
+    D = max|x| / ((2^b - 1) / 2), z = 0, codes -2^(b-1) to 2^(b-1) - 1. The gradient passes the
+    rounding, not the clamp.
+
+    Args:
+        x: Activations, floating point; the last axis is rounded together.
+        fmt: Grid; with ``ratio`` below 1 only the leading ceil(d * ratio) features are replaced, by
+            the grid of the whole token.
+
+    Returns:
+        Same shape and dtype.
+    """
+    low = x.amin(dim=-1, keepdim=True).clamp(max=0)
+    high = x.amax(dim=-1, keepdim=True).clamp(min=0)
+    levels = 2**fmt.bits - 1
+    if fmt.sym:
+        step = (high.maximum(-low) / (levels / 2)).clamp(min=STEP_FLOOR)
+        bounds = (-(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1) - 1)
+        simulated = _within(round_ste(x / step), *bounds) * step
+    else:
+        step = ((high - low) / levels).clamp(min=STEP_FLOOR)
+        zero = (-low / step).round().detach()
+        simulated = (_within(round_ste(x / step) + zero, 0, levels) - zero) * step
+    if fmt.ratio >= 1:
+        return simulated
+    leading = leading_columns(x.shape[-1], fmt.ratio, None)
+    return torch.cat([simulated[..., :leading], x[..., leading:]], dim=-1)
+
+
+def _within(code: Tensor, low: int, high: int) -> Tensor:
+    # Not clamp, whose gradient at the bounds depends on the release of torch.
+    return torch.where(code > high, high, torch.where(code < low, low, code))

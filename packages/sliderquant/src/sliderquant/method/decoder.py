@@ -1,0 +1,65 @@
+"""What calibration sees of a language model, without any host library; ``adapters`` implement it."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sliderquant.method.activations import ActivationFormat
+from sliderquant.method.layout import BlockLayout
+
+
+class Decoder(Protocol):
+    """A language model as embedding -> decoder blocks -> head."""
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder blocks."""
+        ...
+
+    def block_inputs(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t h"]:
+        """Return the hidden states that enter block 0."""
+        ...
+
+    def layout(self, block: int) -> BlockLayout:
+        """Return the roles of a block's parameters."""
+        ...
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Keep these blocks' parameters in memory from now on, and no others."""
+        ...
+
+    def tensors(self, block: int) -> dict[str, Tensor]:
+        """Return all parameters of one block by name."""
+        ...
+
+    def linear_weights(self, block: int) -> dict[str, Tensor]:
+        """Return the weights to quantize, [out, in] or [experts, out, in], by parameter name."""
+        ...
+
+    def run_block(
+        self,
+        block: int,
+        hidden: Float[Tensor, "n t h"],
+        weights: dict[str, Tensor] | None = None,
+        activations: ActivationFormat | None = None,
+    ) -> Float[Tensor, "n t h"]:
+        """Run one block, with some parameters replaced and activations rounded if given."""
+        ...
+
+    def inputs_inside(
+        self,
+        block: int,
+        hidden: Float[Tensor, "n t h"],
+        weights: dict[str, Tensor],
+        modules: Sequence[str],
+        activations: ActivationFormat | None = None,
+    ) -> dict[str, Tensor]:
+        """Return what modules of a block are called with, before rounding; "" is what it returns."""
+        ...
+
+    def counting_experts(self) -> AbstractContextManager[dict[int, Tensor]]:
+        """Count the tokens that each expert receives, by block, while the context is open."""
+        ...

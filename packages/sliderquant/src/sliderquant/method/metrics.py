@@ -1,0 +1,40 @@
+"""Perplexity as the literature measures it."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from effml_common.errors import NonFiniteError
+
+
+@torch.no_grad()
+def perplexity(
+    logits: Callable[[Int[Tensor, "b t"]], Float[Tensor, "b t v"]],
+    batches: Iterable[Int[Tensor, "b t"]],
+) -> float:
+    """Return exp of the mean over chunks of the mean cross-entropy of tokens 2..t of each chunk.
+
+    Args:
+        logits: The model, tokens to logits.
+        batches: Chunks of equal length.
+
+    Raises:
+        NonFiniteError: If the model's outputs are not finite.
+    """
+    losses = []
+    for tokens in batches:
+        predicted = logits(tokens)[:, :-1].float()
+        losses += torch.nn.functional.cross_entropy(
+            predicted.transpose(1, 2), tokens[:, 1:].to(predicted.device), reduction="none"
+        ).mean(dim=1)
+    # On the host, because not every device knows float64.
+    mean = torch.stack(losses).cpu().double().mean().item()
+    if not math.isfinite(mean):
+        raise NonFiniteError("the model's cross-entropy is not finite; its weights are damaged")
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf

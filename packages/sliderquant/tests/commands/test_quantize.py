@@ -1,0 +1,330 @@
+"""What a user does, through the command line."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from effml_common.cli import main
+from sliderquant.adapters.decoder import TransformersDecoder
+from sliderquant.adapters.files import load_model
+from sliderquant.adapters.simulation import fresh_learnables, simulated_logits, simulated_weights
+from sliderquant.adapters.text import calibration_samples, chunks, encode, read_documents
+from sliderquant.cli import COMMANDS
+from sliderquant.config import SliderConfig
+from sliderquant.method.calibration import calibrate
+from sliderquant.method.metrics import perplexity
+from sliderquant.method.windows import make_windows
+
+FAST = ["--nsamples", "8", "--seqlen", "64", "--epochs", "2", "--batch-size", "4"]
+FAST += ["--lr-lora", "3e-3", "--lr-lwc", "3e-2", "--format", "dense"]
+
+
+def run(*words: object, check: int | None = 0) -> SimpleNamespace:
+    """Run a command line in this process: importing torch and transformers takes seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main("sliderquant", "sliderquant", COMMANDS, list(map(str, words)))
+    assert check is None or code == check, err.getvalue()
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def start(*words: object, err: Path = Path(os.devnull)) -> int:
+    """Run a command line in a forked process that a test may kill; returns its number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside idle threads
+        child = os.fork()
+    if child:
+        return child
+    with err.open("w") as stream, contextlib.redirect_stderr(stream):
+        code = main("sliderquant", "sliderquant", COMMANDS, list(map(str, words)))
+    os._exit(code)
+
+
+def wait_for(child: int, path: Path) -> None:
+    """Wait until a path exists or the process has ended by itself."""
+    while (
+        not path.exists()
+        and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    ):
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def quantized(model_directory, text_file, held_out_file, tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("stories") / "w2"
+    done = run(
+        "quantize", model_directory, "--wbits", 2, "--group-size", 32, "--no-sym", "--calib",
+        text_file, "--eval-text", held_out_file, "--out", out, *FAST, "--json",
+    )  # fmt: skip
+    return out, json.loads(done.stdout)
+
+
+def test_result_loads_in_transformers_without_us(quantized) -> None:
+    out, _ = quantized
+    code = (
+        "import sys, transformers as t\n"
+        f"m, i = t.AutoModelForCausalLM.from_pretrained({str(out)!r}, output_loading_info=True)\n"
+        "print(len(i['missing_keys']), len(i['unexpected_keys']))\n"
+        f"k = t.AutoTokenizer.from_pretrained({str(out)!r})\n"
+        "ids = m.generate(**k('def ', return_tensors='pt'), max_new_tokens=4, do_sample=False)\n"
+        "print(ids.shape[1] > 4, 'sliderquant' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "0 0\nTrue False\n"), done.stderr
+
+
+def test_every_quantized_row_has_at_most_four_values_per_group(quantized) -> None:
+    out, _ = quantized
+    model = AutoModelForCausalLM.from_pretrained(out)
+    for name, weight in model.model.layers.named_parameters():
+        if weight.ndim == 2:
+            for group in weight.detach().unflatten(1, (-1, 32)).flatten(0, 1):
+                assert len(group.unique()) <= 4, name
+
+
+def test_embeddings_norms_and_head_are_untouched(quantized, model_directory) -> None:
+    before = load_file(model_directory / "model.safetensors")
+    after = load_file(quantized[0] / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before:
+        kept = "proj" not in name
+        assert torch.equal(before[name], after[name]) == kept, name
+
+
+def test_eval_of_the_result_equals_the_simulated_model(
+    quantized, model_directory, text_file, held_out_file
+) -> None:
+    out, report = quantized
+    done = run("eval", out, "--text", held_out_file, "--json", "--out", out.with_name("eval"))
+    row = json.loads(done.stdout)["rows"][0]["metrics"]
+    reloaded = row[f"perplexity {held_out_file.name}"]["mean"]
+    by_quantize = report["rows"][-1]["metrics"][f"perplexity {held_out_file.name}"]["mean"]
+    # Simulated again, from scratch, through functional_call on the full-precision model.
+    loaded = load_model(model_directory)
+    decoder = TransformersDecoder(loaded.model)
+    config = SliderConfig(
+        wbits=2, group_size=32, sym=False, nsamples=8, seqlen=64, epochs=2, batch_size=4,
+        lr_lora=3e-3, lr_lwc=3e-2,
+    )  # fmt: skip
+    stream = encode(read_documents([str(text_file)], loaded.tokenizer), loaded.tokenizer)
+    samples = calibration_samples(stream, 8, 64, config.seed)
+    learnables = fresh_learnables(decoder, config, loaded.dtype)
+    calibrate(decoder, samples, make_windows(decoder.depth, config), learnables, config)
+    text = encode(read_documents([str(held_out_file)], loaded.tokenizer), loaded.tokenizer)
+    logits = simulated_logits(decoder, simulated_weights(decoder, learnables))
+    simulated = perplexity(logits, chunks(text, 64))
+    assert reloaded == pytest.approx(simulated, rel=1e-3)
+    assert by_quantize == pytest.approx(simulated, rel=1e-3)
+
+
+def test_report_stands_beside_rounding_and_full_precision(quantized) -> None:
+    out, report = quantized
+    names = [row["name"] for row in report["rows"]]
+    assert names == ["full precision", "round-to-nearest", "SliderQuant (slider)"]
+    full, rounded, ours = (
+        next(m["mean"] for name, m in row["metrics"].items() if name.startswith("perplexity"))
+        for row in report["rows"]
+    )
+    assert full < ours < rounded
+    assert report["rows"][-1]["metrics"]["bits per weight"]["mean"] == 2 + (32 + 2) / 32
+    assert json.loads((out / "run" / "report.json").read_text()) == report
+    assert (out / "run" / "report.html").exists()
+    text = (out / "run" / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))  # 6 windows, 2 stages
+
+
+def test_tokenizer_comes_along(quantized, model_directory) -> None:
+    text = "class Window:\n    pass"
+    before, after = (
+        AutoTokenizer.from_pretrained(path)(text)["input_ids"]
+        for path in (model_directory, quantized[0])
+    )
+    assert before == after
+
+
+def test_bfloat16_checkpoint_stays_bfloat16(model_directory, tmp_path, text_file) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "bf16")
+    AutoTokenizer.from_pretrained(model_directory).save_pretrained(tmp_path / "bf16")
+    out = tmp_path / "out"
+    run("quantize", tmp_path / "bf16", "--wbits", 3, "--group-size", "none", "--calib", text_file,
+        "--out", out, *FAST)  # fmt: skip
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("order", ["network", "window"])
+@pytest.mark.parametrize(
+    "trial", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 20))]
+)
+def test_runs_killed_again_and_again_end_with_the_same_bytes(order, trial, save, tmp_path) -> None:
+    """Killed at windows, while blocks are written, and when the files get their names."""
+    model, text = save("qwen3_moe"), tmp_path / "text.txt"
+    words = [
+        "quantize", model, "--calib", text, "--group-size", 8, "--nsamples", 4, "--seqlen", 16,
+        "--epochs", 2, "--intra-order", order, "--cache", "disk", "--min-expert-tokens", 8,
+    ]  # fmt: skip
+    run(*words, "--out", tmp_path / "whole")
+    out = tmp_path / "killed"
+    draw = random.Random(trial)
+    moments = [f"run/checkpoints/step-{k}" for k in sorted(draw.sample(range(1, 9), 3))]
+    moments += [".export/piece-00000.safetensors", ".export/piece-00002.safetensors"]
+    moments += ["model.safetensors", "config.json"]
+    for moment in moments:
+        child = start(*words, "--out", out, "--resume", "auto")
+        wait_for(child, out / moment)
+        time.sleep(draw.uniform(0, 0.01))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    run(*words, "--out", out, "--resume", "auto")
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names == {path.name for path in out.iterdir()}
+    for name in ("model.safetensors", "config.json", "run/metrics.jsonl"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_compensated_run_killed_while_it_writes_ends_with_the_same_bytes(save, tmp_path) -> None:
+    model, text = save("qwen3"), tmp_path / "text.txt"
+    words = [
+        "quantize", model, "--calib", text, "--group-size", 8, "--nsamples", 4, "--seqlen", 16,
+        "--rounding", "compensated",
+    ]  # fmt: skip
+    run(*words, "--out", tmp_path / "whole")
+    out = tmp_path / "killed"
+    for moment in (".export/piece-00000.safetensors", ".export/piece-00002.safetensors"):
+        child = start(*words, "--out", out, "--resume", "auto")
+        wait_for(child, out / moment)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    run(*words, "--out", out, "--resume", "auto")
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_terminated_run_exits_143_with_its_windows_saved(
+    model_directory, text_file, tmp_path
+) -> None:
+    out = tmp_path / "w4"
+    words = [
+        "quantize", model_directory, "--calib", text_file, "--group-size", 32, "--out", out,
+        *FAST, "--epochs", 60,
+    ]  # fmt: skip
+    child = start(*words, err=tmp_path / "err")
+    wait_for(child, out / "run" / "checkpoints")
+    os.kill(child, signal.SIGTERM)
+    err = (tmp_path / "err").read_text()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143, err
+    assert "Traceback" not in err
+    assert not (out / "config.json").exists()
+
+
+def test_resume_refuses_other_settings(quantized, model_directory, text_file, tmp_path) -> None:
+    out, _ = quantized
+    done = run("quantize", model_directory, "--wbits", 3, "--group-size", 32, "--calib", text_file,
+               "--out", out, "--resume", "auto", *FAST, check=2)  # fmt: skip
+    assert "belongs to another model, text, setting" in done.stderr
+
+
+def test_filled_folder_is_not_overwritten(quantized, model_directory, text_file) -> None:
+    out, _ = quantized
+    before = (out / "model.safetensors").read_bytes()
+    done = run("quantize", model_directory, "--calib", text_file, "--out", out, check=2)
+    assert "is not empty" in done.stderr
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "nowhere"}, "model directory nowhere does not exist"),
+        ({"model": "."}, "no model directory"),
+        ({"--group-size": "48"}, "group_size 48 does not divide"),
+        ({"--wbits": "0"}, "wbits must be between 2 and 8, or 16, got 0"),
+        ({"--wbits": "9"}, "wbits must be between 2 and 8, or 16, got 9"),
+        ({"--wbits": "1"}, "wbits must be between 2 and 8, or 16, got 1"),
+        ({"--abits": "5"}, "abits must be 4, 6, 8 or 16, got 5"),
+        ({"--quantize-attention": "--quiet"}, "quantize_attention needs abits below 16"),
+        ({"--rotate": "r3"}, "rotate"),
+        ({"--intra-order": "inside"}, "intra"),
+        ({"--min-expert-tokens": "-1"}, "min_expert_tokens must be 0 or more"),
+        ({"--lr-scale": "-1"}, "lr_scale must be 0 or more"),
+        ({"--batch-size": "0"}, "batch_size must be 1 or more"),
+        ({"--calib": "empty.txt"}, "no text"),
+        ({"--calib": "ids.txt", "model": "small-vocabulary"}, "the model knows 300"),
+        ({"--gamma": "0.3"}, "gamma must be 1, 1/2, 1/3"),
+        ({"--epochs": "1"}, "epochs (1) are fewer than the 2 intra-layer stages"),
+        ({"--schedule": "spiral"}, "schedule 'spiral' is not known"),
+        ({"--schedule": "0-2"}, "no window holds block 3"),
+        (
+            {"--rounding": "compensated", "--wbits": "16", "--abits": "8"},
+            "with wbits 16 compensated rounding has nothing to round",
+        ),
+        ({"--calib": "short.txt"}, "calibration text has"),
+        ({"--calib": "missing.txt"}, "missing.txt cannot be read"),
+        ({"--device": "warp"}, "device 'warp' is unknown"),
+        ({"--eval-text": "short.txt"}, "evaluation text has"),
+        ({"--wbit-width": "4"}, "wbit"),
+    ],
+)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(
+    change, message, model_directory, text_file, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("def f(): pass\n")
+    Path("empty.txt").write_text("  \n")
+    Path("ids.txt").write_text(text_file.read_text())
+    if change.get("model") == "small-vocabulary":
+        shutil.copytree(model_directory, "small-vocabulary")
+        state = load_file("small-vocabulary/model.safetensors")
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            state[name] = state[name][:300].clone()
+        save_file(state, "small-vocabulary/model.safetensors")
+        config = json.loads(Path("small-vocabulary/config.json").read_text())
+        Path("small-vocabulary/config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    words = {"model": model_directory, "--calib": text_file, "--out": "out", "--group-size": 32}
+    words |= dict(zip(FAST[::2], FAST[1::2], strict=True)) | change
+    model = words.pop("model")
+    done = run("quantize", model, *(word for pair in words.items() for word in pair), check=2)
+    told = ("warning:", "device:")
+    errors = [line for line in done.stderr.splitlines() if not line.startswith(told)]
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith("error: ")
+    assert "; " in errors[0]
+    assert message in errors[0]
+    assert not Path("out").exists()
+
+
+def test_inspect_prints_the_papers_windows_as_json() -> None:
+    plan = json.loads(run("inspect", "--layers", 32, "--rounding", "nearest", "--json").stdout)
+    assert len(plan["windows"]) == 33
+    assert plan["block_visits"] == 70
+    assert plan["windows"][:2] == [[0], [0, 1]]
+
+
+def test_inspect_of_a_model_reads_no_weight(model_copy) -> None:
+    (model_copy / "model.safetensors").unlink()
+    done = run("inspect", "--model", model_copy, "--group-size", 32, "--wbits", 2,
+               "--rounding", "nearest", "--json")  # fmt: skip
+    plan = json.loads(done.stdout)
+    assert plan["windows"] == [[0], [0, 1], [0, 1, 2], [2, 3], [3, 4], [4]]
+    assert plan["bits_per_weight"] == 2.5
+    assert set(plan["memory_gib"]) == {
+        "embedding, read once", "weights of the window", "simulation of the window",
+        "activation caches",
+    }  # fmt: skip

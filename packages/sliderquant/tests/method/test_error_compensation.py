@@ -1,0 +1,295 @@
+"""Compensated rounding against textbook computations in float64, and on a trained model."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from effml_common.errors import ConfigError
+from sliderquant.adapters.simulation import (
+    fresh_learnables,
+    model_logits,
+    simulated_logits,
+    simulated_weights,
+    weight_format,
+)
+from sliderquant.adapters.text import calibration_samples, chunks, encode
+from sliderquant.config import QuantizeConfig, SliderConfig, with_rounding
+from sliderquant.method.activations import fake_quantize_tokens
+from sliderquant.method.calibration import activation_format, calibrate, run_blocks
+from sliderquant.method.error_compensation import (
+    DAMPING,
+    damped,
+    feedback_codes,
+    fitted_steps,
+    regressed,
+    round_blocks_,
+    rounded_with_feedback,
+    steps_of,
+    swept_codes,
+)
+from sliderquant.method.metrics import perplexity
+from sliderquant.method.quantizer import WeightFormat, quantization_grid, quantize_weight
+from sliderquant.method.round_to_nearest import rtn_weights
+
+
+def settings(**changes) -> SliderConfig:
+    base = {"wbits": 2, "group_size": 32, "sym": False, "batch_size": 4, "nsamples": 16}
+    return SliderConfig(**{**base, "seqlen": 64, "rounding": "compensated", **changes})
+
+
+@pytest.fixture
+def samples(loaded, corpus):
+    stream = encode(corpus.train[:10], loaded.tokenizer)
+    return calibration_samples(stream, 16, 64, 0)
+
+
+def layer(columns: int, seed: int = 0):
+    """A weight, correlated inputs [n, in] and what the output lacks [n, out]."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    x = torch.randn(400, columns, generator=generator) @ (mix + torch.eye(columns))
+    weight = torch.randn(6, columns, generator=generator)
+    return weight, x, torch.randn(400, 6, generator=generator)
+
+
+def brain_surgeon(weight, step, zero, high, h):
+    """Codes by the book: after each column the inverse Hessian of the remaining ones is taken anew."""
+    weight, step, zero, h = (np.array(t.double()) for t in (weight, step, zero, h))
+    left = list(np.argsort(-np.diag(h), kind="stable"))
+    found = np.zeros_like(weight)
+    while left:
+        inverse = np.linalg.inv(h[np.ix_(left, left)])
+        j, *later = left
+        found[:, j] = np.clip(np.round(weight[:, j] / step[:, j]) + zero[:, j], 0, high)
+        lack = (weight[:, j] - (found[:, j] - zero[:, j]) * step[:, j]) / inverse[0, 0]
+        weight[:, later] -= np.outer(lack, inverse[0, 1:])
+        left = later
+    return found
+
+
+@pytest.mark.parametrize("columns", [16, 300])  # in one lazy piece, and in three
+def test_codes_are_those_of_the_textbook_procedure(columns) -> None:
+    weight, x, _ = layer(columns)
+    fmt = WeightFormat(bits=3, group_size=None, sym=False, dtype=torch.float32)
+    grid = quantization_grid(weight.unsqueeze(1), fmt)
+    step, zero = (t.squeeze(1).expand_as(weight) for t in grid)
+    h = damped((x.T @ x).double())
+    found = feedback_codes(weight, step, zero, fmt, h)
+    expected = torch.tensor(brain_surgeon(weight, step, zero, 7, h), dtype=torch.float32)
+    # In float32 a value in the middle between two codes may fall to either side.
+    assert (found != expected).float().mean() < 0.01
+
+
+def test_regression_minimises_the_damped_squared_error() -> None:
+    weight, x, error = layer(16)
+    moment = (x.T @ x).double()
+    found = regressed(weight, damped(moment), (x.T @ error).double())
+    ridge = math.sqrt(DAMPING * moment.diagonal().mean())
+    stacked = np.vstack([x.numpy(), ridge * np.eye(16)])
+    wanted = np.vstack([error.numpy(), np.zeros((16, 6))])
+    change = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
+    np.testing.assert_allclose(found, weight.numpy() + change, atol=1e-4)
+
+
+def cost(target, levels, step, h) -> float:
+    """tr((W* - D c) H (W* - D c)^T), in float64."""
+    rest = target.double() - (levels.double() * step.double().unsqueeze(-1)).flatten(-2)
+    return float((rest @ h * rest).sum())
+
+
+def test_steps_are_those_of_least_squares() -> None:
+    target, x, _ = layer(32)
+    h = (x.T @ x).double()
+    levels = torch.randint(-1, 3, (6, 4, 8), generator=torch.Generator().manual_seed(3)).float()
+    found = fitted_steps(levels, torch.ones(6, 4), target * 0 + _combined(levels), h)
+    torch.testing.assert_close(found, torch.full((6, 4), 1.25), rtol=1e-4, atol=0)
+    factor = np.linalg.cholesky(h.numpy()).T  # |L^T r|^2 = r H r^T
+    loose = torch.full((6, 4), 1e-9)
+    for row in range(6):
+        spread = torch.block_diag(*levels[row].unsqueeze(1)).double().numpy()
+        best = np.linalg.lstsq(factor @ spread.T, factor @ target[row].double().numpy(), rcond=None)
+        near = torch.tensor(
+            best[0]
+        ).abs()  # within a factor of two of the answer, if it is positive
+        kept = fitted_steps(levels, near.expand(6, 4).float() + loose, target, h)[row]
+        wanted = torch.where(torch.tensor(best[0]) > 0, torch.tensor(best[0]), near).float()
+        torch.testing.assert_close(kept, wanted, rtol=1e-3, atol=1e-6)
+
+
+def _combined(levels):
+    return (1.25 * levels).flatten(-2)
+
+
+def test_a_sweep_leaves_no_code_that_a_single_change_would_improve() -> None:
+    target, x, _ = layer(24)
+    fmt = WeightFormat(bits=2, group_size=None, sym=False, dtype=torch.float32)
+    grid = quantization_grid(target.unsqueeze(1), fmt)
+    step, zero = (t.squeeze(1).expand_as(target) for t in grid)
+    h = damped((x.T @ x).double())
+    code = feedback_codes(target, step, zero, fmt, h)
+    costs = [cost(target, (code - zero).unsqueeze(1), step[:, :1], h)]
+    for _ in range(20):
+        code = swept_codes(code, step, zero, fmt, target, h.float())
+        costs.append(cost(target, (code - zero).unsqueeze(1), step[:, :1], h))
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(costs))
+    assert costs[-1] < costs[0]
+    for j in range(24):
+        for change in (-1, 1):
+            other = code.clone()
+            other[:, j] = (other[:, j] + change).clamp(0, 3)
+            assert cost(target, (other - zero).unsqueeze(1), step[:, :1], h) >= costs[-1] * (
+                1 - 1e-6
+            )
+
+
+@pytest.mark.parametrize("sym", [False, True])
+def test_unrelated_inputs_get_the_nearest_codes_on_a_grid_that_fits_better(sym) -> None:
+    weight, _, _ = layer(32)
+    fmt = WeightFormat(bits=2, group_size=16, sym=sym, dtype=torch.bfloat16)
+    found = rounded_with_feedback(
+        weight, fmt, torch.eye(32, dtype=torch.float64), torch.zeros(32, 6, dtype=torch.float64)
+    )
+    step = found.step.float().repeat_interleave(16, dim=-1)
+    zero = 0 if sym else found.zero.repeat_interleave(16, dim=-1)
+    wanted = ((weight / step).round() + zero).clamp(*fmt.code_range)
+    assert torch.equal(found.codes.float(), wanted)
+    nearest = quantize_weight(weight, fmt).dequantize()
+    assert (found.dequantize() - weight).norm() < (nearest - weight).norm()
+
+
+def test_inputs_that_are_never_active_are_no_trouble() -> None:
+    weight, x, error = layer(16)
+    fmt = WeightFormat(bits=2, group_size=None, sym=False, dtype=torch.float32)
+    for used in (x * (torch.arange(16) < 8), x * 0):
+        moment, cross = (used.T @ used).double(), (used.T @ error).double()
+        assert rounded_with_feedback(weight, fmt, moment, cross).dequantize().isfinite().all()
+
+
+def test_every_rounded_linear_is_solved_once_in_computing_order(family, tiny) -> None:
+    from sliderquant.adapters.decoder import TransformersDecoder
+
+    decoder = TransformersDecoder(tiny(family))
+    layout = decoder.layout(0)
+    steps = steps_of(layout)
+    names = [name for step in steps for name in step.names]
+    assert sorted(names) == sorted(n for n in layout.linears if ".experts." not in n)
+    assert "self_attn.o_proj.weight" in steps[1].names
+    aims = [step.place for step in steps[1::2]]
+    if family.startswith("gemma"):
+        assert aims == [None, None]
+    else:
+        assert aims == ["post_attention_layernorm", ""][: len(aims)]
+
+
+def test_it_recovers_most_of_what_rounding_to_nearest_costs(
+    decoder, loaded, samples, corpus
+) -> None:
+    config = settings()
+    learnables = fresh_learnables(decoder, config, torch.float32)
+    seen = []
+    calibrate(decoder, samples, [], learnables, config, on_block=seen.append)
+    assert seen == list(range(decoder.depth))
+    fmt = weight_format(config, torch.float32)
+    arms = {
+        "full": None,
+        "nearest": [rtn_weights(decoder, block, fmt) for block in range(decoder.depth)],
+        "compensated": simulated_weights(decoder, learnables),
+    }
+    batches = list(chunks(encode([corpus.code[:20_000]], loaded.tokenizer), 64, 32))
+    nll = {
+        name: math.log(perplexity(simulated_logits(decoder, weights), batches))
+        for name, weights in arms.items()
+    }
+    assert nll["nearest"] - nll["compensated"] > 0.5 * (nll["nearest"] - nll["full"])
+
+
+def test_later_blocks_make_up_for_the_error_of_earlier_ones(decoder, samples) -> None:
+    """With 8 bits, rounding costs next to nothing: what shows is the regression on the stream."""
+    config = settings(wbits=8)
+    learnables = fresh_learnables(decoder, config, torch.float32)
+
+    def damaged(name, hidden):
+        noise = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0))
+        return hidden + 0.1 * noise * hidden.std() if name == "x_q" else hidden.clone()
+
+    round_blocks_(decoder, samples, learnables, 4, on_block=lambda block: None, cache=damaged)
+    start = decoder.block_inputs(samples)
+    blocks = range(decoder.depth)
+    exact = run_blocks(decoder, blocks, start, 4)
+    errors = [
+        (run_blocks(decoder, blocks, damaged("x_q", start), 4, made) - exact).square().mean()
+        for made in (fresh_learnables(decoder, config, torch.float32), learnables)
+    ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_layers_aim_at_the_full_precision_output_from_rounded_inputs(decoder, samples) -> None:
+    """With 8-bit weights and 4-bit activations, the error left is that of ridge regression."""
+    config = settings(wbits=8, abits=4, channel_scale="off")
+    learnables = fresh_learnables(decoder, config, torch.float32)
+    calibrate(decoder, samples, [], learnables, config)
+    block = decoder.blocks[0]
+    exact = block.input_layernorm(decoder.block_inputs(samples)).flatten(0, 1).double()
+    x = fake_quantize_tokens(exact.float(), activation_format(config)).double()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = getattr(block.self_attn, name).weight
+        target = exact @ weight.double().T
+        ours = learnables[0].linear(f"self_attn.{name}.weight")(weight).double()
+        # The penalty, on the distance from the weight, as rows of an ordinary least-squares problem.
+        penalty = (DAMPING * x.square().sum() / x.shape[1]).sqrt() * torch.eye(x.shape[1]).double()
+        rows, aims = torch.cat([x, penalty]), torch.cat([target, penalty @ weight.double().T])
+        best = torch.linalg.lstsq(rows, aims).solution
+        errors = [float((x @ w - target).norm()) for w in (weight.double().T, ours.T, best)]
+        # What 8 bits leave over is small against what there is to gain.
+        assert errors[0] - errors[1] > 0.9 * (errors[0] - errors[2])
+
+
+def test_it_recovers_what_outlier_channels_cost_where_activations_are_rounded(
+    decoder, loaded, samples
+) -> None:
+    with torch.no_grad():
+        for block in decoder.blocks:
+            attention, mlp = block.self_attn, block.mlp
+            block.input_layernorm.weight[[3, 40]] *= 30
+            for reader in (attention.q_proj, attention.k_proj, attention.v_proj):
+                reader.weight[:, [3, 40]] /= 30
+            mlp.up_proj.weight[[5, 77]] *= 30
+            mlp.down_proj.weight[:, [5, 77]] /= 30
+    expected = model_logits(loaded.model)(samples)
+
+    def error(**changes) -> float:
+        config = settings(wbits=4, abits=4, **changes)
+        learnables = fresh_learnables(decoder, config, torch.float32)
+        calibrate(decoder, samples, [], learnables, config)
+        weights = simulated_weights(decoder, learnables)
+        logits = simulated_logits(decoder, weights, activation_format(config))(samples)
+        return (logits - expected).square().mean().item()
+
+    assert error() < 0.3 * error(channel_scale="off")
+
+
+def test_it_is_the_default_until_windows_are_asked_for() -> None:
+    def chosen(shapes=((8, 8),), **changes) -> str:
+        return with_rounding(SliderConfig(**changes), shapes).rounding
+
+    assert chosen() == chosen(wbits=2, group_size=64, sym=False, batch_size=8) == "compensated"
+    for name, value in {"epochs": 40, "schedule": "block", "lr_lora": 1e-3, "lwc": False}.items():
+        assert chosen(**{name: value}) == "nearest"
+        assert chosen(**{name: value}, rounding="compensated") == "compensated"
+    assert chosen(abits=8) == chosen(abits=4, channel_scale="off") == "compensated"
+    assert chosen(wbits=16, abits=8) == chosen(rounding="nearest") == "nearest"
+    assert chosen(shapes=[(8, 8), (4, 8, 8)]) == "nearest"
+    unrounded = QuantizeConfig(model="m", calib=("t",), format="pre-quant")
+    assert with_rounding(unrounded).rounding == "nearest"
+
+
+def test_settings_it_cannot_serve_are_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing to round"):
+        settings(wbits=16, abits=8)
+    with pytest.raises(ConfigError, match="nothing for another quantizer"):
+        QuantizeConfig(model="m", calib=("t",), rounding="compensated", format="pre-quant")
+    with pytest.raises(ConfigError, match="fused experts"):
+        with_rounding(settings(), [(4, 8, 8)])

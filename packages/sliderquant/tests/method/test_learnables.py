@@ -1,0 +1,150 @@
+"""What is trained in a block, against the equations."""
+
+import math
+
+import pytest
+import torch
+
+from sliderquant.adapters.decoder import TransformersDecoder
+from sliderquant.adapters.simulation import fresh_learnables
+from sliderquant.config import SliderConfig
+from sliderquant.method import learnables
+from sliderquant.method.layout import COLUMNS, ROWS, Site, Touch, clamp_factor, scale_channels
+from sliderquant.method.learnables import BlockLearnables
+from sliderquant.method.quantizer import WeightFormat, fake_quantize
+from sliderquant.method.sampling import batches
+
+
+def fmt(**changes) -> WeightFormat:
+    base = {"bits": 3, "group_size": 8, "sym": False, "dtype": torch.float32}
+    return WeightFormat(**{**base, **changes})
+
+
+@pytest.fixture
+def pair():
+    """A site between the rows of one weight and the columns of the next, and the weights."""
+    index = torch.arange(16)
+    site = Site(
+        name="up -> down",
+        size=16,
+        touches=(
+            Touch(name="up", axis=ROWS, index=index, inverse=True),
+            Touch(name="down", axis=COLUMNS, index=index, inverse=False),
+        ),
+    )
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(16, 16, generator=generator) for name in ("up", "down")}
+    return site, tensors
+
+
+def test_correction_comes_after_scaling_and_before_rounding(pair) -> None:
+    """W~ = W diag(alpha) + B A / r, then the grid; up gets its rows divided."""
+    site, tensors = pair
+    made = BlockLearnables(tensors, fmt(), 2, torch.Generator().manual_seed(1), [site])
+    with torch.no_grad():
+        made.factors[0].uniform_(0.5, 2)
+        for linear in made.linears:
+            linear.lora_b.normal_(std=0.1)
+            linear.upper.uniform_(0, 3)
+            linear.lower.uniform_(0, 3)
+    alpha = made.factors[0].double()
+    expected = {
+        "up": tensors["up"].double() / alpha[:, None],
+        "down": tensors["down"].double() * alpha,
+    }
+    for name, linear in zip(("up", "down"), made.linears, strict=True):
+        expected[name] = expected[name] + linear.lora_b.double() @ linear.lora_a.double() / 2
+        torch.testing.assert_close(made.merged(tensors)[name].double(), expected[name])
+        rounded = fake_quantize(expected[name].float(), fmt(), linear.upper, linear.lower)
+        torch.testing.assert_close(made(tensors)[name], rounded)
+
+
+def test_without_learned_effect_the_result_is_round_to_nearest(family, tiny) -> None:
+    decoder = TransformersDecoder(tiny(family))
+    config = SliderConfig(wbits=4, group_size=8, channel_scale="on", lwc=False)
+    made = fresh_learnables(decoder, config, torch.float32)[0]
+    tensors = decoder.tensors(0)
+    simulated = made(tensors)
+    for name in decoder.layout(0).linears:
+        expected = fake_quantize(tensors[name], made.fmt)
+        assert torch.equal(simulated[name], expected), name
+    for name in simulated.keys() - set(decoder.layout(0).linears):
+        torch.testing.assert_close(simulated[name], tensors[name], rtol=1e-6, atol=1e-7)
+
+
+def test_experts_are_trained_one_by_one(tiny) -> None:
+    decoder = TransformersDecoder(tiny("mixtral"))
+    made = fresh_learnables(decoder, SliderConfig(wbits=2, group_size=8), torch.float32)[0]
+    name = "mlp.experts.gate_up_proj"
+    linear = made.linear(name)
+    weight = decoder.tensors(0)[name]
+    with torch.no_grad():
+        linear.lora_b.normal_(generator=torch.Generator().manual_seed(0))
+        linear.upper.uniform_(-1, 1, generator=torch.Generator().manual_seed(1))
+    simulated = made(decoder.tensors(0))[name]
+    for expert in range(4):
+        corrected = weight[expert] + linear.lora_b[expert] @ linear.lora_a[expert] / 4
+        alone = fake_quantize(corrected, made.fmt, linear.upper[expert], linear.lower[expert])
+        torch.testing.assert_close(simulated[expert], alone)
+
+
+def test_factors_keep_their_sign_and_a_distance_from_zero() -> None:
+    factor = torch.tensor([2.0, 1e-5, -1e-5, 0.0, -0.5], requires_grad=True)
+    kept = clamp_factor(factor)
+    torch.testing.assert_close(kept, torch.tensor([2.0, 1e-2, -1e-2, 1e-2, -0.5]))
+    kept.sum().backward()
+    assert torch.equal(factor.grad, torch.ones(5))
+
+
+def test_scaling_a_gain_that_is_stored_minus_one() -> None:
+    touch = Touch(name="norm", axis=ROWS, index=torch.tensor([0, -1]), inverse=True, offset=1.0)
+    site = Site(name="norm -> qkv", size=1, touches=(touch,))
+    changed = scale_channels({"norm": torch.tensor([0.5, 0.5])}, [site], [torch.tensor([2.0])])
+    # (1 + 0.5) / 2 = 0.75 = 1 - 0.25; the second entry is not touched.
+    torch.testing.assert_close(changed["norm"], torch.tensor([-0.25, 0.5]))
+
+
+def test_scaled_gains_are_simulated_as_they_will_be_stored(pair) -> None:
+    touch = Touch(name="norm", axis=ROWS, index=torch.arange(16), inverse=True)
+    site = Site(name="norm -> up", size=16, touches=(touch,))
+    tensors = pair[1] | {"norm": torch.rand(16)}
+    weights = {name: tensors[name] for name in ("up", "down")}
+    made = BlockLearnables(
+        weights, fmt(dtype=torch.bfloat16), 2, torch.Generator().manual_seed(1), [site]
+    )
+    with torch.no_grad():
+        made.factors[0].uniform_(0.5, 2)
+    expected = (tensors["norm"] / made.factors[0]).bfloat16().float()
+    assert torch.equal(made(tensors)["norm"], expected)
+
+
+def test_batches_of_other_seeds_differ() -> None:
+    orders = [[i.tolist() for _, i in batches(8, 2, 1, seed)] for seed in ((0, 0), (0, 1), (1, 0))]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_clipping_can_be_left_out(pair) -> None:
+    made = BlockLearnables(pair[1], fmt(), 2, torch.Generator(), clipping=False)
+    assert [group["lr"] for group in made.parameter_groups(1.0, 2.0, 3.0)] == [1.0]
+    assert torch.sigmoid(made.linears[0].upper).unique().item() == 1
+    assert math.isfinite(made(pair[1])["up"].sum().item())
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (3, 8, 16)])
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_row_by_row_simulation_has_the_same_values_and_gradients(shape, ratio, monkeypatch) -> None:
+    monkeypatch.setattr(learnables, "PIECE", 5 * 16)  # five rows, which divides neither shape
+    generator = torch.Generator().manual_seed(0)
+    linear = learnables.LinearLearnables(shape, fmt(), 2, generator).double()
+    with torch.no_grad():
+        for parameter in (linear.lora_b, linear.upper, linear.lower):
+            parameter.normal_(generator=generator)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    into = torch.randn(shape, generator=generator, dtype=torch.float64)
+    leaves = [weight, *linear.parameters()]
+    results = []
+    for simulate in (linear, linear.lean):
+        value = simulate(weight, ratio)
+        results.append((value, *torch.autograd.grad(value, leaves, into)))
+    for plain, lean in zip(*results, strict=True):
+        torch.testing.assert_close(lean, plain, rtol=1e-12, atol=1e-12)
