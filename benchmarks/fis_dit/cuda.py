@@ -20,7 +20,12 @@ import torch
 from benchmarks.hot_path_timing import main
 from benchmarks.hot_paths import HotPath, Kit, Step
 from fis_dit import FISConfig, apply_fis
-from fis_dit.commands.bench import ARCHITECTURES, Architecture, forward_inputs, make_transformer
+from fis_dit.adapters.random_models import (
+    ARCHITECTURES,
+    Architecture,
+    make_forward_inputs,
+    make_random_transformer,
+)
 
 BLOCKS = 7
 SPARSE = FISConfig(dense_head=1, dense_tail=0)
@@ -62,8 +67,8 @@ def forward(
     shapes = TINY[architecture.model] if tiny else architecture
     shapes = replace(shapes, settings={**shapes.settings, "num_layers": blocks})
     dtype = torch.float32 if tiny and kit.device.type == "cpu" else torch.bfloat16
-    model: Any = kit.module(lambda: make_transformer(shapes, dtype))
-    inputs = forward_inputs(shapes, model, lambda *shape: kit.randn(*shape, dtype=dtype))
+    model: Any = kit.module(lambda: make_random_transformer(shapes, dtype))
+    inputs = make_forward_inputs(shapes, model, lambda *shape: kit.randn(*shape, dtype=dtype))
     if architecture is HUNYUAN:
         for name, length in (("encoder_attention_mask", 1000), ("encoder_attention_mask_2", 256)):
             places = torch.arange(length, device=kit.device)[None]

@@ -9,7 +9,11 @@ from benchmarks.fis_dit.cuda import HUNYUAN, PATHS, SPARSE, TINY, WAN, HunyuanWa
 from benchmarks.hot_paths import FakeKit, HotPath
 
 from fis_dit.adapters.apply import apply_fis
-from fis_dit.commands.bench import Architecture, forward_inputs, make_transformer
+from fis_dit.adapters.random_models import (
+    Architecture,
+    make_forward_inputs,
+    make_random_transformer,
+)
 from tests.cuda.budgets import assert_within_budget, each
 from tests.cuda.counter import Counter
 
@@ -29,9 +33,9 @@ def test_index_tensors_are_on_the_blocks_device_and_copied_there_once(
     shapes = TINY[architecture.model]
     shapes = replace(shapes, settings={**shapes.settings, "num_layers": 3})
     with Counter("cuda:0", allow={HUNYUAN_WAITS: HunyuanWaits()}) as counter, torch.no_grad():
-        model: Any = counter.module(lambda: make_transformer(shapes, torch.bfloat16))
+        model: Any = counter.module(lambda: make_random_transformer(shapes, torch.bfloat16))
         kit = FakeKit(counter)
-        inputs = forward_inputs(
+        inputs = make_forward_inputs(
             shapes, model, lambda *shape: kit.randn(*shape, dtype=torch.bfloat16)
         )
         with apply_fis(model, replace(SPARSE, **changes)) as handle:
@@ -39,7 +43,7 @@ def test_index_tensors_are_on_the_blocks_device_and_copied_there_once(
                 model(**inputs)
             with counter.counting() as second:
                 model(**inputs)
-            plans = [hook.plan for hook in handle._attached[0].geometry._sparse]
+            plans = [hook.frame_index for hook in handle._attachments[0].geometry.sparse_hooks]
     assert len(plans) == 2
     assert {tensor.device for plan in plans for tensor in vars(plan).values()} == {counter.device}
 

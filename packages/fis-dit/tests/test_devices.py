@@ -4,7 +4,6 @@ Two cards are stood in for by fake tensors, which compute nothing and refuse to 
 """
 
 import dataclasses
-import importlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fis_dit.adapters.apply import FISHandle, apply_fis
+from fis_dit.adapters.block_scores import score_blocks
 from fis_dit.adapters.registry import find_adapter
+from fis_dit.commands import bench
 from fis_dit.config import BenchConfig, DemoConfig, FISConfig, GenerateConfig, PlanConfig
 from fis_dit.method.neighbours import find_neighbours, make_frame_index
 from fis_dit.method.skipped_frames import fill_skipped_attention, fill_skipped_frames, gather_frames
@@ -82,7 +83,7 @@ def forward(family: Any, mode: FakeTensorMode, device: torch.device) -> Tensor:
 
 
 def sparse_hooks(handle: FISHandle) -> list[Any]:
-    return handle._attached[0].geometry._sparse
+    return handle._attachments[0].geometry.sparse_hooks
 
 
 # Forwards of HunyuanVideo 1.5 and Mochi depend on values, which fake tensors do not have.
@@ -111,7 +112,7 @@ def test_blocks_on_two_devices_run(
             split_over_two_devices(family.model, mode)
         for _ in range(2):
             assert forward(family, mode, FIRST).device == FIRST
-        found = [hook.plan.anchors.device for hook in sparse_hooks(handle)]
+        found = [hook.frame_index.anchors.device for hook in sparse_hooks(handle)]
     assert found == [FIRST, SECOND]
 
 
@@ -122,15 +123,15 @@ def test_a_model_that_moves_takes_its_index_tensors_along(tiny_wan, mode) -> Non
             move(tiny_wan.model, device, mode)
             for _ in range(2):
                 assert forward(tiny_wan, mode, device).device == device
-            assert {hook.plan.order.device for hook in sparse_hooks(handle)} == {device}
+            assert {hook.frame_index.order.device for hook in sparse_hooks(handle)} == {device}
 
 
 def test_a_plan_is_not_copied_where_it_is_used_on_its_device(tiny_wan) -> None:
     with apply_fis(tiny_wan.model, CONFIG) as handle:
         tiny_wan()
-        plan = sparse_hooks(handle)[0].plan
+        plan = sparse_hooks(handle)[0].frame_index
         tiny_wan()
-        assert sparse_hooks(handle)[0].plan is plan
+        assert sparse_hooks(handle)[0].frame_index is plan
     assert plan.to(torch.device("cpu")) is plan
 
 
@@ -145,18 +146,15 @@ def test_frames_are_gathered_where_the_tokens_are_and_lifted_where_the_output_is
 
 
 def test_block_scores_of_blocks_on_two_devices(tiny, monkeypatch) -> None:
-    from fis_dit.commands import plan as planning
-
     family = tiny("wan")
     # A score is a number, which fake tensors do not have.
     monkeypatch.setattr(FakeTensor, "__float__", lambda value: 0.5, raising=False)
     with FakeTensorMode() as mode:
         move(family.model, FIRST, mode)
         split_over_two_devices(family.model, mode)
-        scores, _ = planning.block_scores(
-            family.model, lambda: forward(family, mode, FIRST), FISConfig()
-        )
-    assert scores == [0.5] * 4
+        run = lambda: forward(family, mode, FIRST)  # noqa: E731
+        scores = score_blocks(family.model, run, FISConfig()).scores
+    assert scores == (0.5,) * 4
 
 
 @pytest.mark.parametrize("applied", ["before", "after"])
@@ -182,7 +180,6 @@ def test_weights_may_be_offloaded_one_by_one_before_or_after_and_removal_keeps_i
 def test_bench_reads_peak_memory_of_its_own_device_anew_for_every_forward(
     tiny_wan, monkeypatch
 ) -> None:
-    bench = importlib.import_module("fis_dit.commands.bench")  # the package's name is the function
     asked: list[tuple[str, torch.device]] = []
     peaks = iter([5, 4, 3, 2])
 
@@ -197,7 +194,7 @@ def test_bench_reads_peak_memory_of_its_own_device_anew_for_every_forward(
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
     arms = {"dense": FISConfig(stride=1), "block-n2": CONFIG}
     config = BenchConfig(repeats=2, warmup=1)
-    measured = bench._measure(config, tiny_wan.model, tiny_wan.inputs(1, 7), arms, SECOND)
+    measured = bench._time_forwards(config, tiny_wan.model, tiny_wan.inputs(1, 7), arms, SECOND)
     warm_up, timed = len(arms) * config.warmup, len(arms) * config.repeats
     assert [word for word, _ in asked] == ["reset"] * warm_up + ["reset", "read"] * timed
     assert {device for _, device in asked} == {SECOND}
@@ -232,7 +229,8 @@ def test_a_command_that_computes_chooses_its_device(config: Any) -> None:
 
 
 @pytest.mark.cuda
-def test_a_model_on_a_card_gives_what_it_gives_on_the_cpu(family, monkeypatch) -> None:
+@pytest.mark.parametrize("sites", ["block", "attn"])
+def test_a_model_on_a_card_gives_what_it_gives_on_the_cpu(family, sites: str, monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     inputs = family.inputs(1, 7)
     with (
@@ -245,7 +243,7 @@ def test_a_model_on_a_card_gives_what_it_gives_on_the_cpu(family, monkeypatch) -
         for _ in range(2):
             found = family.model(**placed, return_dict=False)[0]
             torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
-        assert {hook.plan.order.device.type for hook in sparse_hooks(handle)} == {"cuda"}
+        assert {hook.frame_index.order.device.type for hook in sparse_hooks(handle)} == {"cuda"}
     family.model.to("cpu")
 
 
@@ -271,14 +269,14 @@ def test_bench_on_a_card_reports_the_memory_of_its_forwards(tmp_path, capsys) ->
 
 @pytest.mark.cuda
 def test_the_demos_models_on_a_card_give_the_clips_of_the_cpu() -> None:
-    from fis_dit.demo.arms import fis, run_arm
-    from fis_dit.demo.models import load
-    from fis_dit.demo.report import make_noise
+    from fis_dit.demo.arms import make_fis_arm, run_arm
+    from fis_dit.demo.data import draw_noise
+    from fis_dit.demo.models import load_model
 
-    noise, prompt = make_noise("shapes", 4, seed=1)
-    arm = fis("FIS")
+    noise, prompt = draw_noise("shapes", 4, seed=1)
+    arm = make_fis_arm("FIS")
     clips = [
-        run_arm(load("shapes", "student").to(device), arm, noise, prompt).clips
+        run_arm(load_model("shapes", "student").to(device), arm, noise, prompt).clips
         for device in ("cpu", "cuda")
     ]
     torch.testing.assert_close(clips[1], clips[0], rtol=1e-2, atol=1e-2)

@@ -6,7 +6,7 @@ from effml_common.cli import main as run_command
 COMMANDS = (
     Command(
         "demo",
-        "distilled four-step models: dense, FIS and its rivals, with clips and a plot",
+        "distilled four-step models: dense, FIS and other accelerations, with clips and a plot",
         config="fis_dit.config:DemoConfig",
         run="fis_dit.demo.report:demo",
         examples=("fis-dit demo", "fis-dit demo --data digits --seeds 3 --out runs/demo"),

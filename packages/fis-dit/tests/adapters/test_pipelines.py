@@ -9,7 +9,7 @@ from fis_dit_pipelines import CLIP, MAKERS, make_wan_a14b, make_wan_i2v
 
 from effml_common.errors import InputError
 from fis_dit.adapters.apply import apply_fis
-from fis_dit.adapters.pipelines import run_pipeline
+from fis_dit.adapters.pipelines import ClipRequest, run_pipeline
 from fis_dit.config import FISConfig
 
 CONFIG = FISConfig(dense_head=1, dense_tail=1)
@@ -22,11 +22,16 @@ def test_a_pipeline_runs_end_to_end_and_is_itself_again(
 ) -> None:
     pipe = MAKERS[name]()
     pipe.set_progress_bar_config(disable=True)
-    given = {"clip": CLIP, "steps": 4, "guidance": guidance, "seed": 0}
-    given |= {"image": image} if name == "wan-i2v" else {}
+    request = ClipRequest(
+        prompt="a cat",
+        clip=CLIP,
+        steps=4,
+        guidance=guidance,
+        image=image if name == "wan-i2v" else None,
+    )
 
     def run() -> np.ndarray:
-        return np.asarray(run_pipeline(pipe, "a cat", **given))
+        return np.asarray(run_pipeline(pipe, request))
 
     dense = run()
     config = FISConfig(dense_head=1, dense_tail=1, dense_steps=(-1,), num_inference_steps=4)
@@ -51,14 +56,14 @@ def test_a_missing_ftfy_is_named(image, monkeypatch) -> None:
     monkeypatch.delattr(pipeline_wan_i2v, "ftfy", raising=False)
     pipe = make_wan_i2v()
     with pytest.raises(InputError, match="pip install ftfy"):
-        run_pipeline(pipe, "a cat", clip=CLIP, steps=1, guidance=1.0, seed=0, image=image)
+        run_pipeline(pipe, ClipRequest(prompt="a cat", clip=CLIP, steps=1, image=image))
 
 
 def test_both_wan_transformers_know_the_global_step() -> None:
     pipe = make_wan_a14b()
     pipe.set_progress_bar_config(disable=True)
     with apply_fis(pipe, CONFIG) as handle:
-        run_pipeline(pipe, "a cat", clip=CLIP, steps=4, guidance=1.0, seed=0)
+        run_pipeline(pipe, ClipRequest(prompt="a cat", clip=CLIP, steps=4))
         told = handle.summary()
     assert told["transformer_2"]["last_step"] == 3
     steps = [told[name]["forwards"] for name in ("transformer", "transformer_2")]
@@ -68,7 +73,7 @@ def test_both_wan_transformers_know_the_global_step() -> None:
 
 def clip_of(pipe: Any) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
-    return np.asarray(run_pipeline(pipe, "a cat", clip=CLIP, steps=4, guidance=1.0, seed=0))
+    return np.asarray(run_pipeline(pipe, ClipRequest(prompt="a cat", clip=CLIP, steps=4)))
 
 
 @pytest.mark.cuda

@@ -239,7 +239,7 @@ def test_plans_are_kept_for_the_last_eight_lengths(tiny_wan) -> None:
     with apply_fis(tiny_wan.model, CONFIG) as handle:
         for frames in range(3, 15):
             tiny_wan(frames=frames)
-        plans = handle._attached[0].geometry._plans
+        plans = handle._attachments[0].geometry._indices
     assert sorted({key[0] for key in plans}) == list(range(7, 15))
 
 

@@ -1,17 +1,17 @@
 """The bench command and its random models."""
 
-import importlib
 import json
 from typing import Any
 
 import torch
 from fis_dit_pipelines import call
 
+from fis_dit.adapters import random_models
+
 
 def test_bench_builds_its_model_in_the_final_type() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    bench = importlib.import_module("fis_dit.commands.bench")  # the package's name is the function
     largest = dict.fromkeys((torch.float32, torch.bfloat16), 0)
 
     class Watch(TorchDispatchMode):
@@ -24,8 +24,8 @@ def test_bench_builds_its_model_in_the_final_type() -> None:
             return out
 
     with Watch():
-        model, _ = bench.build(
-            bench.ARCHITECTURES["tiny"], torch.device("cpu"), dtype=torch.bfloat16
+        model, _ = random_models.build_random_model(
+            random_models.ARCHITECTURES["tiny"], torch.device("cpu"), dtype=torch.bfloat16
         )
     # The largest weights never existed in float32; what diffusers keeps in float32 does.
     weight = model.blocks[0].ffn.net[2].weight
@@ -39,10 +39,9 @@ def test_bench_builds_its_model_in_the_final_type() -> None:
 def test_bench_times_a_small_model(tmp_path, monkeypatch, capsys) -> None:
     import dataclasses
 
-    bench = importlib.import_module("fis_dit.commands.bench")  # the package's name is the function
-    tiny = bench.ARCHITECTURES["tiny"]
+    tiny = random_models.ARCHITECTURES["tiny"]
     small = dataclasses.replace(tiny, latent=(16, 5, 8, 8), geometry=(5, 16))
-    monkeypatch.setitem(bench.ARCHITECTURES, "tiny", small)
+    monkeypatch.setitem(random_models.ARCHITECTURES, "tiny", small)
     words = ("--repeats", "2", "--warmup", "0", "--settings", "block-n2", "attn-n2-full", "--json")
     assert call("bench", *words, "--out", str(tmp_path)) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]

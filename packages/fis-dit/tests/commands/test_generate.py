@@ -1,6 +1,5 @@
 """The generate command on a tiny pipeline."""
 
-import importlib
 import json
 from typing import Any
 
@@ -8,7 +7,8 @@ import pytest
 from fis_dit_pipelines import SIZE, call
 from PIL import Image
 
-from fis_dit.adapters.pipelines import run_pipeline
+from fis_dit.adapters import pipelines
+from fis_dit.adapters.pipelines import ClipRequest, run_pipeline
 from fis_dit.config import FISConfig
 
 
@@ -31,14 +31,13 @@ def test_generate_writes_both_clips_their_distance_and_the_plan(wan_directory, t
 def test_a_comparison_makes_one_step_of_each_kind_before_it_times_any(
     wan_directory, tmp_path, monkeypatch
 ) -> None:
-    generate = importlib.import_module("fis_dit.commands.generate")
     steps: list[tuple[int, str]] = []
 
-    def watch(*args: Any, **settings: Any) -> Any:
-        steps.append((settings["steps"], settings["output_type"]))
-        return run_pipeline(*args, **settings)
+    def watch(pipe: Any, request: ClipRequest, output_type: str = "np") -> Any:
+        steps.append((request.steps, output_type))
+        return run_pipeline(pipe, request, output_type)
 
-    monkeypatch.setattr(generate, "run_pipeline", watch)
+    monkeypatch.setattr(pipelines, "run_pipeline", watch)
     words = (str(wan_directory), *SIZE, "--dtype", "float32", "--out", str(tmp_path / "out"))
     assert call("generate", *words, "--compare-dense") == 0
     assert steps == [(1, "latent"), (4, "np")] * 2

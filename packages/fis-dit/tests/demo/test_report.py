@@ -11,14 +11,14 @@ from fis_dit.demo.report import demo
 
 
 def test_the_demo_writes_table_claims_plot_and_animation(tmp_path, monkeypatch) -> None:
-    few = demo_module.arms
+    all_arms = demo_module.make_arms
 
-    def arms(ratios):
+    def make_arms(ratios):
         kept = ("dense", "FIS paper-like", "FIS static anchors", "FIS interleaved, same count")
         kept += ("3 steps", "skip blocks 2 6 7")
-        return [arm for arm in few(ratios) if arm.name in kept]
+        return [arm for arm in all_arms(ratios) if arm.name in kept]
 
-    monkeypatch.setattr(demo_module, "arms", arms)
+    monkeypatch.setattr(demo_module, "make_arms", make_arms)
     report = demo(DemoConfig(clips=4, out=str(tmp_path)))
     told = json.loads((tmp_path / "run" / "report.json").read_text())
     assert told["rows"][0]["name"] == "dense"

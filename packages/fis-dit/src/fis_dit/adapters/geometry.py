@@ -39,7 +39,7 @@ def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def geometry_from_arguments(names: tuple[str, ...]) -> ReadGeometry:
-    """Make a reader for probes that are told frames, height and width in tokens.
+    """Make a reader for probes that take frames, height and width in tokens as arguments.
 
     Args:
         names: Of all positional arguments of the probe.

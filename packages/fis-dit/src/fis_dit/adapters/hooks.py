@@ -2,8 +2,8 @@
 
 All of them are diffusers ``ModelHook``s on children of the transformer, never on its root, whose forward
 accelerate's offloading restores after every pipeline call. Whatever depends on phase, step or shape is
-decided by the geometry hook; a sparse block's hook reads tensors only, so that one compiled graph serves
-all blocks with the same number of anchors.
+decided by the geometry hook; the hook of a sparse block reads tensors only, so that one compiled graph
+serves all blocks with the same number of anchors.
 """
 
 import math
@@ -25,35 +25,32 @@ from fis_dit.config import FISConfig
 from fis_dit.errors import HookStateError
 from fis_dit.method.anchors import choose_anchors, draw_random_anchors
 from fis_dit.method.neighbours import FrameIndex, find_neighbours, make_frame_index
-from fis_dit.method.skipped_frames import fill_skipped_attention, fill_skipped_frames, gather_frames
+from fis_dit.method.skipped_frames import (
+    fill_skipped_attention,
+    fill_skipped_frames,
+    gather_frames,
+)
 
 GEOMETRY_HOOK = "fis_geometry"
 BLOCK_HOOK = "fis_block"
 ATTENTION_HOOK = "fis_attn"
-KEPT_PLANS = 8
+KEPT_CLIP_LENGTHS = 8  # frame counts whose index tensors are kept
+FEW_ANCHORS = 4  # fewer computed frames than this are worth a warning
 # diffusers caches that keep attention outputs from one step to the next.
 ATTENTION_CACHES = ("PyramidAttentionBroadcastConfig", "FasterCacheConfig", "TaylorSeerCacheConfig")
 
 
-class StepCounter(BaseState):
-    """Forwards seen in one cache context, for pipelines that do not tell the step."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def reset(self) -> None:
-        """Start anew."""
-        self.count = 0
-
-
 class SparseHook(ModelHook, ABC):
-    """Common to both sites: the phase's tensors, set before every forward; None runs dense.
+    """Runs a module on the anchors only, and fills in the other frames.
+
+    ``frame_index`` holds the tensors of the phase; the geometry hook sets it before every forward, and
+    None runs the module dense.
 
     Args:
         number: Index of the block in the model.
-        names: Of the positional arguments of the hooked module.
-        per_token: Those to gather.
-        config: Of the sparsity.
+        names: Names of the positional arguments of the hooked module; the first is the video tokens.
+        per_token: Arguments that are gathered with the frames.
+        config: Settings of the sparsity.
     """
 
     def __init__(
@@ -66,55 +63,74 @@ class SparseHook(ModelHook, ABC):
         super().__init__()
         self.number, self.names, self.per_token = number, names, per_token
         self.lift, self.debug = config.lift, config.debug
-        self.plan: FrameIndex | None = None
+        self.frame_index: FrameIndex | None = None
         self.tokens = 0  # S; 0 until the geometry hook has run
-        self.device: torch.device | None = None  # where the block's output was last time
+        self.device: torch.device | None = None  # where the block's last output was
+        # Set with kv="full": computes the attention's input of all frames, and takes it.
         self.full_input: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None
-        self.processor: Any = None  # set with kv="full"
+        self.processor: Any = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Gather the anchors, run the module on them, fill in the rest."""
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        hidden, plan = named[self.names[0]], self.plan
-        if hidden.shape[1] != self.tokens:
-            raise HookStateError(self._misread(hidden))
-        original: Any = self.fn_ref.original_forward
-        if plan is None:
-            return original(*args, **kwargs)
-        return self.evaluate(module, original, named)
+        """Run the module sparse if this forward has anchors, otherwise dense.
 
-    def evaluate(
+        Raises:
+            HookStateError: If the hidden states are not of the size that the geometry hook read.
+        """
+        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        hidden = named[self.names[0]]
+        if hidden.shape[1] != self.tokens:
+            raise HookStateError(self._describe_mismatch(hidden))
+        original: Any = self.fn_ref.original_forward
+        if self.frame_index is None:
+            return original(*args, **kwargs)
+        return self.run_sparse(module, original, named)
+
+    def run_sparse(
         self, module: nn.Module, forward: Callable[..., Any], named: Mapping[str, Any]
     ) -> Any:
-        """Run ``forward`` on the anchors of ``self.plan`` and fill in the other frames."""
-        hidden, plan = named[self.names[0]], self.plan
-        assert plan is not None
+        """Run ``forward`` on the anchors of ``frame_index`` and fill in the other frames.
+
+        Args:
+            module: The hooked module.
+            forward: What computes its output, without this hook.
+            named: Arguments by name, for all frames.
+
+        Returns:
+            What the module returns for all frames: the video tokens, or a tuple that starts with them.
+        """
+        hidden, index = named[self.names[0]], self.frame_index
+        assert index is not None
+
+        # Full keys and values are computed inside the attention, from all frames.
         if self.processor is not None:
             read = self.full_input or (lambda _, arguments: arguments[self.names[0]])
             self.processor.lend(read, module, named)
-        small = {**named, self.names[0]: gather_frames(hidden, plan)}
-        tokens = hidden.shape[1]
+
+        # The module sees the anchors only: their tokens and whatever goes with each token.
+        small = {**named, self.names[0]: gather_frames(hidden, index)}
         for name, rule in self.per_token.items():
             if small.get(name) is not None:
-                small[name] = _gather_argument(small[name], rule, tokens, plan, name)
-        out = forward(**small)
-        computed = out[0] if isinstance(out, tuple) else out
-        self.device = computed.device  # the next plan is made there
-        full = self.fill(hidden, computed, plan)
+                small[name] = _gather_argument(small[name], rule, hidden.shape[1], index, name)
+        output = forward(**small)
+
+        # The other frames are filled where the output is; so the next index is made there, too.
+        computed = output[0] if isinstance(output, tuple) else output
+        self.device = computed.device
+        full = self.fill(hidden, computed, index)
         if self.debug and not bool(torch.isfinite(full).all()):
             raise NonFiniteError(
                 f"the output of block {self.number} is not finite; lower the guidance or use float32"
             )
-        return (full, *out[1:]) if isinstance(out, tuple) else full
+        return (full, *output[1:]) if isinstance(output, tuple) else full
 
     @abstractmethod
-    def fill(self, hidden: Tensor, computed: Tensor, plan: FrameIndex) -> Tensor:
-        """Outputs of all frames from those at the anchors."""
+    def fill(self, hidden: Tensor, computed: Tensor, index: FrameIndex) -> Tensor:
+        """Return the output of all frames "b s d" from the one at the anchors "b k d"."""
 
-    def _misread(self, hidden: Tensor) -> str:
-        found = f"{self.tokens} video tokens by the geometry" if self.tokens else "no geometry"
+    def _describe_mismatch(self, hidden: Tensor) -> str:
+        known = f"{self.tokens} video tokens by the geometry" if self.tokens else "no geometry"
         return (
-            f"block {self.number} got hidden states of shape {tuple(hidden.shape)}, but {found} was "
+            f"block {self.number} got hidden states of shape {tuple(hidden.shape)}, but {known} was "
             "read; describe the layout with fis_dit.register_adapter"
         )
 
@@ -122,22 +138,23 @@ class SparseHook(ModelHook, ABC):
 class BlockHook(SparseHook):
     """``sites="block"``: everything in the block is sparse."""
 
-    def fill(self, hidden: Tensor, computed: Tensor, plan: FrameIndex) -> Tensor:
-        """Lift the block's residual."""
-        return fill_skipped_frames(hidden, computed, plan, self.lift)
+    def fill(self, hidden: Tensor, computed: Tensor, index: FrameIndex) -> Tensor:
+        """Interpolate what the block changed at the anchors."""
+        return fill_skipped_frames(hidden, computed, index, self.lift)
 
 
 class AttentionHook(SparseHook):
-    """``sites="attn"``: only the self-attention is."""
+    """``sites="attn"``: only the self-attention is sparse."""
 
-    def fill(self, hidden: Tensor, computed: Tensor, plan: FrameIndex) -> Tensor:
+    def fill(self, hidden: Tensor, computed: Tensor, index: FrameIndex) -> Tensor:
         """Interpolate the attention's output, which the block adds with its own gate."""
-        return fill_skipped_attention(computed, plan, self.lift)
+        return fill_skipped_attention(computed, index, self.lift)
 
 
-def _gather_argument(value: Any, rule: PerToken, tokens: int, plan: FrameIndex, name: str) -> Any:
+def _gather_argument(value: Any, rule: PerToken, tokens: int, index: FrameIndex, name: str) -> Any:
+    """Keep the anchors' entries of an argument with one entry for each of ``tokens`` tokens."""
     if isinstance(value, tuple | list):
-        return tuple(_gather_argument(item, rule, tokens, plan, name) for item in value)
+        return tuple(_gather_argument(item, rule, tokens, index, name) for item in value)
     if rule.ndim is not None and (value.ndim != rule.ndim or value.shape[rule.dim] == 1):
         return value
     if value.shape[rule.dim] != tokens:
@@ -145,42 +162,66 @@ def _gather_argument(value: Any, rule: PerToken, tokens: int, plan: FrameIndex, 
             f"{name} of shape {tuple(value.shape)} has no entry for each of {tokens} video tokens; "
             "describe the layout with fis_dit.register_adapter"
         )
-    return gather_frames(value, plan, rule.dim)
+    return gather_frames(value, index, rule.dim)
+
+
+class StepCounter(BaseState):
+    """Number of forwards in one cache context, for pipelines that do not tell the step."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def reset(self) -> None:
+        """Start anew."""
+        self.count = 0
 
 
 class GeometryHook(ModelHook):
-    """Runs once per forward, on the probe: reads (F, H, W) and the step, sets every block's plan."""
+    """Runs once per forward, on the probe: reads (F, H, W) and the step, sets every block's index.
+
+    Args:
+        root: The transformer.
+        adapter: How it is laid out.
+        config: Settings of the sparsity.
+        sparse_hooks: Hooks of the sparse blocks, in the order of depth.
+    """
 
     _is_stateful = True
 
     def __init__(
-        self, root: nn.Module, adapter: FISAdapter, config: FISConfig, sparse: list[SparseHook]
+        self,
+        root: nn.Module,
+        adapter: FISAdapter,
+        config: FISConfig,
+        sparse_hooks: list[SparseHook],
     ) -> None:
         super().__init__()
         # In a list: a module attribute of a hook is none of the model's children.
         self._root, self._adapter, self._config = [root], adapter, config
-        self._sparse = sparse
+        self.sparse_hooks = sparse_hooks
         self.counters = StateManager(StepCounter)  # pyright: ignore[reportArgumentType]
-        self.last: tuple[Geometry, int] | None = None
+        self.last: tuple[Geometry, int] | None = None  # geometry and step of the last forward
         self.forwards = 0
-        self._plans: OrderedDict[Any, FrameIndex | None] = OrderedDict()
+        self._indices: OrderedDict[Any, FrameIndex | None] = OrderedDict()
         self._warned = False
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Decide this forward's plans; the probe's own arguments pass through."""
+        """Decide what every sparse block computes; the probe's own arguments pass through."""
+        # What this forward is: a clip of so many frames, at one denoising step.
         root = self._root[0]
-        self._check(root)
+        self._refuse_training_and_caches(root)
         geometry = self._adapter.geometry(root.config, args, kwargs)  # pyright: ignore[reportArgumentType]
         step, steps = self._step()
         self.last, self.forwards = (geometry, step), self.forwards + 1
         self._check_frames(geometry[0])
+
+        # With a device map every block has its own device, known from its last output.
         dense = geometry[0] <= 2 or step in self._dense_steps(steps)
         tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        for rank, hook in enumerate(self._sparse):
+        for rank, hook in enumerate(self.sparse_hooks):
             hook.tokens = math.prod(geometry)
-            # With a device map every block has its own device, which its last output told.
             device = hook.device or tensor.device
-            hook.plan = None if dense else self._plan(geometry[0], rank, step, device)
+            hook.frame_index = None if dense else self._index(geometry[0], rank, step, device)
         return args, kwargs
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -189,11 +230,15 @@ class GeometryHook(ModelHook):
         return module
 
     def anchors(self, frames: int, rank: int, step: int) -> tuple[int, ...]:
-        """Anchors of the ``rank``-th sparse block at a step: residue (j + step * shift) mod n."""
+        """Return the anchors of one sparse block: residue (j + step * shift) mod n.
+
+        Args:
+            frames: F, latent frames of the clip.
+            rank: j, position of the block among the sparse blocks.
+            step: Denoising step, from 0.
+        """
         config = self._config
-        residue = rank + step * config.step_shift
-        if config.pattern == "static":
-            residue = 0
+        residue = 0 if config.pattern == "static" else rank + step * config.step_shift
         chosen = choose_anchors(
             frames,
             config.stride,
@@ -206,40 +251,43 @@ class GeometryHook(ModelHook):
             return draw_random_anchors(frames, len(chosen), seed, boundaries=config.boundaries)
         return chosen
 
-    def _plan(self, frames: int, rank: int, step: int, device: torch.device) -> FrameIndex | None:
-        chosen = self.anchors(frames, rank, step)
+    def _index(self, frames: int, rank: int, step: int, device: torch.device) -> FrameIndex | None:
+        """Return the index tensors of one block, made once for each set of anchors and device."""
+        config, chosen = self._config, self.anchors(frames, rank, step)
         key = (frames, chosen, device)
-        if key not in self._plans:
-            config = self._config
-            if len(chosen) < 4 and not self._warned:
+        if key not in self._indices:
+            if len(chosen) < FEW_ANCHORS and not self._warned:
                 self._warned = True
                 warn(f"only {len(chosen)} of {frames} frames are computed; quality will be poor")
-            plan = find_neighbours(
+            neighbours = find_neighbours(
                 frames, chosen, lift=config.lift, excluded=config.condition_frames
             )
-            self._plans[key] = make_frame_index(plan, device) if plan.skipped else None
-            self._forget_old_plans()
-        self._plans.move_to_end(key)
-        return self._plans[key]
+            index = make_frame_index(neighbours, device) if neighbours.skipped else None
+            self._indices[key] = index
+            self._forget_old_lengths()
 
-    def _forget_old_plans(self) -> None:
-        lengths = list(dict.fromkeys(key[0] for key in self._plans))
-        for key in [key for key in self._plans if key[0] in lengths[:-KEPT_PLANS]]:
-            del self._plans[key]
+        self._indices.move_to_end(key)
+        return self._indices[key]
+
+    def _forget_old_lengths(self) -> None:
+        lengths = list(dict.fromkeys(key[0] for key in self._indices))
+        for key in [key for key in self._indices if key[0] in lengths[:-KEPT_CLIP_LENGTHS]]:
+            del self._indices[key]
 
     def _step(self) -> tuple[int, int | None]:
-        """Denoising step of this forward, and how many there are if anybody knows."""
+        """Return the denoising step of this forward, and the number of steps if anybody knows it."""
         if self.counters._context is None:
             self.counters.set_context(CacheContext("default"))
-            step, steps = self._counted(), None
+            step, steps = self._count_forward(), None
             self.counters.set_context(None)
         else:
-            step, steps = self._counted(), self.counters.context.num_inference_steps
+            step, steps = self._count_forward(), self.counters.context.num_inference_steps
             known = self.counters.context.step_index
             step = step if known is None else int(known)
         return step, steps or self._config.num_inference_steps
 
-    def _counted(self) -> int:
+    def _count_forward(self) -> int:
+        """Count this forward in the current cache context; return how many came before it."""
         counter = self.counters.get_state()
         step = counter.count
         counter.count += 1
@@ -256,7 +304,7 @@ class GeometryHook(ModelHook):
             )
         return {step if step >= 0 else step + (steps or 0) for step in chosen}
 
-    def _check(self, root: nn.Module) -> None:
+    def _refuse_training_and_caches(self, root: nn.Module) -> None:
         config = self._config
         if root.training and torch.is_grad_enabled() and not config.allow_grad:
             raise HookStateError(

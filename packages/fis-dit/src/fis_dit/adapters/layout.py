@@ -42,6 +42,13 @@ class FISAdapter:
         attention_input: Computes the normalised input of the self-attention for all frames
             (``kv="full"``); None if full keys are not available.
         trims_text: Whether ``drop_text_padding`` is available.
+
+    A class that differs in little from one that is known starts from that one's adapter:
+
+    >>> from dataclasses import replace
+    >>> from fis_dit.adapters.families.wan import WAN
+    >>> replace(WAN, compression=(8, 16)).probe
+    'patch_embedding'
     """
 
     blocks: str

@@ -1,7 +1,9 @@
-"""Read local diffusers directories, run their pipelines, write their clips."""
+"""Load local diffusers pipelines, and run them so that dense and sparse runs see the same noise."""
 
-import json
-from collections.abc import Mapping
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,26 @@ import numpy as np
 import torch
 from PIL import Image
 
+from effml_common.device import synchronize
 from effml_common.errors import InputError
+from fis_dit.adapters.apply import COMPONENTS
 from fis_dit.adapters.registry import find_adapter
 
 
-def load_pipeline(directory: str, dtype: torch.dtype, device: torch.device) -> Any:
+def load_pipeline(
+    directory: str, dtype: torch.dtype, device: torch.device, lora: str | None = None
+) -> Any:
     """Load a pipeline with diffusers.
 
+    Args:
+        directory: Of the pipeline, with its model_index.json.
+        dtype: Of the weights.
+        device: Where they go.
+        lora: Safetensors file of LoRA weights to add.
+
     Raises:
-        InputError: If it is no such directory, or has no transformer that fis-dit knows.
+        InputError: If it is no such directory, it has no transformer that fis-dit knows, or the LoRA
+            does not fit.
     """
     from diffusers import DiffusionPipeline
 
@@ -30,53 +43,95 @@ def load_pipeline(directory: str, dtype: torch.dtype, device: torch.device) -> A
         pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{directory} cannot be loaded ({error}); check its files") from error
-    for name in ("transformer", "transformer_2"):
+
+    # A class that fis-dit does not know is refused before weights are moved.
+    for name in COMPONENTS:
         if getattr(pipe, name, None) is not None:
             find_adapter(getattr(pipe, name))
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    pipe = pipe.to(device)
+    if lora is not None:
+        _load_lora(pipe, lora)
+    return pipe
 
 
-def run_pipeline(
-    pipe: Any,
-    prompt: str,
-    *,
-    clip: tuple[int, int, int],
-    steps: int,
-    guidance: float,
-    seed: int,
-    image: str | None = None,
-    output_type: str = "np",
-) -> Any:
-    """One clip of (frames, height, width), as "f h w 3" in [0, 1], or the latent.
+def _load_lora(pipe: Any, path: str) -> None:
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path}; give the safetensors file of a LoRA")
+    if not hasattr(pipe, "load_lora_weights"):
+        raise InputError(f"{type(pipe).__name__} takes no LoRA; leave --lora out")
+    try:
+        pipe.load_lora_weights(str(Path(path).parent), weight_name=Path(path).name)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{path} does not fit the model ({error}); check the file") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipRequest:
+    """What a pipeline is asked for.
+
+    Attributes:
+        prompt: What the clip shows.
+        clip: (frames, height, width) in pixels.
+        steps: Denoising steps.
+        guidance: Scale of classifier-free guidance; 1 turns it off.
+        seed: Of the noise.
+        image: File of the first frame, for image-to-video pipelines.
+    """
+
+    prompt: str
+    clip: tuple[int, int, int]
+    steps: int
+    guidance: float = 1.0
+    seed: int = 0
+    image: str | None = None
+
+
+def run_pipeline(pipe: Any, request: ClipRequest, output_type: str = "np") -> Any:
+    """Make one clip.
 
     The noise is drawn on the CPU, so that dense and sparse runs, and other devices, see the same.
+
+    Args:
+        pipe: A diffusers video pipeline.
+        request: What the clip shows, its size and steps.
+        output_type: "np", or "latent" to skip the VAE.
+
+    Returns:
+        The clip "f h w 3" in [0, 1], or its latent.
+
+    Raises:
+        InputError: If the pipeline takes no image, needs one, or needs a package that is missing.
     """
     import inspect
 
-    num_frames, height, width = clip
+    # Pipelines differ in what they take; what one does not know is left out.
+    num_frames, height, width = request.clip
     accepted = inspect.signature(pipe.__call__).parameters
-    given: dict[str, Any] = {
-        "prompt": prompt,
+    arguments: dict[str, Any] = {
+        "prompt": request.prompt,
         "height": height,
         "width": width,
         "num_frames": num_frames,
-        "num_inference_steps": steps,
-        "generator": torch.Generator().manual_seed(seed),
+        "num_inference_steps": request.steps,
+        "generator": torch.Generator().manual_seed(request.seed),
         "output_type": output_type,
     }
     if "guidance_scale" in accepted:
-        given["guidance_scale"] = guidance
+        arguments["guidance_scale"] = request.guidance
     elif getattr(pipe, "guider", None) is not None:  # HunyuanVideo 1.5
-        pipe.guider = pipe.guider.new(guidance_scale=guidance)
-    if image is not None:
+        pipe.guider = pipe.guider.new(guidance_scale=request.guidance)
+
+    # The first frame, for the pipelines that start from one.
+    if request.image is not None:
         if "image" not in accepted:
             raise InputError(f"{type(pipe).__name__} takes no image; leave --image out")
-        given["image"] = Image.open(image).convert("RGB").resize((width, height))
+        arguments["image"] = _read_first_frame(request)
     elif "image" in accepted and accepted["image"].default is inspect.Parameter.empty:
         raise InputError(f"{type(pipe).__name__} starts from an image; give --image FILE")
+
     try:
-        output = pipe(**{name: value for name, value in given.items() if name in accepted})
+        output = pipe(**{name: value for name, value in arguments.items() if name in accepted})
     except NameError as error:  # diffusers imports ftfy only if it is there, and uses it anyway
         if error.name != "ftfy":
             raise
@@ -84,95 +139,74 @@ def run_pipeline(
     return output.frames[0]
 
 
-def write_clip(frames: np.ndarray, path: Path, fps: int) -> None:
-    """Write "f h w 3" in [0, 1] as GIF (with Pillow) or MP4 (with imageio), by the suffix.
+def _read_first_frame(request: ClipRequest) -> Image.Image:
+    _, height, width = request.clip
+    return Image.open(request.image or "").convert("RGB").resize((width, height))
 
-    Raises:
-        InputError: If MP4 is asked for and imageio is not installed.
+
+@dataclass(frozen=True, kw_only=True)
+class TimedClip:
+    """A clip and what it took.
+
+    Attributes:
+        frames: "f h w 3" in [0, 1], float32.
+        seconds: Of the whole run, text encoder and VAE included.
+        transformer_seconds: Of the forwards of its transformers.
+        summary: What the transformers computed, where they were sparse.
     """
-    images = (frames.clip(0, 1) * 255).round().astype(np.uint8)
-    if path.suffix == ".gif":
-        first, *rest = (Image.fromarray(image) for image in images)
-        first.save(path, save_all=True, append_images=rest, duration=1000 // fps, loop=0)
-        return
-    try:
-        import imageio.v3 as imageio
-    except ImportError:
-        raise InputError(f"{path.name} needs imageio; install fis-dit[video], or use gif") from None
-    imageio.imwrite(path, images, fps=fps, codec="libx264", macro_block_size=1)
+
+    frames: np.ndarray
+    seconds: float
+    transformer_seconds: float
+    summary: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_transformer_config(model: str) -> tuple[str, dict[str, Any], tuple[int, int] | None]:
-    """Class, config and VAE compression of a model, from JSON files alone.
+def make_timed_clip(
+    pipe: Any, request: ClipRequest, device: torch.device, *, warm_up: bool
+) -> TimedClip:
+    """Make a clip with the pipeline as it is, and time it.
 
     Args:
-        model: Pipeline directory, transformer directory, or a transformer's config.json.
-
-    Returns:
-        Class name, config, and (video frames, pixels) per latent one, or None if no VAE tells.
+        pipe: A diffusers video pipeline.
+        request: What the clip shows, its size and steps.
+        device: That the pipeline runs on.
+        warm_up: Make one step before, so that of two runs neither pays for what a device loads and
+            allocates once.
 
     Raises:
-        InputError: If there is no readable config, or its class has no adapter.
+        InputError: As ``run_pipeline``.
     """
-    path = Path(model)
-    candidates = [path / "transformer" / "config.json", path / "config.json", path]
-    file = next((file for file in candidates if file.is_file()), None)
-    if file is None:
-        raise InputError(f"{model} has no config.json; give a diffusers directory or the file")
-    config = _json(file)
-    name = config.get("_class_name", "")
-    find_adapter(str(name))
-    vae = path / "vae" / "config.json"
-    return str(name), with_defaults(str(name), config), _compression(vae)
+    if warm_up:
+        run_pipeline(pipe, replace(request, steps=1), output_type="latent")
 
-
-def with_defaults(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a diffusers class: its defaults, where ``config`` says nothing else."""
-    import inspect
-
-    import diffusers
-
-    made = getattr(diffusers, name)
-    signature = inspect.signature(made.__init__).parameters
-    defaults = {k: p.default for k, p in signature.items() if p.default is not p.empty}
-    return {**defaults, **{k: v for k, v in config.items() if k in defaults}}
-
-
-def _compression(file: Path) -> tuple[int, int] | None:
-    if not file.is_file():
-        return None
-    config = _json(file)
-    names = (
-        ("scale_factor_temporal", "scale_factor_spatial"),
-        ("temporal_compression_ratio", "spatial_compression_ratio"),
+    start = time.monotonic()
+    with _time_transformers(pipe, device) as forwards:
+        frames = run_pipeline(pipe, request)
+    seconds = time.monotonic() - start
+    return TimedClip(
+        frames=np.asarray(frames, dtype=np.float32),
+        seconds=seconds,
+        transformer_seconds=sum(forwards),
     )
-    for time, space in names:
-        if isinstance(config.get(time), int) and isinstance(config.get(space), int):
-            return config[time], config[space]
-    return None
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not JSON ({error}); check the file") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{file} holds no config; give a transformer's config.json")
-    return value
+@contextlib.contextmanager
+def _time_transformers(pipe: Any, device: torch.device) -> Iterator[list[float]]:
+    """Collect the seconds of every forward of a pipeline's transformers while the context lasts."""
+    starts, seconds = list[float](), list[float]()
 
+    def begin(*_: Any) -> None:
+        synchronize(device)
+        starts.append(time.perf_counter())
 
-def read_plan(path: str | None) -> Any:
-    """The FISConfig in a plan file, or None.
+    def end(*_: Any) -> None:
+        synchronize(device)
+        seconds.append(time.perf_counter() - starts.pop())
 
-    Raises:
-        InputError: If it cannot be read.
-    """
-    from fis_dit.config import FISConfig
-
-    if path is None:
-        return None
-    try:
-        return FISConfig.from_json(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); write it with fis-dit plan") from None
+    models = [getattr(pipe, name, None) for name in COMPONENTS]
+    with contextlib.ExitStack() as hooks:
+        for model in models:
+            if model is not None:
+                hooks.callback(model.register_forward_pre_hook(begin).remove)
+                hooks.callback(model.register_forward_hook(end).remove)
+        yield seconds

@@ -29,6 +29,10 @@ def register_adapter(transformer: type[nn.Module] | str, adapter: FISAdapter) ->
     Args:
         transformer: The class, or its name.
         adapter: How it is laid out.
+
+    >>> register_adapter("WanLikeTransformer", find_adapter("WanTransformer3DModel"))
+    >>> find_adapter("WanLikeTransformer").blocks
+    'blocks'
     """
     name = transformer if isinstance(transformer, str) else transformer.__name__
     _ADAPTERS[name] = adapter

@@ -1,297 +1,133 @@
 """The ``bench`` command: seconds of dense and sparse forwards at full shapes, with random weights."""
 
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from effml_common.device import device_name, resolve_device, synchronize
+from effml_common.device import resolve_device, synchronize
 from effml_common.errors import InputError
+from effml_common.folders import run_folder
 from effml_common.logging import progress, say
-from effml_common.report import Report, Row, environment, write_report
+from effml_common.report import Report, ReportBuilder, Row
 from fis_dit.adapters.apply import apply_fis
-from fis_dit.adapters.pipelines import with_defaults
-from fis_dit.adapters.registry import find_adapter
-from fis_dit.config import BenchConfig, FISConfig
-from fis_dit.method.cost import BlockShape, flops
+from fis_dit.adapters.random_models import (
+    ARCHITECTURES,
+    TINY_TEXT_TOKENS,
+    Architecture,
+    Blocks,
+    build_random_model,
+    describe_blocks,
+)
+from fis_dit.config import BenchConfig, FISConfig, parse_timed_setting
+from fis_dit.method.cost import flops
 
 CPU_FLOPS = 3e10  # per second and core in float32, for the estimate only
+AVERAGE_SHARE = 0.7  # of a dense forward's time that the timed forwards take, for the estimate only
 
 
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """Shapes of a released model (or of a small stand-in) and of its clip.
+@dataclass
+class Timings:
+    """Of every timed forward with one setting.
 
     Attributes:
-        model: Transformer class.
-        settings: Its arguments, where they differ from the defaults.
-        latent: (channels, frames, height, width) of the latent.
-        geometry: Frames and tokens per frame.
-        parameters: In billions.
-        dense_ends: Dense blocks at each end.
+        seconds: Wall time.
+        peak_gib: Peak memory in GiB, where the device tells it.
     """
 
-    model: str
-    settings: dict[str, Any]
-    latent: tuple[int, int, int, int]
-    geometry: tuple[int, int]
-    parameters: float
-    dense_ends: int
-
-
-ARCHITECTURES = {
-    "tiny": Architecture(
-        model="WanTransformer3DModel",
-        settings={
-            "num_attention_heads": 4,
-            "attention_head_dim": 64,
-            "ffn_dim": 1024,
-            "num_layers": 4,
-            "text_dim": 64,
-        },
-        latent=(16, 21, 28, 28),
-        geometry=(21, 196),
-        parameters=0.005,
-        dense_ends=0,
-    ),
-    "wan-a14b": Architecture(
-        model="WanTransformer3DModel",
-        settings={},
-        latent=(16, 21, 90, 160),
-        geometry=(21, 3600),
-        parameters=14.29,
-        dense_ends=3,
-    ),
-    "wan-5b": Architecture(
-        model="WanTransformer3DModel",
-        settings={
-            "num_attention_heads": 24,
-            "ffn_dim": 14336,
-            "num_layers": 30,
-            "in_channels": 48,
-            "out_channels": 48,
-        },
-        latent=(48, 31, 44, 80),
-        geometry=(31, 880),
-        parameters=5.0,
-        dense_ends=2,
-    ),
-    "hy15": Architecture(
-        model="HunyuanVideo15Transformer3DModel",
-        settings={"task_type": "t2v"},
-        latent=(65, 31, 45, 80),
-        geometry=(31, 3600),
-        parameters=8.33,
-        dense_ends=4,
-    ),
-}
+    seconds: list[float] = field(default_factory=list)
+    peak_gib: list[float] = field(default_factory=list)
 
 
 def bench(config: BenchConfig) -> Report:
-    """Time dense and sparse forwards, interleaved, and compare with the FLOPs model.
+    """Time dense and sparse forwards, interleaved, and compare them with the FLOPs model.
+
+    Args:
+        config: Shapes, settings to time and number of forwards.
+
+    Returns:
+        The report: a row for dense and for each setting, with one value per timed forward.
 
     Raises:
         InputError: If the device is not there, or is the CPU and the model is not ``tiny``.
     """
-    device, started = resolve_device(config.device), time.monotonic()
+    # Plan: which settings, on which shapes, and for how long.
+    device, builder = resolve_device(config.device), ReportBuilder("fis-dit", ("diffusers",))
     architecture = ARCHITECTURES[config.arch]
-    adapter = find_adapter(architecture.model)
-    settings = {name: _setting(name, architecture.dense_ends) for name in config.settings}
-    _refuse_or_estimate(config, architecture, device)
+    blocks = describe_blocks(architecture)
+    if device.type == "cpu":
+        _estimate_or_refuse(config, architecture, blocks)
+    settings = _settings_to_time(config, architecture, blocks)
 
-    # Text padding is trimmed in every arm where that is exact.
-    model, inputs = build(architecture, device)
-    trims = FISConfig(stride=1, drop_text_padding=adapter.trims_text)
-    arms: dict[str, FISConfig] = {"dense": trims}
-    arms |= {k: replace(v, drop_text_padding=adapter.trims_text) for k, v in settings.items()}
-    measured = _measure(config, model, inputs, arms, device)
+    # Run.
+    model, inputs = build_random_model(architecture, device)
+    timings = _time_forwards(config, model, inputs, settings, device)
 
-    depth = len(getattr(model, adapter.blocks))
-    shape = adapter.shape(model.config)
-    if config.arch == "tiny":
-        shape = replace(shape, text=8)
-    notes = [f"{depth} blocks, {architecture.dense_ends} dense at each end; one forward, batch 1"]
-    report = Report(
-        package="fis-dit",
-        version=version("fis-dit"),
-        command=sys.argv,
+    # Write.
+    ends = f"{architecture.dense_ends} dense at each end"
+    note = f"{blocks.depth} blocks, {ends}; one forward, batch 1"
+    return builder.write(
+        run_folder(config.out, "bench") / "run",
+        _compare_with_flops(config.arch, blocks, settings, timings),
+        device=device,
         seeds=[0],
-        seconds=time.monotonic() - started,
-        rows=_rows(config.arch, shape, depth, arms, measured),
-        notes=notes,
-        environment=environment(("diffusers",), device_name(device)),
-    )
-    out = Path(config.out or time.strftime("runs/bench-%Y%m%d-%H%M%S"))
-    (out / "run").mkdir(parents=True, exist_ok=True)
-    write_report(report, out / "run")
-    return report
-
-
-def _rows(
-    arch: str,
-    shape: BlockShape,
-    depth: int,
-    arms: Mapping[str, FISConfig],
-    measured: Mapping[str, "Measured"],
-) -> list[Row]:
-    frames, tokens = ARCHITECTURES[arch].geometry
-    dense_seconds, rows = statistics.median(measured["dense"].seconds), list[Row]()
-    for name, setting in arms.items():
-        # What the FLOPs model promises, and what the clock says.
-        counted = setting if name != "dense" else FISConfig(blocks=())
-        cost, arm = flops(shape, counted, depth, frames, tokens), measured[name]
-        seconds = statistics.median(arm.seconds)
-        metrics: dict[str, list[float]] = {
-            "seconds": arm.seconds,
-            "speed-up": [dense_seconds / value for value in arm.seconds],
-            "by FLOPs": [cost.speedup],
-            "share of it": [dense_seconds / seconds / cost.speedup],
-            "TFLOP/s": [cost.sparse / seconds / 1e12],
-        }
-        if arm.peak_gib:
-            metrics["peak GiB"] = [max(arm.peak_gib)]
-        rows.append(Row(name, f"{arch}, {frames} x {tokens} tokens", metrics))
-    return rows
-
-
-def _setting(name: str, dense_ends: int) -> FISConfig:
-    sites, _, rest = name.partition("-n")
-    stride, _, full = rest.partition("-")
-    return FISConfig(
-        stride=int(stride),
-        sites=sites,  # pyright: ignore[reportArgumentType]
-        kv="full" if full else "anchor",
-        dense_head=dense_ends,
-        dense_tail=dense_ends,
+        notes=[note],
     )
 
 
-def _refuse_or_estimate(
-    config: BenchConfig, architecture: Architecture, device: torch.device
-) -> None:
-    """Say how long it takes on the CPU, or refuse where that is hours."""
-    if device.type != "cpu":
-        return
+def _settings_to_time(
+    config: BenchConfig, architecture: Architecture, blocks: Blocks
+) -> dict[str, FISConfig]:
+    """Make dense and every setting by name; text padding is trimmed in each where that is exact."""
+    settings = {"dense": FISConfig(stride=1, drop_text_padding=blocks.trims_text)}
+    for name in config.settings:
+        settings[name] = FISConfig(
+            **parse_timed_setting(name),
+            dense_head=architecture.dense_ends,
+            dense_tail=architecture.dense_ends,
+            drop_text_padding=blocks.trims_text,
+        )
+    return settings
+
+
+def _estimate_or_refuse(config: BenchConfig, architecture: Architecture, blocks: Blocks) -> None:
+    """Say how long the forwards take on the CPU, or refuse where that is hours.
+
+    Raises:
+        InputError: If the model is not ``tiny``.
+    """
     frames, tokens = architecture.geometry
-    values = with_defaults(architecture.model, architecture.settings)
-    shape = find_adapter(architecture.model).shape(values)
-    dense = flops(shape, FISConfig(blocks=()), values["num_layers"], frames, tokens).dense
-    runs = (len(config.settings) + 1) * (config.repeats + config.warmup)
+    dense = flops(blocks.shape, FISConfig(blocks=()), blocks.depth, frames, tokens).dense
     seconds, gib = dense / CPU_FLOPS, architecture.parameters * 4 + 2
     if config.arch != "tiny":
         raise InputError(
             f"{config.arch} on the CPU would take about {seconds / 3600:.1f} hours a forward and "
             f"{gib:.0f} GiB; use --device cuda, or --arch tiny"
         )
-    say(f"estimate: {runs} forwards, about {runs * seconds * 0.7 / 60:.1f} min, under 2 GiB")
 
-
-def build(
-    architecture: Architecture, device: torch.device, dtype: torch.dtype | None = None
-) -> tuple[Any, dict[str, Any]]:
-    """A model with random weights and the arguments of one forward.
-
-    Args:
-        architecture: Its shapes.
-        device: Of both.
-        dtype: As in ``make_transformer``; default bfloat16, on the CPU float32.
-    """
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = make_transformer(architecture, dtype)
-    return model, forward_inputs(
-        architecture, model, lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
-    )
-
-
-def make_transformer(architecture: Architecture, dtype: torch.dtype) -> Any:
-    """A transformer with random weights on torch's default device, frozen.
-
-    Args:
-        architecture: Its shapes.
-        dtype: Of the weights, save those that diffusers keeps in float32.
-    """
-    import diffusers
-
-    # Made in its final type, as diffusers loads it: in float32 A14B would need 57 GB on the way.
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        model = getattr(diffusers, architecture.model)(**architecture.settings)
-    finally:
-        torch.set_default_dtype(default)
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in kept):
-            parameter.data = parameter.data.float()
-    return model.eval().requires_grad_(False)
-
-
-def forward_inputs(
-    architecture: Architecture, model: Any, noise: Callable[..., torch.Tensor]
-) -> dict[str, Any]:
-    """Arguments of one forward, of one sample.
-
-    Args:
-        architecture: Of the model.
-        model: The transformer.
-        noise: Makes a tensor of a shape; the others follow its device and type.
-    """
-    hidden = noise(1, *architecture.latent)
-    device, dtype = hidden.device, hidden.dtype
-    inputs: dict[str, Any] = {
-        "hidden_states": hidden,
-        "timestep": torch.full((1,), 500.0, device=device),
-        "return_dict": False,
-    }
-    if architecture.model == "HunyuanVideo15Transformer3DModel":
-        inputs |= {
-            "timestep": inputs["timestep"].to(dtype),
-            "encoder_hidden_states": noise(1, 1000, 3584),
-            "encoder_attention_mask": torch.ones(1, 1000, dtype=torch.long, device=device),
-            "encoder_hidden_states_2": noise(1, 256, 1472),
-            "encoder_attention_mask_2": torch.ones(1, 256, dtype=torch.long, device=device),
-            "image_embeds": torch.zeros(1, 729, 1152, device=device, dtype=dtype),
-        }
-    else:
-        width = model.config.text_dim
-        inputs["encoder_hidden_states"] = noise(1, 8 if width == 64 else 512, width)
-    if architecture.model == "WanTransformer3DModel" and architecture.latent[0] == 48:
-        # TI2V-5B: a time step per token.
-        total = architecture.geometry[0] * architecture.geometry[1]
-        inputs["timestep"] = inputs["timestep"].expand(1, total).contiguous()
-    return inputs
-
-
-@dataclass
-class Measured:
-    """Of every timed forward of an arm: seconds, and peak memory in GiB where the device tells it."""
-
-    seconds: list[float] = field(default_factory=list)
-    peak_gib: list[float] = field(default_factory=list)
+    forwards = (len(config.settings) + 1) * (config.repeats + config.warmup)
+    minutes = forwards * seconds * AVERAGE_SHARE / 60
+    say(f"estimate: {forwards} forwards, about {minutes:.1f} min, under 2 GiB")
 
 
 @torch.no_grad()
-def _measure(
+def _time_forwards(
     config: BenchConfig,
     model: Any,
     inputs: dict[str, Any],
-    arms: dict[str, FISConfig],
+    settings: Mapping[str, FISConfig],
     device: torch.device,
-) -> dict[str, Measured]:
-    """Time every forward; arms take turns, so that a busy machine hits all alike."""
-    measured = {name: Measured() for name in arms}
+) -> dict[str, Timings]:
+    """Time every forward; settings take turns, so that a busy machine hits all alike."""
+    timings = {name: Timings() for name in settings}
     memory = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
-    with progress("timing", len(arms) * (config.repeats + config.warmup)) as bar:
+    with progress("timing", len(settings) * (config.repeats + config.warmup)) as bar:
         for repeat in range(config.warmup + config.repeats):
-            for name, setting in arms.items():
+            for name, setting in settings.items():
+                # One forward, and its own peak of memory.
                 with apply_fis(model, setting):
                     synchronize(device)
                     if memory is not None:
@@ -300,9 +136,40 @@ def _measure(
                     model(**inputs)
                     synchronize(device)
                     seconds = time.perf_counter() - start
+
+                # The first forwards warm up, and do not count.
                 if repeat >= config.warmup:
-                    measured[name].seconds.append(seconds)
+                    timings[name].seconds.append(seconds)
                     if memory is not None:
-                        measured[name].peak_gib.append(memory.max_memory_allocated(device) / 2**30)
+                        timings[name].peak_gib.append(memory.max_memory_allocated(device) / 2**30)
                 bar.advance()
-    return measured
+    return timings
+
+
+def _compare_with_flops(
+    arch: str, blocks: Blocks, settings: Mapping[str, FISConfig], timings: Mapping[str, Timings]
+) -> list[Row]:
+    """Make a row for each setting: what the clock says, and what the FLOPs model promises."""
+    # Blocks and clip, as the FLOPs model wants them.
+    frames, tokens = ARCHITECTURES[arch].geometry
+    shape = blocks.shape
+    if arch == "tiny":
+        shape = replace(shape, text=TINY_TEXT_TOKENS)
+
+    # A row per setting.
+    dense_seconds, rows = statistics.median(timings["dense"].seconds), list[Row]()
+    for name, setting in settings.items():
+        counted = setting if name != "dense" else FISConfig(blocks=())
+        cost, timed = flops(shape, counted, blocks.depth, frames, tokens), timings[name]
+        median_seconds = statistics.median(timed.seconds)
+        metrics: dict[str, list[float]] = {
+            "seconds": timed.seconds,
+            "speed-up": [dense_seconds / seconds for seconds in timed.seconds],
+            "by FLOPs": [cost.speedup],
+            "share of it": [dense_seconds / median_seconds / cost.speedup],
+            "TFLOP/s": [cost.sparse / median_seconds / 1e12],
+        }
+        if timed.peak_gib:
+            metrics["peak GiB"] = [max(timed.peak_gib)]
+        rows.append(Row(name, f"{arch}, {frames} x {tokens} tokens", metrics))
+    return rows

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 FRAMES = 13
 MAX_SPEED = 1.2  # pixels per frame
+DIGIT_SIZE = 8  # height and width of scikit-learn's digits, in pixels
+TEXT_WIDTH = 16  # of a prompt's token
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ CLIP_SETS = {
 }
 
 
-def clips(name: str, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw_clips(name: str, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draw clips.
 
     Args:
@@ -79,29 +81,40 @@ def clips(name: str, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         KeyError: If there is no such data set.
     """
+    # Where every object starts, and how it moves.
     spec = CLIP_SETS[name]
     generator = torch.Generator().manual_seed(seed)
     speed = torch.rand(count, generator=generator) * MAX_SPEED
     angle = torch.rand(count, generator=generator) * 2 * torch.pi
     velocity = speed[:, None] * torch.stack([angle.sin(), angle.cos()], 1)
     start = torch.rand(count, 2, generator=generator)
+
+    # What moves: a shape between walls, or a digit on a canvas.
     if name == "shapes":
         labels = torch.randint(spec.classes, (count,), generator=generator)
         centres = _bounce(start, velocity, 1.5, spec.size - 2.5)
-        pixels = _shapes(labels, centres, spec.size)
+        pixels = _draw_shapes(labels, centres, spec.size)
     else:
-        images, targets = _digits()
+        images, targets = _load_digits()
         chosen = torch.randint(len(images), (count,), generator=generator)
         labels = targets[chosen]
-        corners = _bounce(start, velocity, 0.0, spec.size - 8.0)
-        pixels = _moved(images[chosen], corners, spec.size)
+        corners = _bounce(start, velocity, 0.0, spec.size - DIGIT_SIZE)
+        pixels = _place_images(images[chosen], corners, spec.size)
     return ((pixels - spec.mean) / spec.std)[:, None], labels, speed
 
 
-def text(name: str, labels: Tensor) -> Tensor:
-    """Labels as the model's prompt: two tokens, a one-hot label and a constant; "b 2 16"."""
-    one_hot = F.one_hot(labels, 16).float()
-    constant = F.one_hot(torch.full_like(labels, 15), 16).float()
+def draw_noise(name: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw starting noise "b 1 f h w" and prompts "b 2 16" of random labels."""
+    spec, generator = CLIP_SETS[name], torch.Generator().manual_seed(10_000 + seed)
+    noise = torch.randn(count, 1, FRAMES, spec.size, spec.size, generator=generator)
+    labels = torch.randint(spec.classes, (count,), generator=generator)
+    return noise, encode_labels(labels)
+
+
+def encode_labels(labels: Tensor) -> Tensor:
+    """Make the model's prompt of labels: two tokens, a one-hot label and a constant; "b 2 16"."""
+    one_hot = F.one_hot(labels, TEXT_WIDTH).float()
+    constant = F.one_hot(torch.full_like(labels, TEXT_WIDTH - 1), TEXT_WIDTH).float()
     return torch.stack([one_hot, constant], 1)
 
 
@@ -112,15 +125,15 @@ def to_pixels(name: str, values: Tensor) -> Tensor:
 
 
 def _bounce(start: Tensor, velocity: Tensor, low: float, high: float) -> Tensor:
-    """Positions "b f 2" of points that are reflected at the walls of a square."""
+    """Return positions "b f 2" of points that are reflected at the walls of a square."""
     width = high - low
     times = torch.arange(FRAMES)[None, :, None]
     travelled = (start[:, None] * width + velocity[:, None] * times).remainder(2 * width)
     return low + torch.minimum(travelled, 2 * width - travelled)
 
 
-def _shapes(labels: Tensor, centres: Tensor, size: int) -> Tensor:
-    """A Gaussian bump (label 0) or a soft-edged square (label 1) at each centre; "b f h w"."""
+def _draw_shapes(labels: Tensor, centres: Tensor, size: int) -> Tensor:
+    """Draw a Gaussian bump (label 0) or a soft-edged square (label 1) at each centre; "b f h w"."""
     grid = torch.arange(size, dtype=torch.float32)
     dy = (grid - centres[..., 0:1])[..., :, None]
     dx = (grid - centres[..., 1:2])[..., None, :]
@@ -130,21 +143,22 @@ def _shapes(labels: Tensor, centres: Tensor, size: int) -> Tensor:
 
 
 @cache
-def _digits() -> tuple[Tensor, Tensor]:
+def _load_digits() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     data: Any = load_digits()
     return torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target).long()
 
 
-def _moved(images: Tensor, corners: Tensor, size: int) -> Tensor:
+def _place_images(images: Tensor, corners: Tensor, size: int) -> Tensor:
     """Place 8x8 images with their upper left corner at fractional positions; "b f size size"."""
     count = len(images)
     grid = torch.arange(size, dtype=torch.float32)
     rows = (grid - corners[..., 0:1])[..., :, None].expand(-1, -1, size, size)
     columns = (grid - corners[..., 1:2])[..., None, :].expand(-1, -1, size, size)
     # grid_sample wants x before y, and -1 and 1 at the centres of the outer pixels.
-    where = torch.stack([columns, rows], -1) / 3.5 - 1
-    frames = images[:, None].expand(-1, FRAMES, -1, -1).reshape(count * FRAMES, 1, 8, 8)
-    moved = F.grid_sample(frames, where.reshape(-1, size, size, 2), align_corners=True)
-    return moved.reshape(count, FRAMES, size, size)
+    positions = torch.stack([columns, rows], -1) / ((DIGIT_SIZE - 1) / 2) - 1
+    frames = images[:, None].expand(-1, FRAMES, -1, -1)
+    frames = frames.reshape(count * FRAMES, 1, DIGIT_SIZE, DIGIT_SIZE)
+    pixels = F.grid_sample(frames, positions.reshape(-1, size, size, 2), align_corners=True)
+    return pixels.reshape(count, FRAMES, size, size)

@@ -56,8 +56,9 @@ def fill_skipped_frames(
     else:
         filled = frames.index_select(1, index.skipped)
         if lift != "carry":
-            residual = at_anchors - frames.index_select(1, index.anchors)
-            filled = filled + _interpolate(residual, index)
+            filled = filled + _interpolate(
+                at_anchors - frames.index_select(1, index.anchors), index
+            )
     return _in_order(at_anchors, filled, index)
 
 
