@@ -70,7 +70,7 @@ def remove_fis(target: Any) -> None:
     >>> handle = apply_fis(model, FISConfig())
     >>> remove_fis(model)
     """
-    for model in _transformers(target).values():
+    for model in _find_transformers(target).values():
         attachment = getattr(model, MARK, None)
         if attachment is not None:
             FISHandle([attachment]).remove()
@@ -90,7 +90,10 @@ class FISHandle:
 
     def summary(self) -> dict[str, Any]:
         """Describe each transformer: its blocks, and frames, step and anchors of its last forward."""
-        return {item.name: {**_settings(item), **_last_forward(item)} for item in self._attachments}
+        return {
+            item.name: {**_describe_settings(item), **_describe_last_forward(item)}
+            for item in self._attachments
+        }
 
     def flops(self, *, height: int, width: int, num_frames: int, steps: int = 4) -> dict[str, Cost]:
         """Predict the cost of each transformer on a clip in pixels (VAE factors of its family).
@@ -137,7 +140,7 @@ class FISHandle:
         self.remove()
 
 
-def _settings(attachment: Attachment) -> dict[str, Any]:
+def _describe_settings(attachment: Attachment) -> dict[str, Any]:
     return {
         "class": type(attachment.model).__name__,
         "sparse_blocks": list(attachment.sparse_blocks),
@@ -148,14 +151,14 @@ def _settings(attachment: Attachment) -> dict[str, Any]:
     }
 
 
-def _last_forward(attachment: Attachment) -> dict[str, Any]:
+def _describe_last_forward(attachment: Attachment) -> dict[str, Any]:
     """What the last forward of a transformer was; nothing before the first one."""
     geometry = attachment.geometry
     if geometry is None or geometry.last is None:
         return {}
     (frames, height, width), step = geometry.last
     ranks = range(len(attachment.sparse_blocks))
-    anchor_sets = [geometry.anchors(frames, rank, step) for rank in ranks]
+    anchor_sets = [geometry.anchors_of(frames, rank, step) for rank in ranks]
     return {
         "frames": frames,
         "tokens_per_frame": height * width,
@@ -175,7 +178,7 @@ def _check_diffusers() -> None:
         )
 
 
-def _transformers(target: Any) -> dict[str, nn.Module]:
+def _find_transformers(target: Any) -> dict[str, nn.Module]:
     """Find the transformers of a pipeline by name; a transformer is its own."""
     if isinstance(target, nn.Module):
         return {"transformer": target}
@@ -190,7 +193,7 @@ def _match_configs(
     target: Any, config: FISConfig | Mapping[str, FISConfig]
 ) -> Iterator[tuple[str, nn.Module, FISConfig]]:
     """Pair every transformer with its settings."""
-    present = _transformers(target)
+    present = _find_transformers(target)
     if isinstance(config, FISConfig):
         config = dict.fromkeys(present, config)
     for name, model_config in config.items():

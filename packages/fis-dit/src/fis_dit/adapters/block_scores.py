@@ -63,10 +63,10 @@ def score_blocks(
 
     adapter = find_adapter(transformer)
     if method == "endpoint":
-        scores = _endpoint_scores(transformer, run, config, summary["depth"])
+        scores = _score_by_output(transformer, run, config, summary["depth"])
     else:
         blocks = blocks_of(transformer, adapter)
-        scores = _local_scores(adapter, blocks, run, config, summary["frames"])
+        scores = _score_by_own_error(adapter, blocks, run, config, summary["frames"])
     return BlockScores(
         scores=tuple(scores),
         frames=summary["frames"],
@@ -75,7 +75,7 @@ def score_blocks(
     )
 
 
-def _endpoint_scores(transformer: Any, run: Run, config: FISConfig, depth: int) -> list[float]:
+def _score_by_output(transformer: Any, run: Run, config: FISConfig, depth: int) -> list[float]:
     """Measure the error of the output with one block sparse at a time."""
     dense, scores = run(), []
     with progress("calibrating blocks", depth) as bar:
@@ -86,11 +86,11 @@ def _endpoint_scores(transformer: Any, run: Run, config: FISConfig, depth: int) 
     return scores
 
 
-def _local_scores(
+def _score_by_own_error(
     adapter: FISAdapter, blocks: nn.ModuleList, run: Run, config: FISConfig, frames: int
 ) -> list[float]:
     """Average every block's own error over phases and forwards of one dense run."""
-    phases = _phases(config, frames)
+    phases = _find_phases(config, frames)
     sums, counts = [0.0] * len(blocks), [0] * len(blocks)
     scoring = False
 
@@ -102,7 +102,9 @@ def _local_scores(
             scoring = True
             named = {**dict(zip(adapter.block_arguments, args, strict=False)), **kwargs}
             for neighbours in phases:
-                sums[number] += _local_error(adapter, module, named, output, config, neighbours)
+                sums[number] += _measure_own_error(
+                    adapter, module, named, output, config, neighbours
+                )
                 counts[number] += 1
             scoring = False
 
@@ -121,7 +123,7 @@ def _local_scores(
     return [total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
 
 
-def _phases(config: FISConfig, frames: int) -> list[Neighbours]:
+def _find_phases(config: FISConfig, frames: int) -> list[Neighbours]:
     """Find the interpolation sources of every residue of the stride."""
     anchor_sets = [
         choose_anchors(frames, config.stride, residue, boundaries=config.boundaries)
@@ -133,7 +135,7 @@ def _phases(config: FISConfig, frames: int) -> list[Neighbours]:
     ]
 
 
-def _local_error(
+def _measure_own_error(
     adapter: FISAdapter,
     block: nn.Module,
     named: dict[str, Any],

@@ -211,7 +211,7 @@ class GeometryHook(ModelHook):
         root = self._root[0]
         self._refuse_training_and_caches(root)
         geometry = self._adapter.geometry(root.config, args, kwargs)  # pyright: ignore[reportArgumentType]
-        step, steps = self._step()
+        step, steps = self._current_step()
         self.last, self.forwards = (geometry, step), self.forwards + 1
         self._check_frames(geometry[0])
 
@@ -221,7 +221,7 @@ class GeometryHook(ModelHook):
         for rank, hook in enumerate(self.sparse_hooks):
             hook.tokens = math.prod(geometry)
             device = hook.device or tensor.device
-            hook.frame_index = None if dense else self._index(geometry[0], rank, step, device)
+            hook.frame_index = None if dense else self._frame_index(geometry[0], rank, step, device)
         return args, kwargs
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -229,7 +229,7 @@ class GeometryHook(ModelHook):
         self.counters.reset()
         return module
 
-    def anchors(self, frames: int, rank: int, step: int) -> tuple[int, ...]:
+    def anchors_of(self, frames: int, rank: int, step: int) -> tuple[int, ...]:
         """Return the anchors of one sparse block: residue (j + step * shift) mod n.
 
         Args:
@@ -251,9 +251,11 @@ class GeometryHook(ModelHook):
             return draw_random_anchors(frames, len(chosen), seed, boundaries=config.boundaries)
         return chosen
 
-    def _index(self, frames: int, rank: int, step: int, device: torch.device) -> FrameIndex | None:
+    def _frame_index(
+        self, frames: int, rank: int, step: int, device: torch.device
+    ) -> FrameIndex | None:
         """Return the index tensors of one block, made once for each set of anchors and device."""
-        config, chosen = self._config, self.anchors(frames, rank, step)
+        config, chosen = self._config, self.anchors_of(frames, rank, step)
         key = (frames, chosen, device)
         if key not in self._indices:
             if len(chosen) < FEW_ANCHORS and not self._warned:
@@ -274,7 +276,7 @@ class GeometryHook(ModelHook):
         for key in [key for key in self._indices if key[0] in lengths[:-KEPT_CLIP_LENGTHS]]:
             del self._indices[key]
 
-    def _step(self) -> tuple[int, int | None]:
+    def _current_step(self) -> tuple[int, int | None]:
         """Return the denoising step of this forward, and the number of steps if anybody knows it."""
         if self.counters._context is None:
             self.counters.set_context(CacheContext("default"))

@@ -60,7 +60,7 @@ def bench(config: BenchConfig) -> Report:
     blocks = describe_blocks(architecture)
     if device.type == "cpu":
         _estimate_or_refuse(config, architecture, blocks)
-    settings = _settings_to_time(config, architecture, blocks)
+    settings = _make_timed_settings(config, architecture, blocks)
 
     # Run.
     model, inputs = build_random_model(architecture, device)
@@ -78,7 +78,7 @@ def bench(config: BenchConfig) -> Report:
     )
 
 
-def _settings_to_time(
+def _make_timed_settings(
     config: BenchConfig, architecture: Architecture, blocks: Blocks
 ) -> dict[str, FISConfig]:
     """Make dense and every setting by name; text padding is trimmed in each where that is exact."""

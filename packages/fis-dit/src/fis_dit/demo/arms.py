@@ -155,7 +155,7 @@ class Comparison:
         cheap = [p for p in peers if average(self.results[p], "cost") <= MOST_COST_OF_A_PEER]
         return min(cheap, key=lambda name: average(self.results[name], "frechet"))
 
-    def gaps(self, better: str, worse: str, metric: str, sign: int) -> list[float]:
+    def paired_gaps(self, better: str, worse: str, metric: str, sign: int) -> list[float]:
         """Return paired gaps over seeds; with ``sign`` -1, lower is better."""
         pairs = zip(self.results[better], self.results[worse], strict=True)
         return [sign * (first[metric] - second[metric]) for first, second in pairs]
@@ -286,15 +286,15 @@ def make_cache_arms(ratios: Sequence[float]) -> list[Arm]:
         ratios: Of ``measure_magnitude_ratios``, for MagCache.
     """
     return [
-        *(_first_block_cache_arm(threshold) for threshold in (0.1, 0.2, 0.3, 0.5, 0.8)),
-        *(_mag_cache_arm(threshold, ratios) for threshold in (0.1, 0.3, 0.6, 1.0)),
-        *(_taylor_seer_arm(order, interval) for order, interval in ((0, 2), (1, 2), (1, 3))),
-        *(_pyramid_attention_arm(skip) for skip in (2, 4)),
-        _faster_cache_arm(),
+        *(_make_first_block_cache_arm(threshold) for threshold in (0.1, 0.2, 0.3, 0.5, 0.8)),
+        *(_make_mag_cache_arm(threshold, ratios) for threshold in (0.1, 0.3, 0.6, 1.0)),
+        *(_make_taylor_seer_arm(order, interval) for order, interval in ((0, 2), (1, 2), (1, 3))),
+        *(_make_pyramid_attention_arm(skip) for skip in (2, 4)),
+        _make_faster_cache_arm(),
     ]
 
 
-def _cache_arm(name: str, group: str, make_config: Callable[[Callable[[], int]], Any]) -> Arm:
+def _make_cache_arm(name: str, group: str, make_config: Callable[[Callable[[], int]], Any]) -> Arm:
     """Make an arm of one of diffusers' caches.
 
     ``make_config`` builds the cache's config anew for every run, from a function that tells the time
@@ -317,16 +317,16 @@ def _cache_arm(name: str, group: str, make_config: Callable[[Callable[[], int]],
     return Arm(name, group, change)
 
 
-def _first_block_cache_arm(threshold: float) -> Arm:
-    return _cache_arm(
+def _make_first_block_cache_arm(threshold: float) -> Arm:
+    return _make_cache_arm(
         f"FirstBlockCache {threshold:g}",
         "FirstBlockCache",
         lambda _: FirstBlockCacheConfig(threshold=threshold),
     )
 
 
-def _mag_cache_arm(threshold: float, ratios: Sequence[float]) -> Arm:
-    return _cache_arm(
+def _make_mag_cache_arm(threshold: float, ratios: Sequence[float]) -> Arm:
+    return _make_cache_arm(
         f"MagCache {threshold:g}",
         "MagCache",
         lambda _: MagCacheConfig(
@@ -339,8 +339,8 @@ def _mag_cache_arm(threshold: float, ratios: Sequence[float]) -> Arm:
     )
 
 
-def _taylor_seer_arm(order: int, interval: int) -> Arm:
-    return _cache_arm(
+def _make_taylor_seer_arm(order: int, interval: int) -> Arm:
+    return _make_cache_arm(
         f"TaylorSeer order {order}, every {interval}",
         "TaylorSeer",
         # The default patterns match no attention of Wan: without identifiers nothing is cached.
@@ -354,8 +354,8 @@ def _taylor_seer_arm(order: int, interval: int) -> Arm:
     )
 
 
-def _pyramid_attention_arm(skip: int) -> Arm:
-    return _cache_arm(
+def _make_pyramid_attention_arm(skip: int) -> Arm:
+    return _make_cache_arm(
         f"PAB every {skip}",
         "PAB",
         lambda time_step: PyramidAttentionBroadcastConfig(
@@ -368,8 +368,8 @@ def _pyramid_attention_arm(skip: int) -> Arm:
     )
 
 
-def _faster_cache_arm() -> Arm:
-    return _cache_arm(
+def _make_faster_cache_arm() -> Arm:
+    return _make_cache_arm(
         "FasterCache",
         "FasterCache",
         lambda time_step: FasterCacheConfig(

@@ -93,15 +93,15 @@ def _make_claims(comparison: Comparison, peer: str) -> list[Claim]:
         ("peer-frechet", f"{nearer} {peer}", paper, peer),
     ]
     claims = [
-        Claim(id_, text, comparison.gaps(better, worse, "frechet", -1))
+        Claim(id_, text, comparison.paired_gaps(better, worse, "frechet", -1))
         for id_, text, better, worse in by_frechet
     ]
 
     # By the distance to the dense model.
     velocity_text = "interleaved anchors give a smaller velocity error than static, same count"
     psnr_text = "FIS paper-like has the higher PSNR to the dense clips than 3 of 4 steps"
-    velocity_gaps = comparison.gaps(same, static, "velocity error", -1)
-    psnr_gaps = comparison.gaps(paper, "3 steps", "psnr", 1)
+    velocity_gaps = comparison.paired_gaps(same, static, "velocity error", -1)
+    psnr_gaps = comparison.paired_gaps(paper, "3 steps", "psnr", 1)
     claims.append(Claim("static-velocity", velocity_text, velocity_gaps))
     return [*claims, Claim("steps-psnr", psnr_text, psnr_gaps)]
 

@@ -52,7 +52,7 @@ def slowest_quarter(dense: Float[Tensor, "b c f h w"]) -> Tensor:
 
 def frechet_distance(features: Float[Tensor, "n d"], reference: Float[Tensor, "m d"]) -> float:
     """Compute the squared Frechet distance between Gaussians fitted to two sets of features."""
-    (mean, cov), (ref_mean, ref_cov) = _gaussian(features), _gaussian(reference)
+    (mean, cov), (ref_mean, ref_cov) = _fit_gaussian(features), _fit_gaussian(reference)
     # The trace of (A B)^(1/2) is that of (A^(1/2) B A^(1/2))^(1/2), which is symmetric.
     root = _square_root(cov)
     cross = torch.linalg.eigvalsh(root @ ref_cov @ root).clamp_min(0).sqrt().sum()
@@ -60,7 +60,7 @@ def frechet_distance(features: Float[Tensor, "n d"], reference: Float[Tensor, "m
     return float(distance.clamp_min(0))
 
 
-def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     values = features.double()
     return values.mean(0), torch.cov(values.T)
 

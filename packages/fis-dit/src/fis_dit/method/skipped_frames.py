@@ -59,7 +59,7 @@ def fill_skipped_frames(
             filled = filled + _interpolate(
                 at_anchors - frames.index_select(1, index.anchors), index
             )
-    return _in_order(at_anchors, filled, index)
+    return _restore_order(at_anchors, filled, index)
 
 
 def fill_skipped_attention(
@@ -79,7 +79,7 @@ def fill_skipped_attention(
     at_anchors = computed.unflatten(1, (index.anchors.shape[0], -1))
     filled = _interpolate(at_anchors, index)
     filled = torch.zeros_like(filled) if lift == "carry" else filled
-    return _in_order(at_anchors, filled, index)
+    return _restore_order(at_anchors, filled, index)
 
 
 def _interpolate(values: Tensor, index: FrameIndex) -> Tensor:
@@ -88,6 +88,6 @@ def _interpolate(values: Tensor, index: FrameIndex) -> Tensor:
     return torch.lerp(left, right, index.weight.to(values.dtype))
 
 
-def _in_order(at_anchors: Tensor, filled: Tensor, index: FrameIndex) -> Tensor:
+def _restore_order(at_anchors: Tensor, filled: Tensor, index: FrameIndex) -> Tensor:
     """Put anchors "b k p d" and skipped frames "b m p d" into their places; "b s d"."""
     return torch.cat([at_anchors, filled], 1).index_select(1, index.order).flatten(1, 2)

@@ -16,7 +16,7 @@ def _read_geometry(
     return video_geometry((config["patch_size_t"] or 1, space, space), video, frame_dim=1)
 
 
-def _block_shape(config: Mapping[str, Any]) -> BlockShape:
+def _read_block_shape(config: Mapping[str, Any]) -> BlockShape:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return BlockShape(kind="joint", width=width, ffn=4 * width, text=config["max_text_seq_length"])
 
@@ -36,6 +36,6 @@ COGVIDEOX = FISAdapter(
     attention="attn1",
     attention_arguments=JOINT_ATTENTION_ARGUMENTS,
     attention_per_token={"image_rotary_emb": PerToken(dim=0)},
-    shape=_block_shape,
+    shape=_read_block_shape,
     patch=lambda config: (config["patch_size_t"] or 1, config["patch_size"]),
 )

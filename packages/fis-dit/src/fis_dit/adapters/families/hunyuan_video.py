@@ -17,7 +17,7 @@ def _read_geometry(
     return video_geometry((config["patch_size_t"], space, space), first_argument(args, kwargs))
 
 
-def _block_shape(config: Mapping[str, Any]) -> BlockShape:
+def _read_block_shape(config: Mapping[str, Any]) -> BlockShape:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     ffn = int(width * config["mlp_ratio"])
     return BlockShape(kind="joint", width=width, ffn=ffn, text=TEXT_TOKENS)
@@ -38,7 +38,7 @@ HUNYUAN_VIDEO_15 = FISAdapter(
     attention="attn",
     attention_arguments=JOINT_ATTENTION_ARGUMENTS,
     attention_per_token={"image_rotary_emb": PerToken(dim=0)},
-    shape=_block_shape,
+    shape=_read_block_shape,
     compression=(4, 16),
     patch=lambda config: (config["patch_size_t"], config["patch_size"]),
     trims_text=True,

@@ -10,7 +10,7 @@ from fis_dit.method.cost import BlockShape
 TEXT_TOKENS = 128
 
 
-def _block_shape(config: Mapping[str, Any]) -> BlockShape:
+def _read_block_shape(config: Mapping[str, Any]) -> BlockShape:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return BlockShape(kind="cross", width=width, ffn=4 * width, text=TEXT_TOKENS)
 
@@ -31,7 +31,7 @@ LTX_VIDEO = FISAdapter(
     attention="attn1",
     attention_arguments=JOINT_ATTENTION_ARGUMENTS,
     attention_per_token={"image_rotary_emb": PerToken(dim=1)},
-    shape=_block_shape,
+    shape=_read_block_shape,
     compression=(8, 32),
     patch=lambda config: (config["patch_size_t"], config["patch_size"]),
 )

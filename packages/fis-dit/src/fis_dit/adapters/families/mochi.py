@@ -8,7 +8,7 @@ from fis_dit.adapters.layout import JOINT_ATTENTION_ARGUMENTS, FISAdapter, PerTo
 from fis_dit.method.cost import BlockShape
 
 
-def _block_shape(config: Mapping[str, Any]) -> BlockShape:
+def _read_block_shape(config: Mapping[str, Any]) -> BlockShape:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     text_width = config["pooled_projection_dim"]
     return BlockShape(
@@ -37,7 +37,7 @@ MOCHI = FISAdapter(
     attention="attn1",
     attention_arguments=JOINT_ATTENTION_ARGUMENTS,
     attention_per_token={"image_rotary_emb": PerToken(dim=0)},
-    shape=_block_shape,
+    shape=_read_block_shape,
     compression=(6, 8),
     patch=lambda config: (1, config["patch_size"]),
 )

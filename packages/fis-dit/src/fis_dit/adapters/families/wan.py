@@ -18,12 +18,12 @@ def _read_geometry(
     return video_geometry(tuple(config["patch_size"]), first_argument(args, kwargs))
 
 
-def _block_shape(config: Mapping[str, Any]) -> BlockShape:
+def _read_block_shape(config: Mapping[str, Any]) -> BlockShape:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return BlockShape(kind="cross", width=width, ffn=config["ffn_dim"], text=TEXT_TOKENS)
 
 
-def _attention_input(block: Any, arguments: Mapping[str, Any]) -> Tensor:
+def _compute_attention_input(block: Any, arguments: Mapping[str, Any]) -> Tensor:
     """Compute what WanTransformerBlock feeds its self-attention: all frames, on the block's device."""
     table = block.scale_shift_table
     hidden, temb = (arguments[name].to(table.device) for name in ("hidden_states", "temb"))
@@ -53,7 +53,7 @@ WAN = FISAdapter(
         "rotary_emb",
     ),
     attention_per_token={"rotary_emb": PerToken(dim=1)},
-    shape=_block_shape,
+    shape=_read_block_shape,
     patch=lambda config: (config["patch_size"][0], config["patch_size"][1]),
-    attention_input=_attention_input,
+    attention_input=_compute_attention_input,
 )
