@@ -114,6 +114,7 @@ def quantize_here(config: MemoryConfig) -> dict[str, float]:
             nsamples=config.nsamples,
             seqlen=config.seqlen,
             batch_size=config.nsamples,
+            method="slider",
             epochs=1,
             gamma=1.0,
             schedule=config.schedule,

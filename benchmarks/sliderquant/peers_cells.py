@@ -187,14 +187,13 @@ def slider_settings(config: PeersConfig, grid: Grid, seed: int, **changes: Any) 
         "nsamples": config.nsamples,
         "seqlen": config.context,
         "seed": seed,
-        "lr_lora": config.lr_lora,
-        "lr_lwc": config.lr_lwc,
-        "lr_scale": config.lr_scale,
-        **changes,
     }
+    if changes.get("method") == "compensated":  # no windows, no epochs
+        return settings | changes
+
+    rates = {"lr_lora": config.lr_lora, "lr_lwc": config.lr_lwc, "lr_scale": config.lr_scale}
+    settings |= {"method": "slider", **rates, **changes}
     made = SliderConfig(**settings)
-    if made.rounding == "compensated":  # no windows, no epochs
-        return settings
     budget = config.layers * config.iters * config.batch_size / config.nsamples
     visits = make_plan(made, None, config.layers).block_visits
     epochs = made.stages * max(1, round(budget / visits / made.stages))
@@ -218,7 +217,7 @@ def cell_of(config: PeersConfig, family: str, name: str, method: str, seed: int)
         rates = {f: getattr(SliderConfig(), f) for f in ("lr_lora", "lr_lwc", "lr_scale")}
         changes: dict[str, Any] = rates if method == "slider-defaults" else {}
         if method == "slider-compensated":
-            changes = {"rounding": "compensated"}
+            changes = {"method": "compensated"}
         options = {"config": slider_settings(config, grid, seed, **changes)}
     if method == "slider-seconds":
         rival = cell_of(config, family, name, "autoround", seed)

@@ -91,7 +91,7 @@ def slider(task: Task) -> tuple[PreTrainedModel, str]:
     config = SliderConfig(**task.options["config"])
     merge_(decoder, calibrated_weights(decoder, task.samples, config, "sliderquant"))
     _round_activations_(task)
-    if config.rounding == "compensated":
+    if config.method == "compensated":
         return task.model, "compensated rounding, no windows"
     visits = make_plan(config, None, decoder.depth).block_visits
     return task.model, f"{visits} block visits x {config.epochs} epochs"

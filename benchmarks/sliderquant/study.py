@@ -75,7 +75,7 @@ def arm_config(config: StudyConfig, arm: str, rate: float, seed: int) -> SliderC
         "nsamples": config.nsamples,
         "seqlen": config.context,
         "seed": seed,
-        "rounding": "nearest",
+        "method": "slider",
         "lr_lora": rate,
         "lr_lwc": rate * config.lwc_factor,
     }

@@ -30,7 +30,7 @@ WINDOWS = [[0, 1], [1, 2]]
 def calibrated(model, tokens, device: str, **settings):
     """Calibrate on a device; returns learnables, simulated weights and the logits, on the host."""
     decoder = TransformersDecoder(model.to(device))
-    config = SliderConfig(group_size=8, nsamples=4, seqlen=12, epochs=4, batch_size=2, **settings)
+    config = SliderConfig(group_size=8, nsamples=4, seqlen=12, batch_size=2, **settings)
     learnables = fresh_learnables(decoder, config, torch.float32)
     calibrate(decoder, tokens, WINDOWS, learnables, config)
     weights = simulated_weights(decoder, learnables)
@@ -42,7 +42,7 @@ def calibrated(model, tokens, device: str, **settings):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi4"])
 @pytest.mark.parametrize("abits", [16, 8])
 def test_compensated_rounding_finds_the_codes_of_the_cpu(name, abits, tiny, tokens) -> None:
-    settings = {"wbits": 4, "rounding": "compensated", "abits": abits}
+    settings = {"wbits": 4, "method": "compensated", "abits": abits}
     here, _, expected = calibrated(tiny(name), tokens, "cpu", **settings)
     there, _, logits = calibrated(tiny(name), tokens, DEVICE, **settings)
     same = [
@@ -61,7 +61,7 @@ def test_compensated_rounding_finds_the_codes_of_the_cpu(name, abits, tiny, toke
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_windows_learn_what_they_learn_on_the_cpu(name, tiny, tokens) -> None:
-    settings = {"wbits": 3, "rounding": "nearest", "lr_lora": 1e-3}
+    settings = {"wbits": 3, "method": "slider", "epochs": 4, "lr_lora": 1e-3}
     here, _, expected = calibrated(tiny(name), tokens, "cpu", **settings)
     there, _, logits = calibrated(tiny(name), tokens, DEVICE, **settings)
     for first, second in zip(here, there, strict=True):
@@ -87,7 +87,7 @@ def quantize(model, text, out, *words: str) -> dict:
     [
         [],
         ["--cache", "disk", "--rotate", "r2", "--format", "dense"],
-        ["--rounding", "nearest", "--epochs", "2", "--batch-size", "2", "--cache", "disk"],
+        ["--method", "slider", "--epochs", "2", "--batch-size", "2", "--cache", "disk"],
     ],
 )
 def test_the_quantized_folder_is_as_good_as_the_cpus(words, save, tmp_path) -> None:

@@ -1,6 +1,7 @@
 """What a GPU would refuse, on fake tensors: wrong devices, and too much of a model on the card."""
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from sliderquant.adapters.shapes import decoder_shape
 from sliderquant.adapters.simulation import finished_block, fresh_learnables, simulated_logits
 from sliderquant.cli import COMMANDS
 from sliderquant.commands import _estimates as estimates
-from sliderquant.commands._estimates import rounding_seconds, timed
+from sliderquant.commands._estimates import rounding_seconds, seconds_of
 from sliderquant.commands.bench import kernel_on
 from sliderquant.commands.inspect import make_plan
 from sliderquant.config import (
@@ -118,7 +119,7 @@ def test_a_process_without_samples_sums_a_zero_on_the_card(
         raise Seen
 
     decoder = fake_decoder("llama")
-    config = SliderConfig(**SETTINGS, rounding="nearest")
+    config = SliderConfig(**SETTINGS, method="slider")
     learnables = fresh_learnables(decoder, config, torch.float32)
     hidden = torch.empty(2, 12, 32)  # a cache on disk
     monkeypatch.setattr(calibration, "own_share", lambda index: index[:0])
@@ -145,21 +146,26 @@ def test_a_model_moves_to_the_card_in_the_type_it_computes_in(tiny, save, monkey
 def test_the_clock_is_read_when_the_device_is_done(monkeypatch) -> None:
     done = []
     monkeypatch.setattr(estimates, "synchronize", lambda device: done.append(device))
-    assert estimates.timed(lambda: done.append("run"), torch.device("cpu")) >= 0
+    assert estimates.seconds_of(lambda: done.append("run"), torch.device("cpu")) >= 0
     assert done == ["run", torch.device("cpu"), "run", torch.device("cpu")]
 
 
 def test_the_estimate_counts_the_column_loops(tiny, tokens, monkeypatch) -> None:
     decoder = TransformersDecoder(tiny("llama"))
     config = SliderConfig(**SETTINGS)
-    plan = make_plan(config, decoder_shape(decoder), decoder.depth)
-    fmt = WeightFormat(bits=4, group_size=8, sym=True, dtype=torch.float32)
+    job = SimpleNamespace(
+        config=config,
+        opened=SimpleNamespace(decoder=decoder),
+        samples=tokens[:2],
+        plan=make_plan(config, decoder_shape(decoder), decoder.depth),
+        weights=WeightFormat(bits=4, group_size=8, sym=True, dtype=torch.float32),
+    )
     asked = []
-    monkeypatch.setattr(estimates, "timed", lambda run, device: 1.0)
+    monkeypatch.setattr(estimates, "seconds_of", lambda run, device: 1.0)
     monkeypatch.setattr(
         estimates, "rounding_seconds", lambda weight, fmt: asked.append(weight.shape) or 100.0
     )
-    seconds = estimates.estimated_seconds(decoder, tokens[:2], plan, config, fmt)
+    seconds = estimates.estimated_seconds(job)
     assert seconds == 3 * (estimates.ROUNDING_PASSES * 2 + 7 * 100)
     assert len(asked) == len(set(asked)) == 4  # q and o, k and v, gate and up, down
 
@@ -172,7 +178,7 @@ def test_the_time_of_a_weight_is_within_a_factor_of_four() -> None:
     cross = torch.zeros(256, 512, dtype=torch.float64)
     cpu = torch.device("cpu")
     expected = rounding_seconds(weight, fmt)
-    taken = timed(lambda: rounded_with_feedback(weight, fmt, moment, cross), cpu)
+    taken = seconds_of(lambda: rounded_with_feedback(weight, fmt, moment, cross), cpu)
     assert taken / 4 < expected < 4 * taken
 
 

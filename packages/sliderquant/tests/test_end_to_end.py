@@ -19,9 +19,10 @@ def run(directory: Path, **changes):
     text = str(directory.with_name("text.txt"))
     base = {
         "model": str(directory), "calib": (text,), "eval_text": (text,), "out": str(out),
-        "group_size": 8, "nsamples": 4, "seqlen": 16, "batch_size": 2, "epochs": 2,
-        "format": "dense", "lr_lora": 1e-3, "min_expert_tokens": 8,
+        "group_size": 8, "nsamples": 4, "seqlen": 16, "batch_size": 2, "format": "dense",
     }  # fmt: skip
+    if changes.get("method") != "compensated":
+        base |= {"method": "slider", "epochs": 2, "lr_lora": 1e-3, "min_expert_tokens": 8}
     return out, quantize(QuantizeConfig(**{**base, **changes}))
 
 
@@ -54,7 +55,7 @@ def test_reloaded_model_equals_the_simulated_one(family, save) -> None:
 @pytest.mark.parametrize("rotate", ["none", "r2"])
 def test_compensated_rounding_is_stored_as_it_was_decided(rotate, family, save) -> None:
     directory = save(family)
-    changes = {"wbits": 2, "sym": False, "rounding": "compensated", "rotate": rotate}
+    changes = {"wbits": 2, "sym": False, "method": "compensated", "rotate": rotate}
     if family in ("qwen3_moe", "mixtral"):
         with pytest.raises(ConfigError, match="fused experts"):
             run(directory, **changes)
@@ -73,21 +74,21 @@ def test_compensated_rounding_holds_codes_of_one_block_unless_they_are_to_be_mea
     monkeypatch.setattr(
         BlockLearnables, "forget_codes", lambda made: (held.append(made), forget(made))
     )
-    out, _ = run(save("llama"), rounding="compensated", eval_text=())
+    out, _ = run(save("llama"), method="compensated", eval_text=())
     assert len(set(map(id, held))) == 3
     assert all(linear.rounded is None for made in held for linear in made.linears)
     assert perplexity(out) > 1
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
-def test_weights_and_activations_with_channel_scaling_and_rotation(family, rounding, save) -> None:
+@pytest.mark.parametrize("method", ["slider", "compensated"])
+def test_weights_and_activations_with_channel_scaling_and_rotation(family, method, save) -> None:
     """Scaling and rotation go into the weights: without activation rounding the result is near full."""
-    if rounding == "compensated" and family in ("qwen3_moe", "mixtral"):
+    if method == "compensated" and family in ("qwen3_moe", "mixtral"):
         pytest.skip("fused experts")
     directory = save(family)
     rotate = "r2" if family.startswith("gemma") else "both"
-    windows = {"epochs": 2, "gamma": 1.0, "lr_scale": 1e-2} if rounding == "nearest" else {}
-    out, report = run(directory, wbits=8, abits=8, rotate=rotate, rounding=rounding, **windows)
+    windows = {"epochs": 2, "gamma": 1.0, "lr_scale": 1e-2} if method == "slider" else {}
+    out, report = run(directory, wbits=8, abits=8, rotate=rotate, method=method, **windows)
     full, rtn, ours = (simulated(report, row) for row in range(3))
     assert ours == pytest.approx(full, rel=0.02)
     assert rtn == pytest.approx(full, rel=0.02)

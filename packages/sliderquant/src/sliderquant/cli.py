@@ -71,7 +71,7 @@ COMMANDS = (
         config="sliderquant.config:InspectConfig",
         run="sliderquant.commands.inspect:inspect",
         examples=(
-            "sliderquant inspect --layers 32 --rounding nearest",
+            "sliderquant inspect --layers 32 --method slider",
             "sliderquant inspect --model models/llama --wbits 2 --group-size 64",
         ),
     ),

@@ -4,17 +4,16 @@ The symbols are those of the SliderQuant paper (arXiv 2603.25284): ``shallow`` a
 L_d, ``window`` and ``stride`` are s and i of the middle windows, ``gamma`` is the intra-layer ratio.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from effml_common.device import DEVICE_HELP
 from effml_common.settings import require, setting
 
 SCHEDULES = ("slider", "fixed", "block")
 FULL_BITS = 16
-# Settings that only a calibration in windows has.
-TRAINING = (
+# Settings that only ``method="slider"`` has: they say how windows are trained.
+SLIDER_SETTINGS = (
     *("schedule", "shallow", "deep", "window", "stride", "gamma", "intra_order", "lwc"),
     *("target_input", "min_expert_tokens", "epochs"),
     *("lr_lora", "lr_lwc", "lr_scale", "lr_scale_by_batch", "lora_rank"),
@@ -22,7 +21,14 @@ TRAINING = (
 
 
 def _require_container(bits: int | None) -> None:
-    require(bits in (None, 4, 8), f"container_bits must be 4 or 8, got {bits}", "or leave it out")
+    require(bits in (None, 4, 8), f"container_bits is {bits}", "give 4 or 8, or leave it out")
+
+
+def _require_least(config: Any, least: float, *names: str) -> None:
+    """Refuse settings below a bound; those that are ``None`` pass."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= least, f"{name} is {value}", f"give {least} or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,14 +52,12 @@ class WindowConfig:
                 f"schedule {self.schedule!r} is not known",
                 f"use one of {', '.join(SCHEDULES)} or windows such as 0-3,2-5",
             )
-        for name in ("shallow", "deep"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name} must be 0 or more, got {value}", "give a block count")
-        require(self.window >= 1, f"window must be 1 or more, got {self.window}", "use 2")
+        _require_least(self, 0, "shallow", "deep")
+        _require_least(self, 1, "window")
         require(
             1 <= self.stride <= self.window,
-            f"stride must be between 1 and window ({self.window}), got {self.stride}",
-            "a larger stride would leave blocks out",
+            f"stride is {self.stride}",
+            f"give 1 to window ({self.window}), because a larger one would leave blocks out",
         )
 
 
@@ -88,16 +92,21 @@ class SliderConfig(WindowConfig):
     rotate: Literal["none", "r1", "r2", "both"] = setting(
         "none", "rotate offline: r1 the residual stream, r2 the value heads"
     )
-    rounding: Literal["auto", "nearest", "compensated"] = setting(
-        "auto",
-        "nearest: windows train a correction and the clipping, then codes are the nearest (the "
-        "paper); compensated: no windows, each column's error is carried into the next; auto: "
-        "compensated, unless the model has fused experts or a setting of the windows is given",
+    method: Literal["compensated", "slider"] = setting(
+        "compensated",
+        "compensated: no windows and no training, each column's rounding error is carried into the "
+        "next; slider: the paper, windows train a correction and the clipping, and every weight goes "
+        "to its nearest code",
+    )
+    rounding: Literal["auto", "nearest", "compensated"] | None = setting(
+        None,
+        "--method in files of earlier versions: nearest was slider; auto was compensated unless a "
+        "setting of slider was given",
     )
     lwc: bool = setting(True, "train the clipping range; no-lwc keeps it open")
     channel_scale: Literal["auto", "on", "off"] = setting(
         "auto",
-        "scale channels, trained by the windows, in closed form with compensated rounding; auto: "
+        "scale channels: slider trains the scales, compensated has them in closed form; auto: "
         "where activations are rounded, as in the paper",
     )
     target_input: Literal["fp", "quant"] = setting(
@@ -122,54 +131,90 @@ class SliderConfig(WindowConfig):
     def __post_init__(self) -> None:
         # Named class: zero-argument super() does not work in dataclasses with slots.
         WindowConfig.__post_init__(self)
+        self._check_format()
+        self._check_training()
+
+        # The word of earlier versions is turned into today's, so that nothing else needs to know it.
+        if self.rounding is not None:
+            method = self._method_of_rounding()
+            object.__setattr__(self, "method", method)
+            object.__setattr__(self, "rounding", None)
+        self._check_method()
+
+    def _check_format(self) -> None:
+        """Refuse bits and groups that no format stores."""
         require(
             2 <= self.wbits <= 8 or self.wbits == FULL_BITS,
-            f"wbits must be between 2 and 8, or 16, got {self.wbits}",
-            "1 bit and ternary weights are not covered",
+            f"wbits is {self.wbits}",
+            "give 2 to 8, or 16 to leave weights as they are",
         )
         require(
             self.abits in (4, 6, 8, FULL_BITS),
-            f"abits must be 4, 6, 8 or 16, got {self.abits}",
-            "16 leaves activations as they are",
+            f"abits is {self.abits}",
+            "give 4, 6 or 8, or 16 to leave activations as they are",
         )
         require(
             not self.quantize_attention or self.abits < FULL_BITS,
-            "quantize_attention needs abits below 16",
+            f"quantize_attention rounds to abits, and abits is {self.abits}",
             "set abits to 4, 6 or 8",
         )
         require(
-            self.rounding != "compensated" or not self.only_scales,
-            "with wbits 16 compensated rounding has nothing to round",
-            "set wbits, or use --rounding nearest to train channel scales alone",
+            self.group_size is None or self.group_size >= 1,
+            f"group_size is {self.group_size}",
+            "give 64 or 128, or none for one scale per row",
         )
-        require(
-            self.min_expert_tokens >= 0,
-            f"min_expert_tokens must be 0 or more, got {self.min_expert_tokens}",
-            "use 64",
-        )
-        if self.group_size is not None:
-            require(
-                self.group_size >= 1,
-                f"group_size must be 1 or more, got {self.group_size}",
-                "use 64 or 128, or none for one scale per row",
-            )
+
+    def _check_training(self) -> None:
+        """Refuse counts and rates that no calibration can use."""
         require(
             0 < self.gamma <= 1 and abs(1 / self.gamma - round(1 / self.gamma)) < 1e-6,
-            f"gamma must be 1, 1/2, 1/3 ..., got {self.gamma}",
-            "1/gamma is the number of intra-layer stages",
+            f"gamma is {self.gamma}",
+            "give 1, 1/2, 1/3 ..., because 1/gamma is the number of intra-layer stages",
         )
-        for name in ("batch_size", "lora_rank", "nsamples", "seqlen"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        _require_least(self, 1, "batch_size", "lora_rank", "nsamples", "seqlen")
+        _require_least(self, 0, "min_expert_tokens", "seed")
         require(
             self.epochs >= self.stages,
             f"epochs ({self.epochs}) are fewer than the {self.stages} intra-layer stages",
             "raise epochs or gamma",
         )
         for name in ("lr_lora", "lr_lwc", "lr_scale"):
-            value = getattr(self, name)
-            require(0 <= value < float("inf"), f"{name} must be 0 or more, got {value}", "try 1e-3")
-        require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}", "use 2")
+            rate = getattr(self, name)
+            require(0 <= rate < float("inf"), f"{name} is {rate}", "give 0 or more, such as 1e-3")
+
+    def _method_of_rounding(self) -> str:
+        """Return what ``rounding`` of earlier versions meant."""
+        require(
+            self.method != "slider" or self.rounding != "compensated",
+            "method slider and rounding compensated exclude each other",
+            "leave rounding out",
+        )
+        if self.rounding == "auto":
+            trained = self._slider_settings() or self.only_scales
+            return "slider" if trained else self.method
+        return "slider" if self.rounding == "nearest" else "compensated"
+
+    def _check_method(self) -> None:
+        """Refuse what the chosen method does not do."""
+        if self.method != "compensated":
+            return
+        given = self._slider_settings()
+        require(
+            not given,
+            f"{', '.join(given)}: only the method slider has this setting, and the method is "
+            "compensated",
+            "add --method slider, or leave the setting out",
+        )
+        require(
+            not self.only_scales,
+            "with wbits 16 compensated rounding has nothing to round",
+            "set wbits, or add --method slider to train channel scales alone",
+        )
+
+    def _slider_settings(self) -> list[str]:
+        """Names of settings of the method slider that are not at their defaults."""
+        defaults = {f.name: f.default for f in fields(SliderConfig)}
+        return [name for name in SLIDER_SETTINGS if getattr(self, name) != defaults[name]]
 
     @property
     def scales_channels(self) -> bool:
@@ -187,34 +232,6 @@ class SliderConfig(WindowConfig):
     def stages(self) -> int:
         """Number N = 1/gamma of intra-layer stages."""
         return round(1 / self.gamma)
-
-
-SettingsT = TypeVar("SettingsT", bound=SliderConfig)
-
-
-def with_rounding(config: SettingsT, shapes: Iterable[Sequence[int]] = ()) -> SettingsT:
-    """Return the settings with ``rounding`` decided for a model.
-
-    Args:
-        config: Settings; ``rounding`` may be "auto".
-        shapes: Of the weights to round; fused experts have three axes.
-
-    Raises:
-        ConfigError: If compensated rounding is asked for and the model has fused experts.
-    """
-    fused = any(len(shape) > 2 for shape in shapes)
-    require(
-        config.rounding != "compensated" or not fused,
-        "fused experts cannot be rounded with compensation",
-        "use --rounding nearest",
-    )
-    if config.rounding != "auto":
-        return config
-    defaults = {f.name: f.default for f in fields(SliderConfig)}
-    trained = any(getattr(config, name) != defaults[name] for name in TRAINING)
-    unrounded = isinstance(config, QuantizeConfig) and config.format == "pre-quant"
-    windows = trained or fused or unrounded or config.only_scales
-    return replace(config, rounding="nearest" if windows else "compensated")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,9 +270,9 @@ class QuantizeConfig(SliderConfig):
         SliderConfig.__post_init__(self)
         require(len(self.calib) > 0, "calib names no file", "give one or more text files")
         require(
-            self.format != "pre-quant" or self.rounding != "compensated",
+            self.format != "pre-quant" or self.method == "slider",
             "compensated rounding leaves nothing for another quantizer to round",
-            "choose another --format, or --rounding nearest",
+            "choose another --format, or add --method slider",
         )
         _require_container(self.container_bits)
 
@@ -284,12 +301,11 @@ class EvalConfig:
         require(
             bool(self.text or self.tasks), "nothing to evaluate on", "give --text or --tasks files"
         )
-        require(self.batch_size >= 1, f"batch_size must be 1 or more, got {self.batch_size}", "1")
-        require(self.limit is None or self.limit >= 1, f"limit is {self.limit}", "give 1 or more")
+        _require_least(self, 1, "batch_size", "limit")
         require(
             self.seqlen is None or self.seqlen >= 2,
-            f"seqlen must be 2 or more, got {self.seqlen}",
-            "the first token of a chunk is never predicted",
+            f"seqlen is {self.seqlen}",
+            "give 2 or more, because the first token of a chunk is never predicted",
         )
 
 
@@ -320,18 +336,14 @@ class SensitivityConfig:
 
     def __post_init__(self) -> None:
         require(len(self.text) > 0, "text names no file", "give one or more text files")
-        require(
-            2 <= self.wbits <= 8, f"wbits must be between 2 and 8, got {self.wbits}", "use 2 to 4"
-        )
+        require(2 <= self.wbits <= 8, f"wbits is {self.wbits}", "give 2 to 8")
         require(
             not (self.by == "linear" and self.mode == "prefix"),
             "prefix mode goes block by block",
             "use --by block, or --mode single",
         )
-        for name in ("nsamples", "seqlen", "group_size"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} is {value}", "give 1 or more")
-        require(self.seqlen >= 2, f"seqlen is {self.seqlen}", "give 2 or more")
+        _require_least(self, 1, "nsamples", "group_size")
+        _require_least(self, 2, "seqlen")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -346,9 +358,7 @@ class BenchConfig:
     device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "tokens", "repeats"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        _require_least(self, 1, "prompt", "tokens", "repeats")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -383,11 +393,7 @@ class InspectConfig(SliderConfig):
             "inspect needs either a model directory or a number of layers",
             "give --model DIR or --layers N",
         )
-        require(
-            self.layers is None or self.layers >= 1,
-            f"layers must be 1 or more, got {self.layers}",
-            "give the number of decoder blocks",
-        )
+        _require_least(self, 1, "layers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -406,15 +412,11 @@ class DemoModelConfig:
     def __post_init__(self) -> None:
         require(
             self.hidden_size % 64 == 0 and self.hidden_size > 0,
-            f"hidden_size must be a positive multiple of 64, got {self.hidden_size}",
-            "the demo quantizes in groups of 64",
+            f"hidden_size is {self.hidden_size}",
+            "give a positive multiple of 64, because the demo quantizes in groups of 64",
         )
-        require(
-            self.vocab_size >= 257, f"vocab_size must be 257 or more, got {self.vocab_size}", "2048"
-        )
-        for name in ("layers", "context", "train_steps", "train_batch"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        _require_least(self, 257, "vocab_size")
+        _require_least(self, 1, "layers", "context", "train_steps", "train_batch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -430,12 +432,10 @@ class DemoConfig(DemoModelConfig):
 
     def __post_init__(self) -> None:
         DemoModelConfig.__post_init__(self)
-        for name in ("seeds", "nsamples"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
-        require(self.epochs >= 2, f"epochs must be 2 or more, got {self.epochs}", "one per stage")
+        _require_least(self, 1, "seeds", "nsamples")
+        _require_least(self, 2, "epochs")  # one for each intra-layer stage
         require(
             bool(self.bits) and all(2 <= bits <= 8 for bits in self.bits),
-            f"bits must be between 2 and 8, got {list(self.bits)}",
-            "use 4 3 2",
+            f"bits are {list(self.bits)}",
+            "give bits from 2 to 8, such as 4 3 2",
         )

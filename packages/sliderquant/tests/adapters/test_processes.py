@@ -35,6 +35,7 @@ def calibrated(model, tokens, out, **changes) -> None:
             return result
 
     config = SliderConfig(
+        method="slider",
         wbits=3,
         group_size=8,
         epochs=4,
@@ -126,7 +127,8 @@ def test_quantize_under_torchrun_writes_once_and_gives_the_same_model(
     model, text = save("llama"), tmp_path / "text.txt"
     words = [
         "quantize", model, "--calib", text, "--eval-text", text, "--group-size", 8, "--nsamples", 4,
-        "--seqlen", 16, "--epochs", 2, "--batch-size", 2, "--cache", cache, "--quiet",
+        "--seqlen", 16, "--method", "slider", "--epochs", 2, "--batch-size", 2, "--cache", cache,
+        "--quiet",
     ]  # fmt: skip
 
     def quantize(out: Path) -> int:

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 import sliderquant
 from effml_common.errors import InputError
 from sliderquant.adapters.model_writer import ModelWriter
-from sliderquant.commands.bench import bench, held_bytes, unpacked
+from sliderquant.commands.bench import bench, held_bytes, unpack_layers_
 from sliderquant.config import BenchConfig
 from sliderquant.method.quantizer import WeightFormat, quantize_weight
 
@@ -27,7 +27,7 @@ def native(tiny, tmp_path):
 
 
 def test_the_dense_twin_computes_the_same_in_more_memory(native, tokens) -> None:
-    packed, dense = sliderquant.load(native), unpacked(sliderquant.load(native))
+    packed, dense = sliderquant.load(native), unpack_layers_(sliderquant.load(native))
     with torch.no_grad():
         assert torch.equal(packed(tokens).logits, dense(tokens).logits)
     assert held_bytes(dense) > 1.5 * held_bytes(packed)

@@ -27,7 +27,7 @@ def native(model_directory, text_file, held_out_file, tmp_path_factory) -> Path:
     run(
         "quantize", model_directory, "--calib", text_file, "--eval-text", held_out_file, "--out", out,
         "--format", "native", "--wbits", 2, "--group-size", 64, "--no-sym", "--nsamples", 4,
-        "--seqlen", 64, "--epochs", 2, "--batch-size", 4, "--lr-lora", "3e-3",
+        "--seqlen", 64, "--method", "slider", "--epochs", 2, "--batch-size", 4, "--lr-lora", "3e-3",
     )  # fmt: skip
     return out
 

@@ -31,7 +31,7 @@ from sliderquant.method.metrics import perplexity
 from sliderquant.method.windows import make_windows
 
 FAST = ["--nsamples", "8", "--seqlen", "64", "--epochs", "2", "--batch-size", "4"]
-FAST += ["--lr-lora", "3e-3", "--lr-lwc", "3e-2", "--format", "dense"]
+FAST += ["--method", "slider", "--lr-lora", "3e-3", "--lr-lwc", "3e-2", "--format", "dense"]
 
 
 def run(*words: object, check: int | None = 0) -> SimpleNamespace:
@@ -118,8 +118,8 @@ def test_eval_of_the_result_equals_the_simulated_model(
     loaded = load_model(model_directory)
     decoder = TransformersDecoder(loaded.model)
     config = SliderConfig(
-        wbits=2, group_size=32, sym=False, nsamples=8, seqlen=64, epochs=2, batch_size=4,
-        lr_lora=3e-3, lr_lwc=3e-2,
+        method="slider", wbits=2, group_size=32, sym=False, nsamples=8, seqlen=64, epochs=2,
+        batch_size=4, lr_lora=3e-3, lr_lwc=3e-2,
     )  # fmt: skip
     stream = encode(read_documents([str(text_file)], loaded.tokenizer), loaded.tokenizer)
     samples = calibration_samples(stream, 8, 64, config.seed)
@@ -178,7 +178,8 @@ def test_runs_killed_again_and_again_end_with_the_same_bytes(order, trial, save,
     model, text = save("qwen3_moe"), tmp_path / "text.txt"
     words = [
         "quantize", model, "--calib", text, "--group-size", 8, "--nsamples", 4, "--seqlen", 16,
-        "--epochs", 2, "--intra-order", order, "--cache", "disk", "--min-expert-tokens", 8,
+        "--method", "slider", "--epochs", 2, "--intra-order", order, "--cache", "disk",
+        "--min-expert-tokens", 8,
     ]  # fmt: skip
     run(*words, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
@@ -203,7 +204,7 @@ def test_compensated_run_killed_while_it_writes_ends_with_the_same_bytes(save, t
     model, text = save("qwen3"), tmp_path / "text.txt"
     words = [
         "quantize", model, "--calib", text, "--group-size", 8, "--nsamples", 4, "--seqlen", 16,
-        "--rounding", "compensated",
+        "--method", "compensated",
     ]  # fmt: skip
     run(*words, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
@@ -238,7 +239,7 @@ def test_resume_refuses_other_settings(quantized, model_directory, text_file, tm
     out, _ = quantized
     done = run("quantize", model_directory, "--wbits", 3, "--group-size", 32, "--calib", text_file,
                "--out", out, "--resume", "auto", *FAST, check=2)  # fmt: skip
-    assert "belongs to another model, text, setting" in done.stderr
+    assert "was made with wbits 2, not 3; resume with the same settings" in done.stderr
 
 
 def test_filled_folder_is_not_overwritten(quantized, model_directory, text_file) -> None:
@@ -255,25 +256,28 @@ def test_filled_folder_is_not_overwritten(quantized, model_directory, text_file)
         ({"model": "nowhere"}, "model directory nowhere does not exist"),
         ({"model": "."}, "no model directory"),
         ({"--group-size": "48"}, "group_size 48 does not divide"),
-        ({"--wbits": "0"}, "wbits must be between 2 and 8, or 16, got 0"),
-        ({"--wbits": "9"}, "wbits must be between 2 and 8, or 16, got 9"),
-        ({"--wbits": "1"}, "wbits must be between 2 and 8, or 16, got 1"),
-        ({"--abits": "5"}, "abits must be 4, 6, 8 or 16, got 5"),
-        ({"--quantize-attention": "--quiet"}, "quantize_attention needs abits below 16"),
+        ({"--wbits": "0"}, "wbits is 0; give 2 to 8, or 16"),
+        ({"--wbits": "9"}, "wbits is 9; give 2 to 8, or 16"),
+        ({"--wbits": "1"}, "wbits is 1; give 2 to 8, or 16"),
+        ({"--abits": "5"}, "abits is 5; give 4, 6 or 8"),
+        (
+            {"--quantize-attention": "--quiet"},
+            "quantize_attention rounds to abits, and abits is 16",
+        ),
         ({"--rotate": "r3"}, "rotate"),
         ({"--intra-order": "inside"}, "intra"),
-        ({"--min-expert-tokens": "-1"}, "min_expert_tokens must be 0 or more"),
-        ({"--lr-scale": "-1"}, "lr_scale must be 0 or more"),
-        ({"--batch-size": "0"}, "batch_size must be 1 or more"),
+        ({"--min-expert-tokens": "-1"}, "min_expert_tokens is -1; give 0 or more"),
+        ({"--lr-scale": "-1"}, "lr_scale is -1.0; give 0 or more"),
+        ({"--batch-size": "0"}, "batch_size is 0; give 1 or more"),
         ({"--calib": "empty.txt"}, "no text"),
         ({"--calib": "ids.txt", "model": "small-vocabulary"}, "the model knows 300"),
-        ({"--gamma": "0.3"}, "gamma must be 1, 1/2, 1/3"),
+        ({"--gamma": "0.3"}, "gamma is 0.3; give 1, 1/2, 1/3"),
         ({"--epochs": "1"}, "epochs (1) are fewer than the 2 intra-layer stages"),
         ({"--schedule": "spiral"}, "schedule 'spiral' is not known"),
         ({"--schedule": "0-2"}, "no window holds block 3"),
         (
-            {"--rounding": "compensated", "--wbits": "16", "--abits": "8"},
-            "with wbits 16 compensated rounding has nothing to round",
+            {"--method": "compensated"},
+            "epochs, lr_lora, lr_lwc: only the method slider has this setting",
         ),
         ({"--calib": "short.txt"}, "calibration text has"),
         ({"--calib": "missing.txt"}, "missing.txt cannot be read"),
@@ -311,7 +315,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
 
 
 def test_inspect_prints_the_papers_windows_as_json() -> None:
-    plan = json.loads(run("inspect", "--layers", 32, "--rounding", "nearest", "--json").stdout)
+    plan = json.loads(run("inspect", "--layers", 32, "--method", "slider", "--json").stdout)
     assert len(plan["windows"]) == 33
     assert plan["block_visits"] == 70
     assert plan["windows"][:2] == [[0], [0, 1]]
@@ -320,7 +324,7 @@ def test_inspect_prints_the_papers_windows_as_json() -> None:
 def test_inspect_of_a_model_reads_no_weight(model_copy) -> None:
     (model_copy / "model.safetensors").unlink()
     done = run("inspect", "--model", model_copy, "--group-size", 32, "--wbits", 2,
-               "--rounding", "nearest", "--json")  # fmt: skip
+               "--method", "slider", "--json")  # fmt: skip
     plan = json.loads(done.stdout)
     assert plan["windows"] == [[0], [0, 1], [0, 1, 2], [2, 3], [3, 4], [4]]
     assert plan["bits_per_weight"] == 2.5

@@ -34,7 +34,14 @@ from sliderquant.method.windows import make_windows
 
 
 def settings(**changes) -> SliderConfig:
-    base = {"wbits": 2, "group_size": 32, "sym": False, "epochs": 4, "batch_size": 4}
+    base = {
+        "wbits": 2,
+        "group_size": 32,
+        "sym": False,
+        "epochs": 4,
+        "batch_size": 4,
+        "method": "slider",
+    }
     base |= {"nsamples": 8, "seqlen": 64}
     return SliderConfig(**{**base, "lr_lora": 3e-3, "lr_lwc": 3e-2, **changes})
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from effml_common.errors import ConfigError
 from sliderquant.adapters.simulation import (
     fresh_learnables,
     model_logits,
@@ -16,7 +15,7 @@ from sliderquant.adapters.simulation import (
     weight_format,
 )
 from sliderquant.adapters.text import calibration_samples, chunks, encode
-from sliderquant.config import QuantizeConfig, SliderConfig, with_rounding
+from sliderquant.config import SliderConfig
 from sliderquant.method.activations import fake_quantize_tokens
 from sliderquant.method.calibration import activation_format, calibrate, run_blocks
 from sliderquant.method.error_compensation import (
@@ -37,7 +36,7 @@ from sliderquant.method.round_to_nearest import rtn_weights
 
 def settings(**changes) -> SliderConfig:
     base = {"wbits": 2, "group_size": 32, "sym": False, "batch_size": 4, "nsamples": 16}
-    return SliderConfig(**{**base, "seqlen": 64, "rounding": "compensated", **changes})
+    return SliderConfig(**{**base, "seqlen": 64, "method": "compensated", **changes})
 
 
 @pytest.fixture
@@ -269,27 +268,3 @@ def test_it_recovers_what_outlier_channels_cost_where_activations_are_rounded(
         return (logits - expected).square().mean().item()
 
     assert error() < 0.3 * error(channel_scale="off")
-
-
-def test_it_is_the_default_until_windows_are_asked_for() -> None:
-    def chosen(shapes=((8, 8),), **changes) -> str:
-        return with_rounding(SliderConfig(**changes), shapes).rounding
-
-    assert chosen() == chosen(wbits=2, group_size=64, sym=False, batch_size=8) == "compensated"
-    for name, value in {"epochs": 40, "schedule": "block", "lr_lora": 1e-3, "lwc": False}.items():
-        assert chosen(**{name: value}) == "nearest"
-        assert chosen(**{name: value}, rounding="compensated") == "compensated"
-    assert chosen(abits=8) == chosen(abits=4, channel_scale="off") == "compensated"
-    assert chosen(wbits=16, abits=8) == chosen(rounding="nearest") == "nearest"
-    assert chosen(shapes=[(8, 8), (4, 8, 8)]) == "nearest"
-    unrounded = QuantizeConfig(model="m", calib=("t",), format="pre-quant")
-    assert with_rounding(unrounded).rounding == "nearest"
-
-
-def test_settings_it_cannot_serve_are_refused() -> None:
-    with pytest.raises(ConfigError, match="nothing to round"):
-        settings(wbits=16, abits=8)
-    with pytest.raises(ConfigError, match="nothing for another quantizer"):
-        QuantizeConfig(model="m", calib=("t",), rounding="compensated", format="pre-quant")
-    with pytest.raises(ConfigError, match="fused experts"):
-        with_rounding(settings(), [(4, 8, 8)])

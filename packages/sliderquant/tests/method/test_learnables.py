@@ -61,7 +61,7 @@ def test_correction_comes_after_scaling_and_before_rounding(pair) -> None:
 
 def test_without_learned_effect_the_result_is_round_to_nearest(family, tiny) -> None:
     decoder = TransformersDecoder(tiny(family))
-    config = SliderConfig(wbits=4, group_size=8, channel_scale="on", lwc=False)
+    config = SliderConfig(method="slider", wbits=4, group_size=8, channel_scale="on", lwc=False)
     made = fresh_learnables(decoder, config, torch.float32)[0]
     tensors = decoder.tensors(0)
     simulated = made(tensors)
@@ -74,7 +74,9 @@ def test_without_learned_effect_the_result_is_round_to_nearest(family, tiny) -> 
 
 def test_experts_are_trained_one_by_one(tiny) -> None:
     decoder = TransformersDecoder(tiny("mixtral"))
-    made = fresh_learnables(decoder, SliderConfig(wbits=2, group_size=8), torch.float32)[0]
+    made = fresh_learnables(
+        decoder, SliderConfig(method="slider", wbits=2, group_size=8), torch.float32
+    )[0]
     name = "mlp.experts.gate_up_proj"
     linear = made.linear(name)
     weight = decoder.tensors(0)[name]

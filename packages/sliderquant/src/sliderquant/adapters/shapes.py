@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from effml_common.errors import InputError
+from effml_common.settings import require
+from sliderquant.config import FULL_BITS, SliderConfig
 
 if TYPE_CHECKING:
     from sliderquant.adapters.decoder import TransformersDecoder
@@ -56,6 +58,26 @@ def decoder_shape(decoder: "TransformersDecoder") -> ModelShape:
         embedding=decoder.model.get_input_embeddings().weight.numel(),
         context=config.max_position_embeddings,
     )
+
+
+def check_linears(linears: dict[str, tuple[int, ...]], config: SliderConfig) -> None:
+    """Refuse settings that some weight of a block does not allow.
+
+    Args:
+        linears: Shape of each quantized weight, by name; fused experts have three axes.
+        config: Method and storage format.
+
+    Raises:
+        ConfigError: If compensated rounding is asked for and the model has fused experts.
+        ShapeError: If the group size does not divide some layer.
+    """
+    fused = [name for name, shape in linears.items() if len(shape) > 2]
+    require(
+        config.method == "slider" or config.wbits == FULL_BITS or not fused,
+        f"fused experts ({', '.join(fused)}) cannot be rounded with compensation",
+        "add --method slider",
+    )
+    check_group_size(linears, config.group_size)
 
 
 def check_group_size(linears: dict[str, tuple[int, ...]], group_size: int | None) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sliderquant.adapters.decoder import TransformersDecoder
-from sliderquant.adapters.shapes import check_group_size
-from sliderquant.config import FULL_BITS, SliderConfig, with_rounding
+from sliderquant.adapters.shapes import check_linears
+from sliderquant.config import FULL_BITS, SliderConfig
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.metrics import perplexity
@@ -38,6 +38,7 @@ def fresh_learnables(
     corrections and clipping of all blocks stay in the host's memory.
 
     Raises:
+        ConfigError: If compensated rounding is asked for and the model has fused experts.
         ShapeError: If the group size does not divide some layer.
     """
     fmt = weight_format(config, dtype)
@@ -45,14 +46,13 @@ def fresh_learnables(
     for block in range(decoder.depth):
         layout = decoder.layout(block)
         shapes = {n: p for n, p in decoder.blocks[block].named_parameters() if n in layout.linears}
-        check_group_size({name: tuple(w.shape) for name, w in shapes.items()}, config.group_size)
+        check_linears({name: tuple(w.shape) for name, w in shapes.items()}, config)
         weights = {name: shapes[name] for name in layout.linears}
         sites = layout.sites if config.scales_channels else ()
         made = BlockLearnables(
             weights, fmt, config.lora_rank, seeded((config.seed, block)), sites, config.lwc
         )
-        rounding = with_rounding(config, [weight.shape for weight in weights.values()]).rounding
-        trained = made if rounding == "nearest" else made.factors
+        trained = made if config.method == "slider" else made.factors
         trained.to(decoder.device)
         learnables.append(made)
     return learnables

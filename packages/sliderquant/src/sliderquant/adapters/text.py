@@ -74,6 +74,15 @@ def encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Int[
     return ids[0]
 
 
+def read_tokens(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " n"]:
+    """Read text files and encode them as one stream.
+
+    Raises:
+        InputError: If a file cannot be used, see ``read_documents``.
+    """
+    return encode(read_documents(paths, tokenizer), tokenizer)
+
+
 def calibration_samples(
     stream: Int[Tensor, " tokens"], nsamples: int, seqlen: int, seed: int
 ) -> Int[Tensor, "n t"]:

@@ -2,16 +2,23 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from effml_common.errors import InputError
+from effml_common.files import atomic_write
 from effml_common.report import Report
 from sliderquant.adapters.formats import MARK
 from sliderquant.adapters.shards import tensor_bytes
+from sliderquant.commands._measurements import describe_setting
+from sliderquant.config import QuantizeConfig, SliderConfig
 
-MADE = "## How it was made"
+HISTORY_TITLE = "## How it was made"
 _PACKED = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
 
 
@@ -32,15 +39,12 @@ def sizes(directory: str | Path) -> dict[str, float]:
 
 
 def _packed_entries(directory: Path) -> int:
-    from math import prod
-
-    from safetensors import safe_open
-
+    """Count the entries of all packed weights."""
     total = 0
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             shapes = [name for name in file.keys() if name.endswith(".weight_shape")]  # noqa: SIM118
-            total += sum(prod(file.get_tensor(name).tolist()) for name in shapes)
+            total += sum(math.prod(file.get_tensor(name).tolist()) for name in shapes)
     return total
 
 
@@ -53,29 +57,39 @@ def file_hashes(paths: Sequence[str]) -> dict[str, str]:
     return hashes
 
 
-def made_section(
-    report: Report, settings: Mapping[str, Any], data: Mapping[str, str], setting: str
-) -> str:
-    """Return the part of the card that stays the same in every format.
+def write_card(config: QuantizeConfig, report: Report, out: Path) -> None:
+    """Write the card of a model that was just quantized.
 
     Args:
-        report: Of the run that quantized the model; its rows are the figures.
-        settings: The method's settings.
-        data: sha256 of the calibration files by name.
-        setting: The weight format in words.
+        config: Settings of the run.
+        report: Of the run; its rows are the figures.
+        out: Folder of the model.
     """
+    atomic_write(
+        out / "README.md", model_card(out, Path(config.model).name, history(config, report))
+    )
+
+
+def history(config: QuantizeConfig, report: Report) -> str:
+    """Return the part of the card that stays the same in every format: how the model was made."""
+    # What ran, with what, on what.
     document = report.to_json()
     libraries = {"python": document["environment"]["python"], "torch": report.environment["torch"]}
     libraries |= document["environment"]["libraries"]
+    names = [field.name for field in fields(SliderConfig) if field.name != "rounding"]
+    settings = {name: getattr(config, name) for name in names}
+    data = file_hashes(config.calib)
     way = "[SliderQuant](https://arxiv.org/abs/2603.25284) windows"
-    if settings["rounding"] == "compensated":
+    if config.method == "compensated":
         way = "Compensated rounding"
+
+    # The same in Markdown.
     lines = [
-        MADE,
+        HISTORY_TITLE,
         "",
-        f"{way}, {report.package} {report.version}: {setting}.",
+        f"{way}, {report.package} {report.version}: {describe_setting(config)}.",
         "",
-        *_figures(document["rows"]),
+        *_table(document["rows"]),
         "Calibration data:",
         "",
         *(f"- `{name}` (sha256 `{digest}`)" for name, digest in data.items()),
@@ -88,7 +102,8 @@ def made_section(
     return "\n".join(lines)
 
 
-def _figures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the rows of a report as a Markdown table of means."""
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     if not names:
         return []
@@ -100,7 +115,7 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*table, ""]
 
 
-def made_of(directory: str | Path) -> str:
+def history_of(directory: str | Path) -> str:
     """Return the section of an existing card, for the card of a converted copy; may be empty.
 
     Raises:
@@ -111,7 +126,7 @@ def made_of(directory: str | Path) -> str:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; restore or remove it") from None
-    return text[text.index(MADE) :] if MADE in text else ""
+    return text[text.index(HISTORY_TITLE) :] if HISTORY_TITLE in text else ""
 
 
 def model_card(directory: str | Path, base: str, made: str) -> str:
@@ -120,12 +135,15 @@ def model_card(directory: str | Path, base: str, made: str) -> str:
     Args:
         directory: Holds the weight files and ``config.json``.
         base: Name of the full-precision model.
-        made: From ``made_section`` or ``made_of``.
+        made: From ``history`` or ``history_of``.
     """
+    # What is in the folder.
     directory = Path(directory)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     written = config[MARK]["format"]
     size = sizes(directory)
+
+    # Front matter that model hubs read, then a line for each figure.
     lines = [
         "---",
         f"library_name: {'sliderquant' if written == 'native' else 'transformers'}",
@@ -157,12 +175,15 @@ _NAMES = {
 
 
 def _loading(config: Mapping[str, Any], written: str) -> str:
+    """Return how to load the folder, and how to serve it."""
     if written == "native":
         return (
             "Needs `pip install sliderquant`; other loaders refuse this folder.\n\n"
             "```python\nimport sliderquant\n\n"
             'model = sliderquant.load("PATH_OF_THIS_FOLDER")\n```\n'
         )
+
+    # transformers reads the other formats.
     extra = "Needs `pip install compressed-tensors`.\n\n" if written == "compressed-tensors" else ""
     lines = (
         f"{extra}```python\nfrom transformers import AutoModelForCausalLM\n\n"
@@ -170,6 +191,8 @@ def _loading(config: Mapping[str, Any], written: str) -> str:
     )
     if written == "pre-quant":
         return lines
+
+    # What is rounded can be served.
     serving = (
         "\nServing (not run by the makers of this folder; check the release notes of vLLM):\n\n"
     )

@@ -1,11 +1,8 @@
 """The ``bench`` command: tokens per second of a packed model and of its dense twin, on your device."""
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from effml_common.device import resolve_device, synchronize
+from effml_common.folders import run_folder
 from effml_common.logging import progress
-from effml_common.report import Report, Row, environment, write_report
+from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.native import load
 from sliderquant.config import BenchConfig
 from sliderquant.method.packed import PackedLinear
@@ -47,24 +45,32 @@ def bench(config: BenchConfig) -> Report:
     Raises:
         InputError: If the directory is no native model, or the device is not there.
     """
-    started = time.monotonic()
+    # The same model twice: packed, and with its weights written out.
+    builder = ReportBuilder("sliderquant", ("transformers",))
     device = resolve_device(config.device)
     kernel = kernel_on(device)
     packed = load(config.model, device, kernel=kernel)
-    dense = unpacked(load(config.model, device))
+    dense = unpack_layers_(load(config.model, device))
+    models = {"packed": packed, "dense": dense}
+
+    # Both read the same random prompt.
     generator = torch.Generator().manual_seed(0)
     limit = packed.config.max_position_embeddings - config.tokens
     prompt = torch.randint(
         packed.config.vocab_size, (1, min(config.prompt, limit)), generator=generator
     )
-    speeds: dict[str, list[Speed]] = {"packed": [], "dense": []}
+
+    # They take turns, so that a busy machine slows both.
+    speeds: dict[str, list[Speed]] = {name: [] for name in models}
     with progress("timing", 2 * (config.repeats + 1)) as bar:
         for turn in range(config.repeats + 1):
-            for name, model in (("packed", packed), ("dense", dense)):
+            for name, model in models.items():
                 speed = measure(model, prompt.to(device), config.tokens)
                 if turn:  # the first turn warms up
                     speeds[name].append(speed)
                 bar.advance()
+
+    # One value per repetition.
     rows = [
         Row(
             name,
@@ -75,22 +81,14 @@ def bench(config: BenchConfig) -> Report:
                 "weights MB": [held_bytes(model) / 1e6],
             },
         )
-        for name, model in (("packed", packed), ("dense", dense))
+        for name, model in models.items()
     ]
-    report = Report(
-        package="sliderquant",
-        version=version("sliderquant"),
-        command=sys.argv,
-        seeds=[],
-        seconds=time.monotonic() - started,
-        rows=rows,
+    return builder.write(
+        run_folder(config.out, "bench") / "run",
+        rows,
+        device=str(device),
         notes=[f"the two models took turns; {NOTES[kernel]}"],
-        environment=environment(("transformers",), str(device)),
     )
-    out = Path(config.out or time.strftime("runs/bench-%Y%m%d-%H%M%S"))
-    (out / "run").mkdir(parents=True, exist_ok=True)
-    write_report(report, out / "run")
-    return report
 
 
 def kernel_on(device: torch.device) -> Literal["torch", "triton"]:
@@ -98,7 +96,7 @@ def kernel_on(device: torch.device) -> Literal["torch", "triton"]:
     return "triton" if device.type == "cuda" else "torch"
 
 
-def unpacked(model: PreTrainedModel) -> PreTrainedModel:
+def unpack_layers_(model: PreTrainedModel) -> PreTrainedModel:
     """Replace packed linear layers by dense ones with the same values, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):

@@ -1,21 +1,19 @@
 """The ``eval`` command: perplexity on text files and lm-eval tasks of a model in any format."""
 
-import sys
-import time
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor
 
 from effml_common.device import resolve_device
+from effml_common.folders import run_folder
 from effml_common.logging import Progress, progress
-from effml_common.report import Report, Row, environment, write_report
+from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.files import LoadedModel
 from sliderquant.adapters.harness import read_tasks, run_tasks
 from sliderquant.adapters.loading import load_any
 from sliderquant.adapters.simulation import model_logits
-from sliderquant.adapters.text import chunks, default_seqlen, encode, read_documents
+from sliderquant.adapters.text import chunks, default_seqlen, read_tokens
 from sliderquant.config import EvalConfig
 from sliderquant.method.metrics import perplexity
 
@@ -41,7 +39,7 @@ def text_perplexity(
     Raises:
         InputError: If the file cannot be used.
     """
-    stream = encode(read_documents([path], loaded.tokenizer), loaded.tokenizer)
+    stream = read_tokens([path], loaded.tokenizer)
     batches = list(chunks(stream, seqlen or default_seqlen(loaded.context), batch_size))
     with progress(f"perplexity on {Path(path).name}", len(batches)) as bar:
         return perplexity(model_logits(loaded.model), bar_over(batches, bar))
@@ -60,16 +58,23 @@ def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
     Raises:
         InputError: If the model, a file or the device cannot be used.
     """
-    started = time.monotonic()
+    # Tasks are read first: a fault in a file should not wait for the model.
+    builder = ReportBuilder(
+        "sliderquant", ("transformers", "tokenizers", "lm-eval", "compressed-tensors")
+    )
     device = loaded.model.device if loaded else resolve_device(config.device)
     tasks = read_tasks(config.tasks)
     loaded = loaded or load_any(config.model, device, upcast=config.dtype == "float32")
+
+    # Perplexity of each text file.
     seqlen = config.seqlen or default_seqlen(loaded.context)
     metrics = {
         f"perplexity {Path(path).name}": [text_perplexity(loaded, path, seqlen, config.batch_size)]
         for path in config.text
     }
     notes = [f"computed in {loaded.model.dtype}, stored in {loaded.dtype}"]
+
+    # Scores of each task, with their standard errors as notes.
     if tasks:
         scores = run_tasks(
             loaded.model,
@@ -85,19 +90,8 @@ def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
                 f"{task.name} {name}: standard error {value:.4f} over {task.samples} documents"
                 for name, value in task.stderrs.items()
             ]
-    report = Report(
-        package="sliderquant",
-        version=version("sliderquant"),
-        command=sys.argv,
-        seeds=[],
-        seconds=time.monotonic() - started,
-        rows=[Row(Path(config.model).name, f"{seqlen} tokens per chunk", metrics)],
-        notes=notes,
-        environment=environment(
-            ("transformers", "tokenizers", "lm-eval", "compressed-tensors"), str(device)
-        ),
+
+    row = Row(Path(config.model).name, f"{seqlen} tokens per chunk", metrics)
+    return builder.write(
+        run_folder(config.out, "eval") / "run", [row], device=str(device), notes=notes
     )
-    out = Path(config.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
-    (out / "run").mkdir(parents=True, exist_ok=True)
-    write_report(report, out / "run")
-    return report

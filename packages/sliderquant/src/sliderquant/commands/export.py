@@ -1,7 +1,6 @@
 """The ``export`` command: a quantized model in another format, without loss."""
 
 import json
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,13 @@ from torch import Tensor
 
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
+from effml_common.folders import run_folder
 from effml_common.logging import progress, say
 from sliderquant.adapters.files import weight_files
 from sliderquant.adapters.formats import NATIVE_TYPE, check_expressible
 from sliderquant.adapters.model_writer import ModelWriter
 from sliderquant.adapters.native import base_config, native_formats, read_raw_config
-from sliderquant.commands._model_card import made_of, model_card, sizes
+from sliderquant.commands._model_card import history_of, model_card, sizes
 from sliderquant.config import ExportConfig
 from sliderquant.method.packing import PACKED, SCALE, SHAPE, ZERO, unpacked_weight
 from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
@@ -32,7 +32,7 @@ class ExportResult:
         out: Folder.
         format: Of the weights.
         files: Their names.
-        bytes: From ``card.sizes``.
+        bytes: Sizes on disk: ``directory``, and ``linears`` and ``bfloat16`` where layers are packed.
     """
 
     out: str
@@ -63,7 +63,8 @@ def export(config: ExportConfig) -> ExportResult:
     Raises:
         InputError: If the source is no native model, is damaged, or the format cannot express it.
     """
-    source, out = Path(config.model), Path(config.out or time.strftime("runs/export-%Y%m%d-%H%M%S"))
+    # Only the native format holds all that is needed.
+    source, out = Path(config.model), run_folder(config.out, "export")
     raw = read_raw_config(source)
     if raw.get("model_type") != NATIVE_TYPE:
         raise InputError(
@@ -72,6 +73,8 @@ def export(config: ExportConfig) -> ExportResult:
         )
     formats, activations = native_formats(source, raw)
     check_expressible(config.format, formats, activations)
+
+    # One block is read, converted and written at a time.
     writer = ModelWriter(
         out,
         source,
@@ -82,14 +85,16 @@ def export(config: ExportConfig) -> ExportResult:
         container_bits=config.container_bits,
         identity=json.dumps(raw, sort_keys=True),
     )
-    names = _layers(source)
-    with progress(f"exporting to {config.format}", len(names)) as bar:
-        for batch in _batches(names, formats):
+    layers = _layers(source)
+    with progress(f"exporting to {config.format}", len(layers)) as bar:
+        for batch in _batches(layers, formats):
             writer.write(batch)
             bar.advance(len(batch))
     files = writer.publish()
+
+    # The card keeps the history of the source.
     base = raw.get("_name_or_path") or source.name
-    atomic_write(out / "README.md", model_card(out, Path(base).name, made_of(source)))
+    atomic_write(out / "README.md", model_card(out, Path(base).name, history_of(source)))
     say(f"wrote {out}")
     return ExportResult(
         out=str(out), format=config.format, files=[*files, "README.md"], bytes=sizes(out)
@@ -134,6 +139,8 @@ def _batches(
 def _parameter(
     layer: str, files: Mapping[str, Path], fmt: WeightFormat | None
 ) -> QuantizedWeight | Tensor:
+    """Read one parameter from the files of its tensors."""
+
     def read(suffix: str) -> Tensor:
         with safe_open(files[suffix], framework="pt") as file:
             return file.get_tensor(f"{layer}.{suffix}" if suffix else layer)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from sliderquant.adapters.shapes import ModelShape, check_group_size, model_shape
-from sliderquant.config import FULL_BITS, InspectConfig, SliderConfig, with_rounding
+from sliderquant.adapters.shapes import ModelShape, check_linears, model_shape
+from sliderquant.config import FULL_BITS, InspectConfig, SliderConfig
 from sliderquant.method.calibration import RECOMPUTE_ABOVE
 from sliderquant.method.windows import block_visits, make_windows
 
@@ -69,21 +69,24 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
         ConfigError: If the windows do not fit.
         ShapeError: If the group size does not divide.
     """
-    config = with_rounding(config, shape.linears.values() if shape else ())
-    trained = config.rounding == "nearest"
+    # Windows and updates follow from the number of blocks.
+    trained = config.method == "slider"
     windows = make_windows(layers, config) if trained else []
     batches = -(-config.nsamples // config.batch_size)
     updates = config.stages * len(windows) * (config.epochs // config.stages) * batches
+
+    # Bits and memory need the sizes of the weights.
     bits = memory = None
     lean = False
     if shape is not None:
-        check_group_size(shape.linears, config.group_size)
+        check_linears(shape.linears, config)
         bits = _bits_per_weight(config, shape)
         largest = max(map(len, windows), default=1)
         lean = largest * sum(map(math.prod, shape.linears.values())) > RECOMPUTE_ABOVE
         memory = _memory(config, shape, largest, lean)
         if not trained:
             memory |= _memory_of_feedback(shape, layers)
+
     return Plan(
         windows=windows,
         block_visits=block_visits(windows),

@@ -5,11 +5,8 @@ most. Weights are rounded to nearest, nothing is trained. All variants walk thro
 so that every block is read once.
 """
 
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,12 +16,13 @@ from torch import Tensor
 
 from effml_common.device import resolve_device
 from effml_common.errors import NonFiniteError
+from effml_common.folders import run_folder
 from effml_common.logging import progress, say
-from effml_common.report import Report, Row, environment, write_report
+from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.shapes import check_group_size, decoder_shape
 from sliderquant.adapters.streaming import open_model
-from sliderquant.adapters.text import chunks, encode, read_documents
+from sliderquant.adapters.text import chunks, read_tokens
 from sliderquant.config import SensitivityConfig
 from sliderquant.method.quantizer import WeightFormat, fake_quantize
 
@@ -57,42 +55,44 @@ def sensitivity(config: SensitivityConfig) -> Report:
     Raises:
         InputError: If the model, the text or the device cannot be used.
     """
-    started = time.monotonic()
+    # The model, read block by block.
+    builder = ReportBuilder("sliderquant", ("transformers", "tokenizers"))
     device = resolve_device(config.device)
     opened = open_model(config.model, device=device)
     decoder = opened.decoder
     check_group_size(decoder_shape(decoder).linears, config.group_size)
-    stream = encode(read_documents(config.text, opened.tokenizer), opened.tokenizer)
+
+    # Chunks spread over all of the text.
+    stream = read_tokens(config.text, opened.tokenizer)
     pieces = torch.cat(list(chunks(stream, min(config.seqlen, opened.context))))
     tokens = pieces[:: max(1, len(pieces) // config.nsamples)][: config.nsamples]
-    fmt = WeightFormat(
-        bits=config.wbits, group_size=config.group_size, sym=config.sym, dtype=opened.dtype
-    )
+
+    # Every variant walks through the model beside the exact one.
     variants = _variants(decoder, config)
     size = 4 * (len(variants) + 1) * tokens.numel() * opened.config.hidden_size
     say(
         f"{len(variants)} variants on {tokens.numel()} tokens, {size / 2**30:.2f} GiB of activations"
     )
+    fmt = WeightFormat(
+        bits=config.wbits, group_size=config.group_size, sym=config.sym, dtype=opened.dtype
+    )
     damages = measure(decoder, tokens, fmt, variants, prefix=config.mode == "prefix")
-    out = Path(config.out or time.strftime("runs/sensitivity-%Y%m%d-%H%M%S"))
-    (out / "run").mkdir(parents=True, exist_ok=True)
-    figures = _figure(out / "run", damages, config)
-    report = Report(
-        package="sliderquant",
-        version=version("sliderquant"),
-        command=sys.argv,
-        seeds=[],
-        seconds=time.monotonic() - started,
-        rows=[
+
+    # Table, advice and picture.
+    folder = run_folder(config.out, "sensitivity") / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = _draw(folder, damages, config)
+    return builder.write(
+        folder,
+        [
             Row(d.name, _setting(config), {"ppl": [d.ppl], "kl": [d.kl], "mse": [d.mse]})
             for d in damages
         ],
-        notes=advice(damages, config.metric) if config.mode == "single" else [],
+        device=str(device),
+        figures=figures,
         files=[f"run/{path.name}" for path in figures],
-        environment=environment(("transformers", "tokenizers"), str(device)),
+        notes=advice(damages, config.metric) if config.mode == "single" else [],
     )
-    write_report(report, out / "run", figures)
-    return report
 
 
 def _setting(config: SensitivityConfig) -> str:
@@ -139,6 +139,7 @@ def measure(
     Raises:
         NonFiniteError: If the model's outputs are not finite.
     """
+    # A branch of hidden states for each variant, from the block that it rounds on.
     exact = decoder.block_inputs(tokens)
     rounded_so_far = exact.clone()
     branches: dict[str, Float[Tensor, "n t h"]] = {}
@@ -147,17 +148,24 @@ def measure(
         for block in range(decoder.depth):
             decoder.hold([block])
             tensors = decoder.tensors(block)
+
+            # Earlier variants pass the block as it is.
             for hidden in branches.values():
                 _advance_(decoder, block, hidden, tensors)
+
+            # The block's own variants start here, with their weights rounded.
             own = [v for v in variants if v[1] == block]
             for name, _, names in own:
                 branches[name] = (rounded_so_far if prefix else exact).clone()
                 rounded = {n: fake_quantize(tensors[n].float(), fmt) for n in names}
                 _advance_(decoder, block, branches[name], {**tensors, **rounded})
+
+            # What the next block's variants start from.
             if prefix:
                 rounded_so_far = branches[own[-1][0]].clone()
             _advance_(decoder, block, exact, tensors)
             bar.advance(block + 1)
+
     decoder.hold([])
     return _damages(decoder, tokens, exact, branches)
 
@@ -176,6 +184,8 @@ def _damages(
     exact: Tensor,
     branches: Mapping[str, Tensor],
 ) -> list[Damage]:
+    """Compare every branch with the exact hidden states, sample by sample."""
+    # Sums over samples of cross-entropy, divergence and squared error.
     outside = decoder.source.outside()
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in branches}
     base = 0.0
@@ -188,6 +198,10 @@ def _damages(
             kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
             mse = (hidden[part] - exact[part]).square().mean() / exact[part].square().mean()
             sums[name] += torch.tensor([_cross_entropy(log_q, row), kl, mse.item()])
+    if not all(torch.isfinite(total).all() for total in sums.values()):
+        raise NonFiniteError("the model's outputs are not finite; its weights are damaged")
+
+    # Means, perplexity as its difference to full precision.
     count = len(tokens)
     full = torch.tensor(base / count, dtype=torch.float64).exp().item()
     damages = []
@@ -195,8 +209,6 @@ def _damages(
         loss, kl, mse = (total / count).tolist()
         ppl = torch.tensor(loss, dtype=torch.float64).exp().item() - full
         damages.append(Damage(name=name, ppl=ppl, kl=max(kl, 0.0), mse=mse))
-    if not all(torch.isfinite(total).all() for total in sums.values()):
-        raise NonFiniteError("the model's outputs are not finite; its weights are damaged")
     return damages
 
 
@@ -229,7 +241,7 @@ def _ends(names: Mapping[str, float]) -> tuple[str, str]:
     return blocks[0], blocks[-1]
 
 
-def _figure(folder: Path, damages: Sequence[Damage], config: SensitivityConfig) -> list[Path]:
+def _draw(folder: Path, damages: Sequence[Damage], config: SensitivityConfig) -> list[Path]:
     """Draw the chosen metric over the blocks."""
     if find_spec("matplotlib") is None:
         say("no picture: install sliderquant[plot]")

@@ -72,9 +72,7 @@ def arms(config: DemoConfig, bits: int, seed: int) -> list[Arm]:
         "seed": seed,
     }
     rates = {name: {"lr_lora": lora, "lr_lwc": lwc} for name, (lora, lwc) in LEARNING_RATES.items()}
-    slider = SliderConfig(
-        **common, **rates["SliderQuant"], epochs=config.epochs, rounding="nearest"
-    )
+    slider = SliderConfig(**common, **rates["SliderQuant"], epochs=config.epochs, method="slider")
     visits = make_plan(slider, None, config.layers).block_visits
     epochs = round(config.epochs * visits / config.layers)
     block = SliderConfig(
@@ -83,9 +81,9 @@ def arms(config: DemoConfig, bits: int, seed: int) -> list[Arm]:
         schedule="block",
         gamma=1.0,
         epochs=epochs,
-        rounding="nearest",
+        method="slider",
     )
-    feedback = SliderConfig(**common, rounding="compensated")
+    feedback = SliderConfig(**common, method="compensated")
     return [
         Arm(name="block-wise", config=block),
         Arm(name="SliderQuant", config=slider),

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from effml_common.errors import NonFiniteError
-from sliderquant.config import FULL_BITS, SliderConfig, with_rounding
+from sliderquant.config import FULL_BITS, SliderConfig
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.decoder import Decoder
 from sliderquant.method.error_compensation import round_blocks_
@@ -310,8 +310,7 @@ def calibrate(
         for block in range(decoder.depth):  # all at full precision: nothing to do
             on_block(block)
         return
-    config = with_rounding(config, [w.shape for w in decoder.linear_weights(0).values()])
-    if config.rounding == "compensated":
+    if config.method == "compensated":
         round_blocks_(
             decoder,
             tokens,

@@ -1,0 +1,129 @@
+"""What one run of ``quantize`` works on: everything read, checked and planned, nothing written."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from effml_common.errors import InputError
+from sliderquant.adapters.caches import ActivationCache
+from sliderquant.adapters.files import weight_files
+from sliderquant.adapters.formats import check_expressible
+from sliderquant.adapters.shapes import ModelShape, decoder_shape
+from sliderquant.adapters.simulation import fresh_learnables, weight_format
+from sliderquant.adapters.streaming import StreamedModel
+from sliderquant.adapters.text import calibration_samples, chunks, default_seqlen, read_tokens
+from sliderquant.commands.inspect import Plan, make_plan
+from sliderquant.config import FULL_BITS, QuantizeConfig
+from sliderquant.method.activations import ActivationFormat
+from sliderquant.method.calibration import activation_format
+from sliderquant.method.learnables import BlockLearnables
+from sliderquant.method.quantizer import WeightFormat
+
+Texts = Mapping[str, Sequence[Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one run works on.
+
+    Attributes:
+        config: Settings of the command.
+        opened: The model, whose weights are read block by block.
+        files: Its weight files.
+        samples: Calibration samples, token ids [n, t].
+        texts: Chunks of the texts to measure on, by the metric's name.
+        plan: Windows, cost and memory.
+        weights: Storage format of the quantized weights.
+        activations: Rounding of activations, or ``None``.
+        bits_per_weight: Stored bits per quantized weight, scales in the checkpoint's type included.
+        learnables: One for each block, not trained yet.
+        cache: Where hidden states of the samples live.
+        out: Folder of the result.
+    """
+
+    config: QuantizeConfig
+    opened: StreamedModel
+    files: Sequence[Path]
+    samples: Tensor
+    texts: Texts
+    plan: Plan
+    weights: WeightFormat
+    activations: ActivationFormat | None
+    bits_per_weight: float
+    learnables: Sequence[BlockLearnables]
+    cache: ActivationCache
+    out: Path
+
+
+def prepare_job(
+    config: QuantizeConfig, opened: StreamedModel, cache: ActivationCache, out: Path
+) -> Job:
+    """Read the text, make the plan and the learnables.
+
+    Raises:
+        InputError: If text, settings and model do not fit one another.
+    """
+    # Tokens to calibrate on, and to measure on.
+    samples = _read_samples(config, opened)
+    seqlen = default_seqlen(opened.context)
+    texts = {
+        f"perplexity {Path(path).name}": list(chunks(read_tokens([path], opened.tokenizer), seqlen))
+        for path in config.eval_text
+    }
+
+    # Windows and formats follow from the settings and the shapes alone.
+    decoder = opened.decoder
+    shape = decoder_shape(decoder)
+    plan = make_plan(config, shape, decoder.depth)
+    weights, activations = weight_format(config, opened.dtype), activation_format(config)
+    rounded = config.wbits != FULL_BITS
+    learnables = fresh_learnables(decoder, config, opened.dtype)
+    formats = {
+        f"model.layers.{block}.{name}": weights
+        for block, learned in enumerate(learnables)
+        for name in learned.names
+        if rounded
+    }
+    check_expressible(config.format, formats, activations)
+    return Job(
+        config=config,
+        opened=opened,
+        files=weight_files(config.model),
+        samples=samples,
+        texts=texts,
+        plan=plan,
+        weights=weights,
+        activations=activations,
+        bits_per_weight=_mean_bits(shape, weights) if rounded else _stored_bits(opened.dtype),
+        learnables=learnables,
+        cache=cache,
+        out=out,
+    )
+
+
+def _read_samples(config: QuantizeConfig, opened: StreamedModel) -> Tensor:
+    stream = read_tokens(config.calib, opened.tokenizer)
+    largest, vocabulary = int(stream.max()), opened.config.vocab_size
+    if largest >= vocabulary:
+        raise InputError(
+            f"the tokenizer makes token {largest}, the model knows {vocabulary}; "
+            "use the tokenizer that belongs to it"
+        )
+    return calibration_samples(
+        stream, config.nsamples, min(config.seqlen, opened.context), config.seed
+    )
+
+
+def _stored_bits(dtype: torch.dtype) -> float:
+    return 8.0 * dtype.itemsize
+
+
+def _mean_bits(shape: ModelShape, weights: WeightFormat) -> float:
+    """Mean over the quantized weights of a block."""
+    shapes = shape.linears.values()
+    stored = sum(math.prod(sizes) * weights.bits_per_weight(sizes[-1]) for sizes in shapes)
+    return stored / sum(map(math.prod, shapes))
