@@ -19,23 +19,24 @@ from benchmarks.hot_path_timing import main
 from benchmarks.hot_paths import HotPath, Kit, Step
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.simulation import model_logits
-from sliderquant.method.calibration import update_window, window_simulation
 from sliderquant.method.error_compensation import (
-    TURNS,
+    REFINEMENT_PASSES,
+    BlockRun,
     collect_moments,
-    damped,
-    fitted_steps,
-    inverse_factor,
-    regressed,
+    damped_hessian,
+    inverse_cholesky_factor,
+    refit_scales,
+    ridge_update,
     round_columns_,
-    steps_of,
     sweep_columns_,
 )
-from sliderquant.method.learnables import PIECE, BlockLearnables, LinearLearnables
+from sliderquant.method.layout import layer_groups
+from sliderquant.method.learnables import WEIGHTS_PER_PIECE, BlockLearnables, LinearLearnables
 from sliderquant.method.metrics import perplexity
 from sliderquant.method.packed import PackedLinear
-from sliderquant.method.quantizer import WeightFormat, codes, quantization_grid
+from sliderquant.method.quantizer import WeightFormat, nearest_codes, quantization_grid
 from sliderquant.method.sampling import seeded
+from sliderquant.method.window_training import update_window, window_simulation
 
 BLOCKS = 8  # of 32, where a whole model runs
 LLAMA = LlamaConfig(
@@ -100,12 +101,13 @@ def gather_moments(kit: Kit, tiny: bool) -> Step:
     decoder = TransformersDecoder(llama(kit, tiny, 1))
     hidden = decoder.block_inputs(kit.randint(config_of(tiny).vocab_size, 1, sequence(tiny)))
     tensors = decoder.tensors(0)
-    layer_groups = steps_of(decoder.layout(0))
+    run = BlockRun(hidden=hidden, tensors=tensors)
+    groups = layer_groups(decoder.layout(0))
 
     @torch.no_grad()
     def step() -> None:
-        for group in layer_groups:
-            collect_moments(decoder, 0, group, (tensors, tensors), (hidden, hidden), 1, None)
+        for group in groups:
+            collect_moments(decoder, 0, group, run, run, 1)
         for _ in range(2):
             decoder.run_block(0, hidden, tensors)
 
@@ -131,15 +133,15 @@ def solve_weights(kit: Kit, tiny: bool) -> Step:
     fmt = weight_format(tiny)
 
     def solve(weight: Tensor, moment: Tensor, cross: Tensor) -> None:
-        h = damped(moment)
-        target = regressed(weight, h, cross)
+        h = damped_hessian(moment)
+        target = ridge_update(weight, h, cross)
         order = h.diagonal().argsort(descending=True)
-        inverse_factor(h[order][:, order])
+        inverse_cholesky_factor(h[order][:, order])
         step, steps, zeros = gridded(weight, fmt)
-        levels = codes(target, steps, zeros, fmt) - zeros
+        levels = nearest_codes(target, steps, zeros, fmt) - zeros
         levels = levels.unflatten(-1, (-1, fmt.columns_per_group(weight.shape[1])))
-        for _ in range(TURNS):
-            step = fitted_steps(levels, step, target, h)
+        for _ in range(REFINEMENT_PASSES):
+            step = refit_scales(levels, step, target, h)
 
     moments = {columns: moment_of(kit, columns) for _, columns in shapes_of(tiny)}
     weights = [
@@ -177,7 +179,7 @@ def loop_over_columns(kit: Kit, tiny: bool) -> Step:
     def step() -> None:
         for weight, steps, zeros, h, visited in prepared:
             code = round_columns_(weight, steps, zeros, fmt, h, visited)
-            for _ in range(TURNS):
+            for _ in range(REFINEMENT_PASSES):
                 sweep_columns_(code, weight, steps, zeros, fmt, h, visited)
 
     return step
@@ -190,7 +192,7 @@ def update_blocks(kit: Kit, tiny: bool) -> Step:
     learnables = [block_learnables(kit, tiny) for _ in range(2)]
     for made in learnables:
         for linear in made.linears:
-            linear.lean = lambda weight, ratio, own=linear: own.corrected(weight)
+            linear.forward_in_pieces = lambda weight, ratio, own=linear: own.add_correction(weight)
     groups = [group for made in learnables for group in made.parameter_groups(1e-4, 1e-2)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
     simulate = window_simulation(decoder, [0, 1], learnables, 1.0, None)
@@ -218,7 +220,7 @@ def block_learnables(kit: Kit, tiny: bool) -> Any:
 def simulate_pieces(kit: Kit, tiny: bool) -> Step:
     """Windows: a weight simulated twice, the second time for the backward pass; two pieces of it."""
     columns = TINY.hidden_size if tiny else LLAMA.hidden_size
-    rows = 2 * max(1, PIECE // columns)
+    rows = 2 * max(1, WEIGHTS_PER_PIECE // columns)
 
     def make() -> nn.Module:
         with torch.device("cpu"):
@@ -228,15 +230,15 @@ def simulate_pieces(kit: Kit, tiny: bool) -> Step:
     weight, gradient = kit.randn(rows, columns), kit.randn(rows, columns)
 
     def step() -> None:
-        linear.lean(weight, 1.0)
-        linear.lean(weight, 1.0).backward(gradient)
+        linear.forward_in_pieces(weight, 1.0)
+        linear.forward_in_pieces(weight, 1.0).backward(gradient)
 
     return step
 
 
 def pieces(blocks: int) -> int:
     """Pieces in which the weights of so many blocks are simulated."""
-    rows = [(out, max(1, PIECE // columns)) for out, columns in shapes_of(False)]
+    rows = [(out, max(1, WEIGHTS_PER_PIECE // columns)) for out, columns in shapes_of(False)]
     return blocks * sum(math.ceil(out / at_once) for out, at_once in rows)
 
 
@@ -280,7 +282,7 @@ def forward_packed(tokens: int) -> Callable[[Kit, bool], Step]:
 # An update reads its loss, and whether the gradient is finite; transformers looks for packed samples.
 CALIBRATING = {
     "sampling.py:all_reduce_": 1.0,
-    "calibration.py:update_window": True,
+    "window_training.py:update_window": True,
     "masking_utils.py:find_packed_sequence_indices": True,
 }
 PATHS: Sequence[HotPath] = [

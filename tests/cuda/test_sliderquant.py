@@ -18,7 +18,7 @@ def test_an_update_of_a_window_puts_nothing_in_the_wrong_place() -> None:
     path = HotPath("update", update_blocks, fake="gpu:0", warm_up=1, allow=CALIBRATING)
     cost = count(path, tiny=True)
     # The loss, and whether the gradient is finite.
-    assert cost["waits"] == {"calibration.py:update_window": 1, "sampling.py:all_reduce_": 1}
+    assert cost["waits"] == {"window_training.py:update_window": 1, "sampling.py:all_reduce_": 1}
     assert not cost["copies"]
 
 

@@ -46,7 +46,7 @@ def test_compensated_rounding_finds_the_codes_of_the_cpu(name, abits, tiny, toke
     here, _, expected = calibrated(tiny(name), tokens, "cpu", **settings)
     there, _, logits = calibrated(tiny(name), tokens, DEVICE, **settings)
     same = [
-        (ours.rounded.codes == theirs.rounded.codes).float().mean().item()
+        (ours.closed_form.codes == theirs.closed_form.codes).float().mean().item()
         for first, second in zip(here, there, strict=True)
         for ours, theirs in zip(first.linears, second.linears, strict=True)
     ]

@@ -27,10 +27,11 @@ from sliderquant.config import (
 )
 from sliderquant.method import calibration, error_compensation
 from sliderquant.method.activations import ActivationFormat
-from sliderquant.method.calibration import calibrate, train_window
-from sliderquant.method.error_compensation import damped, rounded_with_feedback
+from sliderquant.method.calibration import calibrate
+from sliderquant.method.error_compensation import damped_hessian, round_weight
 from sliderquant.method.quantizer import WeightFormat
 from sliderquant.method.smoothing import smoothing_factors
+from sliderquant.method.window_training import train_window
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi4")
 SETTINGS = {"wbits": 4, "group_size": 8, "nsamples": 2, "seqlen": 12}
@@ -45,11 +46,11 @@ def kept(name: str, hidden: torch.Tensor) -> torch.Tensor:
 def test_a_weight_is_rounded_where_it_is(symmetric, fake_card) -> None:
     fmt = WeightFormat(bits=3, group_size=8, sym=symmetric, dtype=torch.float16)
     moment = fake_card.tensor(16, 16, dtype=torch.float64)
-    assert damped(moment).device == fake_card.device
-    weight = rounded_with_feedback(
+    assert damped_hessian(moment).device == fake_card.device
+    weight = round_weight(
         fake_card.tensor(6, 16), fmt, moment, fake_card.tensor(16, 6, dtype=torch.float64)
     )
-    assert weight.codes.device == weight.step.device == fake_card.device
+    assert weight.codes.device == weight.scale.device == fake_card.device
     assert weight.dequantize().device == fake_card.device
 
 
@@ -79,7 +80,9 @@ def test_the_default_method_keeps_to_the_card(
     on_card = []
 
     def on_block(block: int) -> None:
-        on_card.append({linear.rounded.codes.device.type for linear in learnables[block].linears})
+        on_card.append(
+            {linear.closed_form.codes.device.type for linear in learnables[block].linears}
+        )
         for value in finished_block(decoder, learnables[block], block).values():
             assert getattr(value, "codes", value).device == fake_card.device
 
@@ -89,7 +92,7 @@ def test_the_default_method_keeps_to_the_card(
 
     # Codes of finished blocks leave the card, and come back to be simulated.
     for block, made in enumerate(learnables):
-        assert {linear.rounded.codes.device.type for linear in made.linears} == {"cpu"}
+        assert {linear.closed_form.codes.device.type for linear in made.linears} == {"cpu"}
         simulated = made(decoder.tensors(block))
         assert {value.device for value in simulated.values()} == {fake_card.device}
 
@@ -122,7 +125,7 @@ def test_a_process_without_samples_sums_a_zero_on_the_card(
     config = SliderConfig(**SETTINGS, method="slider")
     learnables = fresh_learnables(decoder, config, torch.float32)
     hidden = torch.empty(2, 12, 32)  # a cache on disk
-    monkeypatch.setattr(calibration, "own_share", lambda index: index[:0])
+    monkeypatch.setattr(window_training, "own_share", lambda index: index[:0])
     monkeypatch.setattr(calibration, "all_reduce_", seen)
     with pytest.raises(Seen):
         train_window(
@@ -178,7 +181,7 @@ def test_the_time_of_a_weight_is_within_a_factor_of_four() -> None:
     cross = torch.zeros(256, 512, dtype=torch.float64)
     cpu = torch.device("cpu")
     expected = rounding_seconds(weight, fmt)
-    taken = seconds_of(lambda: rounded_with_feedback(weight, fmt, moment, cross), cpu)
+    taken = seconds_of(lambda: round_weight(weight, fmt, moment, cross), cpu)
     assert taken / 4 < expected < 4 * taken
 
 

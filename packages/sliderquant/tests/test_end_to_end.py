@@ -76,7 +76,7 @@ def test_compensated_rounding_holds_codes_of_one_block_unless_they_are_to_be_mea
     )
     out, _ = run(save("llama"), method="compensated", eval_text=())
     assert len(set(map(id, held))) == 3
-    assert all(linear.rounded is None for made in held for linear in made.linears)
+    assert all(linear.closed_form is None for made in held for linear in made.linears)
     assert perplexity(out) > 1
 
 

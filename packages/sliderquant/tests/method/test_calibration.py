@@ -19,17 +19,14 @@ from sliderquant.adapters.simulation import (
 )
 from sliderquant.adapters.text import calibration_samples, chunks, encode
 from sliderquant.config import SliderConfig
-from sliderquant.method import calibration
-from sliderquant.method.calibration import (
-    CalibrationDivergedError,
-    activation_format,
-    calibrate,
-    run_blocks,
-)
+from sliderquant.method import calibration, window_training
+from sliderquant.method.activations import activation_format
+from sliderquant.method.calibration import calibrate, run_blocks
 from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.metrics import perplexity
 from sliderquant.method.round_to_nearest import rtn_weights
 from sliderquant.method.sampling import batches
+from sliderquant.method.window_training import CalibrationDivergedError
 from sliderquant.method.windows import make_windows
 
 
@@ -76,11 +73,11 @@ def test_low_rank_correction_is_added_before_rounding(decoder) -> None:
         linear.upper.fill_(50)
         linear.lower.fill_(50)
     corrected = weights[name].double() + linear.lora_b.double() @ linear.lora_a.double() / 4
-    torch.testing.assert_close(linear.corrected(weights[name]).double(), corrected)
+    torch.testing.assert_close(linear.add_correction(weights[name]).double(), corrected)
     # With the clipping fully open, quantizing W~ by round-to-nearest must give the same weight.
     from sliderquant.method.quantizer import fake_quantize
 
-    expected = fake_quantize(linear.corrected(weights[name]), fmt)
+    expected = fake_quantize(linear.add_correction(weights[name]), fmt)
     torch.testing.assert_close(made(weights)[name], expected)
 
 
@@ -178,7 +175,7 @@ def test_only_the_windows_blocks_change(decoder, samples) -> None:
     before = [[p.clone() for p in made.parameters()] for made in learnables]
     hidden = decoder.block_inputs(samples)
     targets = run_blocks(decoder, [1, 2], hidden, 4)
-    calibration.train_window(
+    window_training.train_window(
         decoder, [1, 2], learnables, hidden, targets, ratio=1.0, config=settings(), seed=(0,),
         on_update=lambda loss: None,
     )  # fmt: skip
@@ -243,7 +240,7 @@ def test_a_diverging_window_is_retried_slower_then_named(decoder, samples, monke
             learnables[window[0]].linears[0].lora_b.fill_(math.nan)
         raise CalibrationDivergedError("loss nan")
 
-    monkeypatch.setattr(calibration, "train_window", explode)
+    monkeypatch.setattr(window_training, "train_window", explode)
     learnables = fresh_learnables(decoder, settings(), torch.float32)
     windows = [[0, 1], [2, 3, 4]]
     with pytest.raises(CalibrationDivergedError, match=r"blocks 0-1 diverged at ratio 0\.5"):
@@ -258,7 +255,7 @@ def test_a_non_finite_loss_stops_before_the_update(decoder, samples, poison) -> 
     before = [p.clone() for p in learnables[0].parameters()]
     hidden = decoder.block_inputs(samples)
     with pytest.raises(CalibrationDivergedError):
-        calibration.train_window(
+        window_training.train_window(
             decoder, [0], learnables, hidden, torch.full_like(hidden, poison), ratio=1.0,
             config=settings(), seed=(0,), on_update=lambda loss: None,
         )  # fmt: skip
@@ -326,7 +323,7 @@ def test_targets_can_see_the_quantized_models_input(decoder, samples, monkeypatc
 def test_recomputing_blocks_changes_no_bit(decoder, samples, monkeypatch) -> None:
     config = settings(schedule="0-2,2-4", epochs=2, abits=8, quantize_attention=True)
     plain = calibrated(decoder, samples, config)
-    monkeypatch.setattr(calibration, "RECOMPUTE_ABOVE", 0)
+    monkeypatch.setattr(window_training, "RECOMPUTE_ABOVE", 0)
     assert same(plain, calibrated(decoder, samples, config))
 
 

@@ -16,19 +16,18 @@ from sliderquant.adapters.simulation import (
 )
 from sliderquant.adapters.text import calibration_samples, chunks, encode
 from sliderquant.config import SliderConfig
-from sliderquant.method.activations import fake_quantize_tokens
-from sliderquant.method.calibration import activation_format, calibrate, run_blocks
+from sliderquant.method.activations import activation_format, fake_quantize_tokens
+from sliderquant.method.calibration import calibrate, round_blocks_, run_blocks
 from sliderquant.method.error_compensation import (
     DAMPING,
-    damped,
-    feedback_codes,
-    fitted_steps,
-    regressed,
-    round_blocks_,
-    rounded_with_feedback,
-    steps_of,
-    swept_codes,
+    coordinate_descent_sweep,
+    damped_hessian,
+    refit_scales,
+    ridge_update,
+    round_weight,
+    round_with_error_feedback,
 )
+from sliderquant.method.layout import layer_groups
 from sliderquant.method.metrics import perplexity
 from sliderquant.method.quantizer import WeightFormat, quantization_grid, quantize_weight
 from sliderquant.method.round_to_nearest import rtn_weights
@@ -75,8 +74,8 @@ def test_codes_are_those_of_the_textbook_procedure(columns) -> None:
     fmt = WeightFormat(bits=3, group_size=None, sym=False, dtype=torch.float32)
     grid = quantization_grid(weight.unsqueeze(1), fmt)
     step, zero = (t.squeeze(1).expand_as(weight) for t in grid)
-    h = damped((x.T @ x).double())
-    found = feedback_codes(weight, step, zero, fmt, h)
+    h = damped_hessian((x.T @ x).double())
+    found = round_with_error_feedback(weight, step, zero, fmt, h)
     expected = torch.tensor(brain_surgeon(weight, step, zero, 7, h), dtype=torch.float32)
     # In float32 a value in the middle between two codes may fall to either side.
     assert (found != expected).float().mean() < 0.01
@@ -85,7 +84,7 @@ def test_codes_are_those_of_the_textbook_procedure(columns) -> None:
 def test_regression_minimises_the_damped_squared_error() -> None:
     weight, x, error = layer(16)
     moment = (x.T @ x).double()
-    found = regressed(weight, damped(moment), (x.T @ error).double())
+    found = ridge_update(weight, damped_hessian(moment), (x.T @ error).double())
     ridge = math.sqrt(DAMPING * moment.diagonal().mean())
     stacked = np.vstack([x.numpy(), ridge * np.eye(16)])
     wanted = np.vstack([error.numpy(), np.zeros((16, 6))])
@@ -103,7 +102,7 @@ def test_steps_are_those_of_least_squares() -> None:
     target, x, _ = layer(32)
     h = (x.T @ x).double()
     levels = torch.randint(-1, 3, (6, 4, 8), generator=torch.Generator().manual_seed(3)).float()
-    found = fitted_steps(levels, torch.ones(6, 4), target * 0 + _combined(levels), h)
+    found = refit_scales(levels, torch.ones(6, 4), target * 0 + _combined(levels), h)
     torch.testing.assert_close(found, torch.full((6, 4), 1.25), rtol=1e-4, atol=0)
     factor = np.linalg.cholesky(h.numpy()).T  # |L^T r|^2 = r H r^T
     loose = torch.full((6, 4), 1e-9)
@@ -113,7 +112,7 @@ def test_steps_are_those_of_least_squares() -> None:
         near = torch.tensor(
             best[0]
         ).abs()  # within a factor of two of the answer, if it is positive
-        kept = fitted_steps(levels, near.expand(6, 4).float() + loose, target, h)[row]
+        kept = refit_scales(levels, near.expand(6, 4).float() + loose, target, h)[row]
         wanted = torch.where(torch.tensor(best[0]) > 0, torch.tensor(best[0]), near).float()
         torch.testing.assert_close(kept, wanted, rtol=1e-3, atol=1e-6)
 
@@ -127,11 +126,11 @@ def test_a_sweep_leaves_no_code_that_a_single_change_would_improve() -> None:
     fmt = WeightFormat(bits=2, group_size=None, sym=False, dtype=torch.float32)
     grid = quantization_grid(target.unsqueeze(1), fmt)
     step, zero = (t.squeeze(1).expand_as(target) for t in grid)
-    h = damped((x.T @ x).double())
-    code = feedback_codes(target, step, zero, fmt, h)
+    h = damped_hessian((x.T @ x).double())
+    code = round_with_error_feedback(target, step, zero, fmt, h)
     costs = [cost(target, (code - zero).unsqueeze(1), step[:, :1], h)]
     for _ in range(20):
-        code = swept_codes(code, step, zero, fmt, target, h.float())
+        code = coordinate_descent_sweep(code, step, zero, fmt, target, h.float())
         costs.append(cost(target, (code - zero).unsqueeze(1), step[:, :1], h))
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(costs))
     assert costs[-1] < costs[0]
@@ -148,10 +147,10 @@ def test_a_sweep_leaves_no_code_that_a_single_change_would_improve() -> None:
 def test_unrelated_inputs_get_the_nearest_codes_on_a_grid_that_fits_better(sym) -> None:
     weight, _, _ = layer(32)
     fmt = WeightFormat(bits=2, group_size=16, sym=sym, dtype=torch.bfloat16)
-    found = rounded_with_feedback(
+    found = round_weight(
         weight, fmt, torch.eye(32, dtype=torch.float64), torch.zeros(32, 6, dtype=torch.float64)
     )
-    step = found.step.float().repeat_interleave(16, dim=-1)
+    step = found.scale.float().repeat_interleave(16, dim=-1)
     zero = 0 if sym else found.zero.repeat_interleave(16, dim=-1)
     wanted = ((weight / step).round() + zero).clamp(*fmt.code_range)
     assert torch.equal(found.codes.float(), wanted)
@@ -164,7 +163,7 @@ def test_inputs_that_are_never_active_are_no_trouble() -> None:
     fmt = WeightFormat(bits=2, group_size=None, sym=False, dtype=torch.float32)
     for used in (x * (torch.arange(16) < 8), x * 0):
         moment, cross = (used.T @ used).double(), (used.T @ error).double()
-        assert rounded_with_feedback(weight, fmt, moment, cross).dequantize().isfinite().all()
+        assert round_weight(weight, fmt, moment, cross).dequantize().isfinite().all()
 
 
 def test_every_rounded_linear_is_solved_once_in_computing_order(family, tiny) -> None:
@@ -172,11 +171,11 @@ def test_every_rounded_linear_is_solved_once_in_computing_order(family, tiny) ->
 
     decoder = TransformersDecoder(tiny(family))
     layout = decoder.layout(0)
-    steps = steps_of(layout)
-    names = [name for step in steps for name in step.names]
+    groups = layer_groups(layout)
+    names = [name for group in groups for name in group.weights]
     assert sorted(names) == sorted(n for n in layout.linears if ".experts." not in n)
-    assert "self_attn.o_proj.weight" in steps[1].names
-    aims = [step.place for step in steps[1::2]]
+    assert "self_attn.o_proj.weight" in groups[1].weights
+    aims = [group.target_module for group in groups[1::2]]
     if family.startswith("gemma"):
         assert aims == [None, None]
     else:

@@ -9,7 +9,14 @@ from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.simulation import fresh_learnables
 from sliderquant.config import SliderConfig
 from sliderquant.method import learnables
-from sliderquant.method.layout import COLUMNS, ROWS, Site, Touch, clamp_factor, scale_channels
+from sliderquant.method.layout import (
+    COLUMNS,
+    ROWS,
+    ScaledParameter,
+    ScalingSite,
+    clamp_factor,
+    scale_channels,
+)
 from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.quantizer import WeightFormat, fake_quantize
 from sliderquant.method.sampling import batches
@@ -24,12 +31,12 @@ def fmt(**changes) -> WeightFormat:
 def pair():
     """A site between the rows of one weight and the columns of the next, and the weights."""
     index = torch.arange(16)
-    site = Site(
+    site = ScalingSite(
         name="up -> down",
         size=16,
-        touches=(
-            Touch(name="up", axis=ROWS, index=index, inverse=True),
-            Touch(name="down", axis=COLUMNS, index=index, inverse=False),
+        parameters=(
+            ScaledParameter(name="up", axis=ROWS, index=index, inverse=True),
+            ScaledParameter(name="down", axis=COLUMNS, index=index, inverse=False),
         ),
     )
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +61,7 @@ def test_correction_comes_after_scaling_and_before_rounding(pair) -> None:
     }
     for name, linear in zip(("up", "down"), made.linears, strict=True):
         expected[name] = expected[name] + linear.lora_b.double() @ linear.lora_a.double() / 2
-        torch.testing.assert_close(made.merged(tensors)[name].double(), expected[name])
+        torch.testing.assert_close(made.merge(tensors)[name].double(), expected[name])
         rounded = fake_quantize(expected[name].float(), fmt(), linear.upper, linear.lower)
         torch.testing.assert_close(made(tensors)[name], rounded)
 
@@ -99,16 +106,18 @@ def test_factors_keep_their_sign_and_a_distance_from_zero() -> None:
 
 
 def test_scaling_a_gain_that_is_stored_minus_one() -> None:
-    touch = Touch(name="norm", axis=ROWS, index=torch.tensor([0, -1]), inverse=True, offset=1.0)
-    site = Site(name="norm -> qkv", size=1, touches=(touch,))
+    touch = ScaledParameter(
+        name="norm", axis=ROWS, index=torch.tensor([0, -1]), inverse=True, offset=1.0
+    )
+    site = ScalingSite(name="norm -> qkv", size=1, parameters=(touch,))
     changed = scale_channels({"norm": torch.tensor([0.5, 0.5])}, [site], [torch.tensor([2.0])])
     # (1 + 0.5) / 2 = 0.75 = 1 - 0.25; the second entry is not touched.
     torch.testing.assert_close(changed["norm"], torch.tensor([-0.25, 0.5]))
 
 
 def test_scaled_gains_are_simulated_as_they_will_be_stored(pair) -> None:
-    touch = Touch(name="norm", axis=ROWS, index=torch.arange(16), inverse=True)
-    site = Site(name="norm -> up", size=16, touches=(touch,))
+    touch = ScaledParameter(name="norm", axis=ROWS, index=torch.arange(16), inverse=True)
+    site = ScalingSite(name="norm -> up", size=16, parameters=(touch,))
     tensors = pair[1] | {"norm": torch.rand(16)}
     weights = {name: tensors[name] for name in ("up", "down")}
     made = BlockLearnables(
@@ -135,7 +144,9 @@ def test_clipping_can_be_left_out(pair) -> None:
 @pytest.mark.parametrize("shape", [(24, 16), (3, 8, 16)])
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_row_by_row_simulation_has_the_same_values_and_gradients(shape, ratio, monkeypatch) -> None:
-    monkeypatch.setattr(learnables, "PIECE", 5 * 16)  # five rows, which divides neither shape
+    monkeypatch.setattr(
+        learnables, "WEIGHTS_PER_PIECE", 5 * 16
+    )  # five rows, which divides neither shape
     generator = torch.Generator().manual_seed(0)
     linear = learnables.LinearLearnables(shape, fmt(), 2, generator).double()
     with torch.no_grad():
@@ -145,7 +156,7 @@ def test_row_by_row_simulation_has_the_same_values_and_gradients(shape, ratio, m
     into = torch.randn(shape, generator=generator, dtype=torch.float64)
     leaves = [weight, *linear.parameters()]
     results = []
-    for simulate in (linear, linear.lean):
+    for simulate in (linear, linear.forward_in_pieces):
         value = simulate(weight, ratio)
         results.append((value, *torch.autograd.grad(value, leaves, into)))
     for plain, lean in zip(*results, strict=True):

@@ -7,9 +7,9 @@ import torch
 
 from sliderquant.method.quantizer import (
     WeightFormat,
-    codes,
     fake_quantize,
     leading_columns,
+    nearest_codes,
     quantization_grid,
     quantize_weight,
 )
@@ -83,7 +83,7 @@ def test_simulated_weight_is_what_the_stored_type_reads_back(sym, dtype) -> None
     weight = random_weight(dtype=torch.float32)
     form = fmt(3, 8, sym, dtype)
     step, zero = quantization_grid(weight.unflatten(1, (4, 8)), form)
-    code = codes(weight.unflatten(1, (4, 8)), step, zero, form)
+    code = nearest_codes(weight.unflatten(1, (4, 8)), step, zero, form)
     stored_step = step.to(dtype)
     assert torch.equal(stored_step.float(), step)
     read_back = ((code - zero).to(dtype) * stored_step).flatten(1)
@@ -95,14 +95,14 @@ def test_codes_fill_the_signed_and_the_unsigned_range() -> None:
     for sym, expected in ((True, set(range(-8, 8))), (False, set(range(16)))):
         form = fmt(4, None, sym)
         step, zero = quantization_grid(weight, form)
-        assert set(codes(weight, step, zero, form).flatten().int().tolist()) == expected
+        assert set(nearest_codes(weight, step, zero, form).flatten().int().tolist()) == expected
 
 
 def test_rounding_passes_the_gradient_and_clamping_stops_it() -> None:
     weight = torch.tensor([[-1.0, -0.3, 0.2, 1.0]], requires_grad=True)
     step = torch.full((1, 1, 1), 0.25)
     zero = torch.full((1, 1, 1), 2.0)
-    code = codes(weight.unsqueeze(1), step, zero, fmt(2, dtype=torch.float32))
+    code = nearest_codes(weight.unsqueeze(1), step, zero, fmt(2, dtype=torch.float32))
     code.sum().backward()
     # Grid points are -0.5 ... 0.25: the outer weights lie beyond it.
     assert code.flatten().tolist() == [0, 1, 3, 3]
@@ -174,7 +174,7 @@ def test_stored_integers_mean_what_was_simulated_bit_for_bit(bits, sym, dtype) -
     low, high = made.code_range
     assert quantized.codes.min() >= low
     assert quantized.codes.max() <= high
-    assert quantized.step.dtype == dtype
+    assert quantized.scale.dtype == dtype
     assert torch.equal(quantized.dequantize().float(), simulated)
     assert torch.equal(quantized[1].dequantize().float(), simulated[1])
     # Expert by expert the same as a stack of plain weights, but for the last bit of a step: where a

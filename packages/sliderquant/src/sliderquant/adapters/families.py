@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from effml_common.errors import InputError
-from sliderquant.method.layout import COLUMNS, ROWS, BlockLayout, Site, Touch
+from sliderquant.method.layout import COLUMNS, ROWS, BlockLayout, ScaledParameter, ScalingSite
 
 
 class UnsupportedArchitectureError(InputError):
@@ -114,14 +114,14 @@ def _parts(prefix: str, names: tuple[str, ...], rows: tuple[int, ...]) -> list[_
 
 def _rows(
     part: _Part, index: Tensor, inverse: bool, shapes: Mapping[str, torch.Size]
-) -> list[Touch]:
-    """Touch the rows of a projection, and of its bias where it has one."""
+) -> list[ScaledParameter]:
+    """Scale the rows of a projection, and of its bias where it has one."""
     touches = []
     for name in (f"{part.name}.weight", f"{part.name}.bias"):
         if name in shapes:
             whole = torch.full((shapes[name][0],), -1)
             whole[part.start : part.start + part.rows] = index
-            touches.append(Touch(name=name, axis=ROWS, index=whole, inverse=inverse))
+            touches.append(ScaledParameter(name=name, axis=ROWS, index=whole, inverse=inverse))
     return touches
 
 
@@ -180,8 +180,8 @@ def block_layout(config: PreTrainedConfig, shapes: Mapping[str, torch.Size]) -> 
         _, up = _parts("mlp.", family.gate_up, (gate_rows, gate_rows))
         columns = torch.arange(gate_rows)
         touches = _rows(up, columns, True, shapes)
-        touches.append(Touch(name=down, axis=COLUMNS, index=columns, inverse=False))
-        sites.append(Site(name="up -> down", size=gate_rows, touches=tuple(touches)))
+        touches.append(ScaledParameter(name=down, axis=COLUMNS, index=columns, inverse=False))
+        sites.append(ScalingSite(name="up -> down", size=gate_rows, parameters=tuple(touches)))
     rotary_dim = _rotary_dim(config, head_dim)
     pairs, entries = rotary_pairs(head_dim, rotary_dim), head_dim - rotary_dim + rotary_dim // 2
     if family.head_norms:
@@ -220,11 +220,13 @@ def _rotary_dim(config: PreTrainedConfig, head_dim: int) -> int:
 
 def _norm_site(
     name: str, gain: str, readers: tuple[str, ...], hidden: int, gain_offset: float
-) -> Site:
+) -> ScalingSite:
     channels = torch.arange(hidden)
-    norm = Touch(name=gain, axis=ROWS, index=channels, inverse=True, offset=gain_offset)
-    columns = (Touch(name=n, axis=COLUMNS, index=channels, inverse=False) for n in readers)
-    return Site(name=name, size=hidden, touches=(norm, *columns))
+    norm = ScaledParameter(name=gain, axis=ROWS, index=channels, inverse=True, offset=gain_offset)
+    columns = (
+        ScaledParameter(name=n, axis=COLUMNS, index=channels, inverse=False) for n in readers
+    )
+    return ScalingSite(name=name, size=hidden, parameters=(norm, *columns))
 
 
 def _value_site(
@@ -234,13 +236,13 @@ def _value_site(
     kv_heads: int,
     head_dim: int,
     shapes: Mapping[str, torch.Size],
-) -> Site:
+) -> ScalingSite:
     """Each key-value head's slice of alpha is repeated for the query heads that read it."""
     size = kv_heads * head_dim
     rows = torch.arange(size)
     columns = rows.view(kv_heads, head_dim).repeat_interleave(heads // kv_heads, dim=0).flatten()
-    read = Touch(name=output, axis=COLUMNS, index=columns, inverse=False)
-    return Site(name="v -> o", size=size, touches=(*_rows(v, rows, True, shapes), read))
+    read = ScaledParameter(name=output, axis=COLUMNS, index=columns, inverse=False)
+    return ScalingSite(name="v -> o", size=size, parameters=(*_rows(v, rows, True, shapes), read))
 
 
 def _query_key_site(
@@ -251,20 +253,20 @@ def _query_key_site(
     pairs: Tensor,
     entries: int,
     shapes: Mapping[str, torch.Size],
-) -> Site:
+) -> ScalingSite:
     keys = pairs + entries * torch.arange(kv_heads)[:, None]
     queries = keys.repeat_interleave(heads // kv_heads, dim=0).flatten()
     touches = (*_rows(q, queries, True, shapes), *_rows(k, keys.flatten(), False, shapes))
-    return Site(name="q <-> k", size=kv_heads * entries, touches=touches)
+    return ScalingSite(name="q <-> k", size=kv_heads * entries, parameters=touches)
 
 
-def _head_norm_site(pairs: Tensor, entries: int, gain_offset: float) -> Site:
+def _head_norm_site(pairs: Tensor, entries: int, gain_offset: float) -> ScalingSite:
     """The norm per head would undo a scaling of the projections, so the gains take it."""
     touches = tuple(
-        Touch(
+        ScaledParameter(
             name=f"self_attn.{side}_norm.weight", axis=ROWS, index=pairs, inverse=inverse,
             offset=gain_offset,
         )
         for side, inverse in (("q", True), ("k", False))
     )  # fmt: skip
-    return Site(name="q <-> k", size=entries, touches=touches)
+    return ScalingSite(name="q <-> k", size=entries, parameters=touches)

@@ -78,12 +78,12 @@ def finished_block(
         rounded: Round the weights; else W~ is returned, for another quantizer to finish.
     """
     tensors = decoder.tensors(block)
-    merged = tensors | learnables.merged(tensors)
+    merged = tensors | learnables.merge(tensors)
     finished: dict[str, Tensor | QuantizedWeight] = {}
     for name, value in merged.items():
         if rounded and name in learnables.names and learnables.fmt.bits != FULL_BITS:
             linear = learnables.linear(name)
-            finished[name] = linear.rounded or quantize_weight(
+            finished[name] = linear.closed_form or quantize_weight(
                 value, learnables.fmt, linear.upper, linear.lower
             )
         else:

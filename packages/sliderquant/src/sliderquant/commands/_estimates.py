@@ -11,8 +11,8 @@ from effml_common.device import synchronize
 from effml_common.logging import say, warn
 from sliderquant.commands._job import Job
 from sliderquant.method.calibration import run_blocks
-from sliderquant.method.error_compensation import TURNS, fitted_steps, sweep_columns_
-from sliderquant.method.quantizer import WeightFormat, codes, quantization_grid
+from sliderquant.method.error_compensation import REFINEMENT_PASSES, refit_scales, sweep_columns_
+from sliderquant.method.quantizer import WeightFormat, nearest_codes, quantization_grid
 
 # Forward passes of one block for one batch, whatever the method does with them. A visit of a window
 # takes a forward and a backward pass, and as much again for the fake quantizer: 3.5 to 5 in all.
@@ -83,7 +83,7 @@ def rounding_seconds(weight: Float[Tensor, "out in"], fmt: WeightFormat) -> floa
     hessian = torch.eye(columns, device=weight.device)
     scale, zero = quantization_grid(weight.unflatten(-1, (-1, size)), fmt)
     scales, zeros = (x.squeeze(-1).repeat_interleave(size, dim=-1) for x in (scale, zero))
-    code = codes(weight, scales, zeros, fmt)
+    code = nearest_codes(weight, scales, zeros, fmt)
     slope = weight - (code - zeros) * scales
 
     # The column loops: one of error feedback, one a turn of coordinate descent.
@@ -91,14 +91,14 @@ def rounding_seconds(weight: Float[Tensor, "out in"], fmt: WeightFormat) -> floa
     loop = seconds_of(
         lambda: sweep_columns_(code, slope, scales, zeros, fmt, hessian, visited), weight.device
     )
-    loops = (TURNS + 1) * loop * columns / visited
+    loops = (REFINEMENT_PASSES + 1) * loop * columns / visited
 
     # The scales of every row by least squares, once a turn.
     rows = min(TIMED_ROWS, len(weight))
     levels = (code - zeros)[:rows].unflatten(-1, (-1, size))
     target, first, wide = weight[:rows], scale[:rows].squeeze(-1), hessian.double()
-    fit = seconds_of(lambda: fitted_steps(levels, first, target, wide), weight.device)
-    return loops + TURNS * fit * len(weight) / rows
+    fit = seconds_of(lambda: refit_scales(levels, first, target, wide), weight.device)
+    return loops + REFINEMENT_PASSES * fit * len(weight) / rows
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:

@@ -18,8 +18,7 @@ from sliderquant.adapters.streaming import StreamedModel
 from sliderquant.adapters.text import calibration_samples, chunks, default_seqlen, read_tokens
 from sliderquant.commands.inspect import Plan, make_plan
 from sliderquant.config import FULL_BITS, QuantizeConfig
-from sliderquant.method.activations import ActivationFormat
-from sliderquant.method.calibration import activation_format
+from sliderquant.method.activations import ActivationFormat, activation_format
 from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.quantizer import WeightFormat
 

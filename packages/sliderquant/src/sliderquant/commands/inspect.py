@@ -8,7 +8,7 @@ from rich.table import Table
 
 from sliderquant.adapters.shapes import ModelShape, check_linears, model_shape
 from sliderquant.config import FULL_BITS, InspectConfig, SliderConfig
-from sliderquant.method.calibration import RECOMPUTE_ABOVE
+from sliderquant.method.window_training import RECOMPUTE_ABOVE
 from sliderquant.method.windows import block_visits, make_windows
 
 if TYPE_CHECKING:

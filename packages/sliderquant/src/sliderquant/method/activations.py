@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sliderquant.method.quantizer import STEP_FLOOR, leading_columns, round_ste
+from sliderquant.config import FULL_BITS, SliderConfig
+from sliderquant.method.quantizer import SMALLEST_SCALE, leading_columns, round_ste
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,15 @@ class ActivationFormat:
     ratio: float = 1.0
 
 
+def activation_format(config: SliderConfig, ratio: float = 1.0) -> ActivationFormat | None:
+    """Return how ``config`` rounds activations at an intra-layer ratio; ``None`` if it does not."""
+    if config.abits == FULL_BITS:
+        return None
+    return ActivationFormat(
+        bits=config.abits, sym=config.act_sym, attention=config.quantize_attention, ratio=ratio
+    )
+
+
 def fake_quantize_tokens(x: Float[Tensor, "*tokens d"], fmt: ActivationFormat) -> Tensor:
     """Round activations to a grid of their own token and return them dequantized.
 
@@ -44,24 +54,33 @@ def fake_quantize_tokens(x: Float[Tensor, "*tokens d"], fmt: ActivationFormat) -
 
     Returns:
         Same shape and dtype.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 0.4, 1.1, 3.0], [0.0, 4.0, 11.0, 30.0]])
+        >>> fake_quantize_tokens(x, ActivationFormat(bits=2, sym=False))
+        tensor([[ 0.,  0.,  1.,  3.],
+                [ 0.,  0., 10., 30.]])
     """
+    # The range of a token always holds zero.
     low = x.amin(dim=-1, keepdim=True).clamp(max=0)
     high = x.amax(dim=-1, keepdim=True).clamp(min=0)
-    levels = 2**fmt.bits - 1
+    intervals = 2**fmt.bits - 1
     if fmt.sym:
-        step = (high.maximum(-low) / (levels / 2)).clamp(min=STEP_FLOOR)
+        scale = (high.maximum(-low) / (intervals / 2)).clamp(min=SMALLEST_SCALE)
         bounds = (-(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1) - 1)
-        simulated = _within(round_ste(x / step), *bounds) * step
+        simulated = _limit_codes(round_ste(x / scale), *bounds) * scale
     else:
-        step = ((high - low) / levels).clamp(min=STEP_FLOOR)
-        zero = (-low / step).round().detach()
-        simulated = (_within(round_ste(x / step) + zero, 0, levels) - zero) * step
+        scale = ((high - low) / intervals).clamp(min=SMALLEST_SCALE)
+        zero = (-low / scale).round().detach()
+        simulated = (_limit_codes(round_ste(x / scale) + zero, 0, intervals) - zero) * scale
+
+    # An early stage of intra-layer sliding leaves the features at the end as they are.
     if fmt.ratio >= 1:
         return simulated
     leading = leading_columns(x.shape[-1], fmt.ratio, None)
     return torch.cat([simulated[..., :leading], x[..., leading:]], dim=-1)
 
 
-def _within(code: Tensor, low: int, high: int) -> Tensor:
+def _limit_codes(codes: Tensor, low: int, high: int) -> Tensor:
     # Not clamp, whose gradient at the bounds depends on the release of torch.
-    return torch.where(code > high, high, torch.where(code < low, low, code))
+    return torch.where(codes > high, high, torch.where(codes < low, low, codes))

@@ -1,378 +1,383 @@
-"""Rounding that carries its error along, towards the full-precision model: no windows, no gradients.
+"""Closed-form rounding in which later columns and later layers make up for earlier rounding errors.
 
-Not from the SliderQuant paper. Linear layers are solved in closed form, in the order in which a block
-computes them, each with the inputs that it gets in the quantized model. Symbols: W [out, in] weight,
-X [n, in] those inputs, E [n, out] what the layer's output lacks for the full-precision model's value at
-the place where it arrives, H = X^T X + d mean(diag(X^T X)) I with damping d.
+This method is not from the SliderQuant paper; it needs neither windows nor gradients. The linear layers
+of a block are solved in the order in which the block computes them, each for the inputs that it receives
+in the quantized model. Symbols: W [out, in] is the weight, X [n, in] those inputs, E [n, out] what the
+layer's output lacks to equal the full-precision model's, d the damping.
 
-1. W* = W + (H^-1 X^T E)^T, the ridge regression that makes up for the error of all layers before.
-   Towards full-precision inputs, as in GPTAQ (arXiv 2504.02692); for layers that write to the residual
-   stream, E holds the error of the stream itself too.
-2. Columns of W* are rounded one after the other, the most active input first. What a column lacks is
-   taken over by the columns after it, as in GPTQ (arXiv 2210.17323): with U the upper Cholesky factor of
-   H^-1 and e_j the error of column j over U_jj, column k > j loses e_j U_jk.
-3. Steps and codes are improved in turn, both to lower tr((W* - W^) H (W* - W^)^T): the steps of a row by
-   least squares, the codes by one sweep of coordinate descent, as in QuantEase (arXiv 2309.01885).
+1. ``collect_moments`` runs both models over the calibration samples and sums X^T X and X^T E.
+2. ``damped_hessian`` gives H = X^T X + d mean(diag(X^T X)) I.
+3. ``ridge_update`` gives W* = W + (H^-1 X^T E)^T, the ridge regression that makes up for the errors of
+   all layers before. The target is the output that the layer would have in the full-precision model, as
+   in GPTAQ (arXiv 2504.02692). A layer that writes to the residual stream also corrects the error that
+   the stream already carries.
+4. ``round_with_error_feedback`` rounds the columns of W* one after the other, the most active input
+   first. The columns behind take over what a column lacks, as in GPTQ (arXiv 2210.17323).
+5. ``refit_scales`` and ``coordinate_descent_sweep`` take turns in lowering the squared error of the
+   output, tr((W* - W^) H (W* - W^)^T): the scales of a row by least squares, the codes one column at a
+   time, as in QuantEase (arXiv 2309.01885).
 
-The grid is first that of W, without clipping: columns need room for what they take over.
+The grid is first that of W, without clipping: columns need room for the errors that they take over.
 
-Where activations are rounded too, X is what the layer multiplies with, after rounding, and channels are
-scaled first (see ``smoothing``): then W and X are those of the scaled model.
+Where activations are rounded too, X is what the layer multiplies with, after rounding. Channels are
+scaled first (see ``smoothing``), and W and X are those of the scaled model.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sliderquant.method.activations import ActivationFormat, fake_quantize_tokens
 from sliderquant.method.decoder import Decoder
-from sliderquant.method.layout import BlockLayout, scale_channels
+from sliderquant.method.layout import WEIGHT_SUFFIX, LayerGroup, layer_groups, scale_channels
 from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.quantizer import (
     QuantizedWeight,
     WeightFormat,
-    codes,
+    nearest_codes,
     quantization_grid,
-    stored,
+    simulate_storage,
 )
-from sliderquant.method.smoothing import reading, smoothing_factors
+from sliderquant.method.smoothing import set_smoothing_factors_
 
-DAMPING = 0.01  # d, as in GPTQ
-TURNS = 4  # of step 3
-LAZY = 128  # columns whose errors reach the columns behind them in one product
-WEIGHT = ".weight"
+DAMPING = 0.01  # d, the share of the mean diagonal that is added to X^T X, as in GPTQ
+REFINEMENT_PASSES = 4  # times that scales and codes are improved in turn (step 5)
+COLUMN_BLOCK = 128  # columns whose errors reach all columns behind them in one matrix product
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """Linear layers that read the same input.
+class BlockRun:
+    """One block as one of the two models runs it.
 
     Attributes:
-        names: Their weights.
-        place: Where their output should equal the full-precision model's: in front of this module of
-            the block, behind the block if empty, right behind the layers if ``None``.
+        hidden: Hidden states that enter the block, [n, t, h].
+        tensors: Its parameters by name.
+        activations: How the model rounds activations; ``None`` if it does not.
     """
 
-    names: tuple[str, ...]
-    place: str | None
+    hidden: Float[Tensor, "n t h"]
+    tensors: dict[str, Tensor]
+    activations: ActivationFormat | None = None
 
 
-def steps_of(layout: BlockLayout) -> list[Step]:
-    """Return the linear layers of a block in computing order; fused experts are left out.
-
-    The readers of a norm are followed by the writer to the residual stream. A norm between writer and
-    stream (Gemma) leaves the writer its own output to aim at.
-    """
-    (_, attention), (norm, mlp) = layout.readers.items()
-    output, down = layout.writers[:2]
-    streams = (norm.removesuffix(WEIGHT), "") if not layout.output_norms else (None, None)
-    found = ((attention, None), ((output,), streams[0]), (mlp, None), ((down,), streams[1]))
-    wanted = [n for n in layout.linears if n.endswith(WEIGHT)]
-    steps = [Step(names=tuple(n for n in names if n in wanted), place=p) for names, p in found]
-    return [step for step in steps if step.names]
-
-
-def damped(moment: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """Return H from X^T X; inputs that are never active get the mean of the others."""
-    mean = moment.diagonal().mean().clamp(min=torch.finfo(moment.dtype).tiny)
-    return moment + DAMPING * mean * torch.eye(
-        len(moment), dtype=moment.dtype, device=moment.device
-    )
-
-
-def regressed(
-    weight: Float[Tensor, "out in"], h: Float[Tensor, "in in"], cross: Float[Tensor, "in out"]
-) -> Float[Tensor, "out in"]:
-    """Return W* = W + (H^-1 X^T E)^T, with ``cross`` = X^T E; in the type of ``weight``."""
-    return weight + torch.linalg.solve(h, cross).T.to(weight.dtype)
-
-
-def feedback_codes(
-    weight: Float[Tensor, "out in"],
-    step: Float[Tensor, "out in"],
-    zero: Float[Tensor, "out in"],
-    fmt: WeightFormat,
-    h: Float[Tensor, "in in"],
-) -> Float[Tensor, "out in"]:
-    """Return the codes of a weight, rounded column by column with error feedback.
-
-    Args:
-        weight: W*, float32.
-        step: D of every weight.
-        zero: z of every weight.
-        fmt: Storage format.
-        h: H, float64.
-    """
-    order = h.diagonal().argsort(descending=True)
-    upper = inverse_factor(h[order][:, order]).to(weight.dtype)
-    rest, step, zero = weight[:, order], step[:, order], zero[:, order]
-    result = torch.empty_like(rest)
-    result[:, order] = round_columns_(rest, step, zero, fmt, upper, len(order))
-    return result
-
-
-def inverse_factor(h: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """Return U, the upper Cholesky factor of H^-1."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True)
-
-
-def round_columns_(
-    rest: Float[Tensor, "out in"],
-    step: Float[Tensor, "out in"],
-    zero: Float[Tensor, "out in"],
-    fmt: WeightFormat,
-    upper: Float[Tensor, "in in"],
-    columns: int,
-) -> Float[Tensor, "out in"]:
-    """Return the codes of the leading columns; those behind them take over the errors, in place.
-
-    Args:
-        rest: W*, its columns in the order of rounding.
-        step: D of every weight, in that order.
-        zero: z of every weight.
-        fmt: Storage format.
-        upper: U.
-        columns: How many to round; fewer than all only to measure what one costs.
-    """
-    found = torch.empty_like(rest)
-    for begin in range(0, columns, LAZY):
-        end = min(begin + LAZY, columns)
-        errors = []
-        for j in range(begin, end):
-            found[:, j] = codes(rest[:, j], step[:, j], zero[:, j], fmt)
-            value = stored((found[:, j] - zero[:, j]) * step[:, j], fmt)
-            errors.append((rest[:, j] - value) / upper[j, j])
-            rest[:, j + 1 : end] -= torch.outer(errors[-1], upper[j, j + 1 : end])
-        rest[:, end:] -= torch.stack(errors, dim=1) @ upper[begin:end, end:]
-    return found
-
-
-def fitted_steps(
-    levels: Float[Tensor, "out groups g"],
-    step: Float[Tensor, "out groups"],
-    target: Float[Tensor, "out in"],
-    h: Float[Tensor, "in in"],
-) -> Float[Tensor, "out groups"]:
-    """Return the steps D of each row that minimise (t - D c) H (t - D c)^T, with the levels c held.
-
-    Args:
-        levels: q - z of every weight, by group.
-        step: D so far; kept where the best one is not within a factor of two.
-        target: W*, of which t is a row.
-        h: H, in the type to solve in.
-    """
-    groups, size = levels.shape[1:]
-    c = levels.to(h.dtype)
-    # [out, groups, in]: what each group's levels contribute, seen through H.
-    through = torch.einsum("ogi,gik->ogk", c, h.view(groups, size, -1))
-    normal = torch.einsum("ogpi,opi->ogp", through.unflatten(-1, (groups, size)), c)
-    wanted = torch.einsum("ogk,ok->og", through, target.to(h.dtype))
-    # Groups whose levels are all zero have no equation; one of their own keeps their step.
-    empty = torch.diag_embed((normal.diagonal(dim1=-2, dim2=-1) == 0).to(h.dtype))
-    best = torch.linalg.solve(normal + empty, wanted).to(step.dtype)
-    return torch.where((best > step / 2) & (best < step * 2), best, step)
-
-
-def swept_codes(
-    code: Float[Tensor, "out in"],
-    step: Float[Tensor, "out in"],
-    zero: Float[Tensor, "out in"],
-    fmt: WeightFormat,
-    target: Float[Tensor, "out in"],
-    h: Float[Tensor, "in in"],
-) -> Float[Tensor, "out in"]:
-    """Return codes after one sweep of coordinate descent: each is the best one with the others held."""
-    order = h.diagonal().argsort(descending=True)
-    slope = ((target - (code - zero) * step) @ h)[:, order]
-
-    # Columns are put in the order of the sweep on the device, so that the host need not know it.
-    code, step, zero, h = code[:, order], step[:, order], zero[:, order], h[order][:, order]
-    sweep_columns_(code, slope, step, zero, fmt, h, len(order))
-    result = torch.empty_like(code)
-    result[:, order] = code
-    return result
-
-
-def sweep_columns_(
-    code: Float[Tensor, "out in"],
-    slope: Float[Tensor, "out in"],
-    step: Float[Tensor, "out in"],
-    zero: Float[Tensor, "out in"],
-    fmt: WeightFormat,
-    h: Float[Tensor, "in in"],
-    columns: int,
-) -> None:
-    """Give the leading columns their best codes, one after the other, in place.
-
-    Args:
-        code: Codes so far, columns in the order of the sweep; so are the others.
-        slope: (W* - W^) H, kept up to date.
-        step: D of every weight.
-        zero: z of every weight.
-        fmt: Storage format.
-        h: H.
-        columns: How many to visit; fewer than all only to measure what one costs.
-    """
-    for j in range(columns):
-        value = (code[:, j] - zero[:, j]) * step[:, j]
-        new = codes(value + slope[:, j] / h[j, j], step[:, j], zero[:, j], fmt)
-        slope -= torch.outer((new - code[:, j]) * step[:, j], h[j])
-        code[:, j] = new
-
-
-def rounded_with_feedback(
-    weight: Float[Tensor, "out in"],
-    fmt: WeightFormat,
-    moment: Float[Tensor, "in in"],
-    cross: Float[Tensor, "in out"],
-) -> QuantizedWeight:
-    """Return a weight rounded for its inputs.
-
-    Args:
-        weight: W.
-        fmt: Storage format; its group size divides ``in``.
-        moment: X^T X, float64.
-        cross: X^T E, float64.
-    """
-    weight = weight.float()
-    h = damped(moment)
-    size = fmt.columns_per_group(weight.shape[1])
-    step, zero = quantization_grid(weight.unflatten(-1, (-1, size)), fmt)
-    step, zero = step.squeeze(-1), zero.squeeze(-1)
-    target, zeros = regressed(weight, h, cross), zero.repeat_interleave(size, dim=-1)
-    code = feedback_codes(target, step.repeat_interleave(size, dim=-1), zeros, fmt, h)
-    for _ in range(TURNS):
-        levels = (code - zeros).unflatten(-1, (-1, size))
-        step = stored(fitted_steps(levels, step, target, h), fmt)
-        steps = step.repeat_interleave(size, dim=-1)
-        code = swept_codes(code, steps, zeros, fmt, target, h.to(target.dtype))
-    return QuantizedWeight(
-        codes=code.to(torch.int16),
-        step=step.to(fmt.dtype),
-        zero=None if fmt.sym else zero.to(torch.int16),
-        fmt=fmt,
-    )
-
-
-@torch.no_grad()
-def round_blocks_(
-    decoder: Decoder,
-    tokens: Int[Tensor, "n t"],
-    learnables: Sequence[BlockLearnables],
-    batch_size: int,
-    *,
-    activations: ActivationFormat | None = None,
-    on_block: Callable[[int], None],
-    cache: Callable[[str, Tensor], Tensor],
-) -> None:
-    """Round every block in place of training it, front to back.
-
-    Args:
-        decoder: The model; its own weights stay as they are.
-        tokens: Calibration samples.
-        learnables: One per block; ``rounded`` of its linear layers and the factors of its sites are set.
-            Fused experts stay as they are made.
-        batch_size: Samples per forward pass.
-        activations: Rounding of activations in the quantized model.
-        on_block: Called once per block, in order, while it is in memory.
-        cache: As for ``calibrate``.
-    """
-    embedded = decoder.block_inputs(tokens)
-    x_fp, x_q = cache("x_fp", embedded), cache("x_q", embedded)
-    for block in range(decoder.depth):
-        decoder.hold([block])
-        tensors, made = decoder.tensors(block), learnables[block]
-        _smooth_(decoder, block, made, tensors, x_fp, batch_size)
-        scaled = scale_channels(tensors, made.sites, list(made.factors))
-        exact = tensors | scaled
-        current = tensors | {name: stored(value, made.fmt) for name, value in scaled.items()}
-        for step in steps_of(decoder.layout(block)):
-            moment, crosses = collect_moments(
-                decoder, block, step, (exact, current), (x_fp, x_q), batch_size, activations
-            )
-            for name in step.names:
-                linear = made.linear(name)
-                linear.rounded = rounded_with_feedback(
-                    exact[name], linear.fmt, moment, crosses[name]
-                )
-                current[name] = linear(exact[name])
-        for hidden, simulated, fmt in ((x_fp, tensors, None), (x_q, current, activations)):
-            for part in hidden.split(batch_size):
-                part.copy_(decoder.run_block(block, part, simulated, fmt))
-        on_block(block)
-
-        # Codes of all blocks together would fill a card; they are read again block by block.
-        made.codes_to("cpu")
-
-
-def _smooth_(
+def round_block_(
     decoder: Decoder,
     block: int,
-    made: BlockLearnables,
-    tensors: dict[str, Tensor],
-    x_fp: Tensor,
+    learnables: BlockLearnables,
+    full_precision: BlockRun,
+    x_q: Float[Tensor, "n t h"],
     batch_size: int,
-) -> None:
-    """Set the factors of a block's sites from what its layers read in the full-precision model."""
-    weights = {name: tensors[name] for name in made.names}
-    names = {touch.name for site in made.sites for touch in reading(site, weights)}
-    if not names:
-        return
-    squares: dict[str, Tensor] = {}
-    modules = [name.removesuffix(WEIGHT) for name in names]
-    for part in x_fp.split(batch_size):
-        for module, x in decoder.inputs_inside(block, part, tensors, modules).items():
-            mean = x.square().flatten(0, -2).sum(dim=0) / x_fp.shape[:2].numel()
-            squares[module + WEIGHT] = mean + squares.get(module + WEIGHT, 0)
-    for site, factor in zip(made.sites, made.factors, strict=True):
-        factor.copy_(smoothing_factors(site, weights, squares))
+    activations: ActivationFormat | None,
+) -> BlockRun:
+    """Round the linear layers of one block, in the order in which the block computes them.
+
+    Args:
+        decoder: The model.
+        block: Number of the block.
+        learnables: Of the block; channel scales and ``closed_form`` weights are set in place.
+        full_precision: The block in the full-precision model.
+        x_q: Hidden states that enter the block in the quantized model.
+        batch_size: Samples per forward pass.
+        activations: How the quantized model rounds activations; ``None`` if it does not.
+
+    Returns:
+        The block in the quantized model.
+    """
+    # Scaling channels leaves the function as it is, and makes rounded activations more precise.
+    tensors, x_fp = full_precision.tensors, full_precision.hidden
+    set_smoothing_factors_(decoder, block, learnables, tensors, x_fp, batch_size)
+    scaled = scale_channels(tensors, learnables.sites, list(learnables.factors))
+    exact = BlockRun(hidden=x_fp, tensors=tensors | scaled)
+
+    # The quantized block starts with all linear layers at full precision.
+    current = tensors | {n: simulate_storage(t, learnables.fmt) for n, t in scaled.items()}
+    quantized = BlockRun(hidden=x_q, tensors=current, activations=activations)
+
+    # Each group sees the inputs that the groups before it produce once they are rounded.
+    for group in layer_groups(decoder.layout(block)):
+        second_moment, cross_moments = collect_moments(
+            decoder, block, group, exact, quantized, batch_size
+        )
+        for name in group.weights:
+            linear = learnables.linear(name)
+            linear.closed_form = round_weight(
+                exact.tensors[name], linear.fmt, second_moment, cross_moments[name]
+            )
+            current[name] = linear(exact.tensors[name])
+    return quantized
 
 
 def collect_moments(
     decoder: Decoder,
     block: int,
-    step: Step,
-    tensors: tuple[dict[str, Tensor], dict[str, Tensor]],
-    hidden: tuple[Tensor, Tensor],
+    group: LayerGroup,
+    exact: BlockRun,
+    quantized: BlockRun,
     batch_size: int,
-    activations: ActivationFormat | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return X^T X of a step and X^T E of each of its weights, in float64.
+) -> tuple[Float[Tensor, "in in"], dict[str, Float[Tensor, "in out"]]]:
+    """Return X^T X of a layer group, and X^T E of each of its weights, in float64.
 
     Args:
         decoder: The model.
-        block: Its number.
-        step: Layers that read the same input.
-        tensors: Parameters in full precision, and those of the quantized model so far.
-        hidden: x_fp and x_q.
+        block: Number of the block.
+        group: Linear layers that read the same input.
+        exact: The block in the full-precision model.
+        quantized: The block in the quantized model, whose earlier groups are rounded already.
         batch_size: Samples per forward pass.
-        activations: Rounding in the quantized model.
     """
-    exact = tensors[0]
-    reader = step.names[0].removesuffix(WEIGHT)
-    watched = [reader] if step.place is None else [reader, step.place]
-    moment: Tensor | float = 0.0
-    crosses: dict[str, Tensor | float] = dict.fromkeys(step.names, 0.0)
-    for parts in zip(*(h.split(batch_size) for h in hidden), strict=True):
-        wanted, now = (
+    reader = group.weights[0].removesuffix(WEIGHT_SUFFIX)
+    modules = [reader] if group.target_module is None else [reader, group.target_module]
+    second_moment: Tensor | float = 0.0
+    cross_moments: dict[str, Tensor | float] = dict.fromkeys(group.weights, 0.0)
+    batches = zip(exact.hidden.split(batch_size), quantized.hidden.split(batch_size), strict=True)
+    for hidden_of_both in batches:
+        # What enters the group, and the place where its output arrives, in both models.
+        wanted, present = (
             {
                 name: value.flatten(0, -2)
-                for name, value in decoder.inputs_inside(block, part, used, watched, fmt).items()
+                for name, value in decoder.inputs_inside(
+                    block, hidden, run.tensors, modules, run.activations
+                ).items()
             }
-            for part, used, fmt in zip(parts, tensors, (None, activations), strict=True)
+            for hidden, run in zip(hidden_of_both, (exact, quantized), strict=True)
         )
-        x = now[reader]
-        if activations is not None:
-            x = fake_quantize_tokens(x, activations)
-        moment = moment + (x.T @ x).double()
-        for name in step.names:
-            if step.place is None:
-                error = (wanted[reader] - x) @ exact[name].T
+
+        # X is what the layers multiply with.
+        x = present[reader]
+        if quantized.activations is not None:
+            x = fake_quantize_tokens(x, quantized.activations)
+        second_moment = second_moment + (x.T @ x).double()
+
+        # E is what the full-precision weight on X lacks, or what the residual stream lacks.
+        for name in group.weights:
+            if group.target_module is None:
+                error = (wanted[reader] - x) @ exact.tensors[name].T
             else:
-                error = wanted[step.place] - now[step.place]
-            crosses[name] = crosses[name] + (x.T @ error).double()
-    return torch.as_tensor(moment), {n: torch.as_tensor(c) for n, c in crosses.items()}
+                error = wanted[group.target_module] - present[group.target_module]
+            cross_moments[name] = cross_moments[name] + (x.T @ error).double()
+    return (
+        torch.as_tensor(second_moment),
+        {name: torch.as_tensor(moment) for name, moment in cross_moments.items()},
+    )
+
+
+def round_weight(
+    weight: Float[Tensor, "out in"],
+    fmt: WeightFormat,
+    second_moment: Float[Tensor, "in in"],
+    cross_moment: Float[Tensor, "in out"],
+) -> QuantizedWeight:
+    """Return a weight rounded for its inputs: steps 2 to 5 of the method.
+
+    Args:
+        weight: W.
+        fmt: Storage format; its group size divides ``in``.
+        second_moment: X^T X, float64.
+        cross_moment: X^T E, float64.
+    """
+    # One scale and one zero point per group, those of the weight before its update.
+    weight = weight.float()
+    group_size = fmt.columns_per_group(weight.shape[1])
+    scale, zero = quantization_grid(weight.unflatten(-1, (-1, group_size)), fmt)
+    scale, zero = scale.squeeze(-1), zero.squeeze(-1)
+    column_zero = zero.repeat_interleave(group_size, dim=-1)
+
+    # Make up for the errors of the layers before, then round with the errors carried along.
+    hessian = damped_hessian(second_moment)
+    target = ridge_update(weight, hessian, cross_moment)
+    column_scale = scale.repeat_interleave(group_size, dim=-1)
+    codes = round_with_error_feedback(target, column_scale, column_zero, fmt, hessian)
+
+    # Scales that fit the codes, codes that fit the scales, in turn.
+    for _ in range(REFINEMENT_PASSES):
+        levels = (codes - column_zero).unflatten(-1, (-1, group_size))
+        scale = simulate_storage(refit_scales(levels, scale, target, hessian), fmt)
+        column_scale = scale.repeat_interleave(group_size, dim=-1)
+        codes = coordinate_descent_sweep(
+            codes, column_scale, column_zero, fmt, target, hessian.to(target.dtype)
+        )
+    return QuantizedWeight(
+        codes=codes.to(torch.int16),
+        scale=scale.to(fmt.dtype),
+        zero=None if fmt.sym else zero.to(torch.int16),
+        fmt=fmt,
+    )
+
+
+def damped_hessian(second_moment: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """Return H = X^T X + d mean(diag(X^T X)) I, with d = ``DAMPING``.
+
+    The damping bounds the update by inputs that are rarely active. An input that is never active gets
+    d times the mean of all, so that H can be inverted.
+    """
+    mean = second_moment.diagonal().mean().clamp(min=torch.finfo(second_moment.dtype).tiny)
+    identity = torch.eye(len(second_moment), dtype=second_moment.dtype, device=second_moment.device)
+    return second_moment + DAMPING * mean * identity
+
+
+def ridge_update(
+    weight: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    cross_moment: Float[Tensor, "in out"],
+) -> Float[Tensor, "out in"]:
+    """Return W* = W + (H^-1 X^T E)^T in the type of ``weight``; ``cross_moment`` is X^T E."""
+    return weight + torch.linalg.solve(hessian, cross_moment).T.to(weight.dtype)
+
+
+def round_with_error_feedback(
+    weight: Float[Tensor, "out in"],
+    scale: Float[Tensor, "out in"],
+    zero: Float[Tensor, "out in"],
+    fmt: WeightFormat,
+    hessian: Float[Tensor, "in in"],
+) -> Float[Tensor, "out in"]:
+    """Return the codes of a weight, rounded column by column with error feedback (GPTQ).
+
+    With U the upper Cholesky factor of H^-1 and e_j the error of column j over U_jj, each later column k
+    loses e_j U_jk. Columns are taken in the order of falling diag(H).
+
+    Args:
+        weight: W*, float32.
+        scale: D of every weight.
+        zero: z of every weight.
+        fmt: Storage format.
+        hessian: H, float64.
+    """
+    # The most active input first: its error can be spread over all others.
+    order = hessian.diagonal().argsort(descending=True)
+    factor = inverse_cholesky_factor(hessian[order][:, order]).to(weight.dtype)
+
+    # The codes come back in the order of the columns of the weight.
+    remaining, scale, zero = weight[:, order], scale[:, order], zero[:, order]
+    codes = torch.empty_like(remaining)
+    codes[:, order] = round_columns_(remaining, scale, zero, fmt, factor, len(order))
+    return codes
+
+
+def inverse_cholesky_factor(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """Return U, the upper Cholesky factor of H^-1: U^T U = H^-1."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def round_columns_(
+    remaining: Float[Tensor, "out in"],
+    scale: Float[Tensor, "out in"],
+    zero: Float[Tensor, "out in"],
+    fmt: WeightFormat,
+    factor: Float[Tensor, "in in"],
+    columns: int,
+) -> Float[Tensor, "out in"]:
+    """Return the codes of the leading columns; those behind them take over the errors, in place.
+
+    Args:
+        remaining: W*, its columns in the order of rounding.
+        scale: D of every weight, in that order.
+        zero: z of every weight.
+        fmt: Storage format.
+        factor: U, the upper Cholesky factor of H^-1.
+        columns: How many to round; fewer than all only to measure what one costs.
+    """
+    codes = torch.empty_like(remaining)
+    for begin in range(0, columns, COLUMN_BLOCK):
+        # Within a block of columns, errors are passed on at once.
+        end = min(begin + COLUMN_BLOCK, columns)
+        errors = []
+        for j in range(begin, end):
+            codes[:, j] = nearest_codes(remaining[:, j], scale[:, j], zero[:, j], fmt)
+            value = simulate_storage((codes[:, j] - zero[:, j]) * scale[:, j], fmt)
+            errors.append((remaining[:, j] - value) / factor[j, j])
+            remaining[:, j + 1 : end] -= torch.outer(errors[-1], factor[j, j + 1 : end])
+
+        # The columns behind the block get the errors of the whole block in one product.
+        remaining[:, end:] -= torch.stack(errors, dim=1) @ factor[begin:end, end:]
+    return codes
+
+
+def refit_scales(
+    levels: Float[Tensor, "out groups g"],
+    scale: Float[Tensor, "out groups"],
+    target: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+) -> Float[Tensor, "out groups"]:
+    """Return the scales D of each row that minimise (t - D c) H (t - D c)^T, with the levels c held.
+
+    Args:
+        levels: q - z of every weight, by group.
+        scale: D so far; kept where the best one is not within a factor of two.
+        target: W*, of which t is a row.
+        hessian: H, in the type to solve in.
+    """
+    # What each group's levels contribute, seen through H: [out, groups, in].
+    groups, group_size = levels.shape[1:]
+    c = levels.to(hessian.dtype)
+    through = torch.einsum("ogi,gik->ogk", c, hessian.view(groups, group_size, -1))
+
+    # The normal equations of each row. A group whose levels are all zero has no equation; one of its own
+    # keeps its scale.
+    normal = torch.einsum("ogpi,opi->ogp", through.unflatten(-1, (groups, group_size)), c)
+    wanted = torch.einsum("ogk,ok->og", through, target.to(hessian.dtype))
+    empty = torch.diag_embed((normal.diagonal(dim1=-2, dim2=-1) == 0).to(hessian.dtype))
+    best = torch.linalg.solve(normal + empty, wanted).to(scale.dtype)
+
+    # A scale that changes more than that belongs to codes that are far from the best ones.
+    return torch.where((best > scale / 2) & (best < scale * 2), best, scale)
+
+
+def coordinate_descent_sweep(
+    codes: Float[Tensor, "out in"],
+    scale: Float[Tensor, "out in"],
+    zero: Float[Tensor, "out in"],
+    fmt: WeightFormat,
+    target: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+) -> Float[Tensor, "out in"]:
+    """Return codes after one sweep over the columns, each code the best one with all others held.
+
+    Args:
+        codes: Codes so far.
+        scale: D of every weight.
+        zero: z of every weight.
+        fmt: Storage format.
+        target: W*.
+        hessian: H, in the type of ``target``.
+    """
+    order = hessian.diagonal().argsort(descending=True)
+    slope = ((target - (codes - zero) * scale) @ hessian)[:, order]
+
+    # Columns are put in the order of the sweep on the device, so that the host need not know it.
+    codes, scale, zero = codes[:, order], scale[:, order], zero[:, order]
+    hessian = hessian[order][:, order]
+    sweep_columns_(codes, slope, scale, zero, fmt, hessian, len(order))
+    result = torch.empty_like(codes)
+    result[:, order] = codes
+    return result
+
+
+def sweep_columns_(
+    codes: Float[Tensor, "out in"],
+    slope: Float[Tensor, "out in"],
+    scale: Float[Tensor, "out in"],
+    zero: Float[Tensor, "out in"],
+    fmt: WeightFormat,
+    hessian: Float[Tensor, "in in"],
+    columns: int,
+) -> None:
+    """Give the leading columns their best codes, one after the other, in place.
+
+    Args:
+        codes: Codes so far, columns in the order of the sweep; so are the others.
+        slope: (W* - W^) H, kept up to date.
+        scale: D of every weight.
+        zero: z of every weight.
+        fmt: Storage format.
+        hessian: H.
+        columns: How many to visit; fewer than all only to measure what one costs.
+    """
+    for j in range(columns):
+        value = (codes[:, j] - zero[:, j]) * scale[:, j]
+        best = nearest_codes(value + slope[:, j] / hessian[j, j], scale[:, j], zero[:, j], fmt)
+        slope -= torch.outer((best - codes[:, j]) * scale[:, j], hessian[j])
+        codes[:, j] = best

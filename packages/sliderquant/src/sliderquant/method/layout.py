@@ -1,4 +1,4 @@
-"""What the method must know of a decoder block: which parameters do what, without any host library.
+"""What the method must know of a decoder block: which parameter does what, without any host library.
 
 A block is a mapping from parameter names to tensors. Linear weights are [out, in], those of experts
 [experts, out, in]; biases, norm gains and router weights stand beside them.
@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-FACTOR_FLOOR = 1e-2  # |alpha| is kept above this, with its sign
-ROWS, COLUMNS = -2, -1
+SMALLEST_FACTOR = 1e-2  # |alpha| is kept at this or above, with its sign
+ROWS, COLUMNS = -2, -1  # axes of a linear weight: its outputs, its inputs
+WEIGHT_SUFFIX = ".weight"  # what a linear layer's name lacks of the name of its weight
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Touch:
-    """What one channel scaling does to one parameter.
+class ScaledParameter:
+    """What the channel scaling at one site does to one parameter.
 
     Attributes:
         name: Parameter.
@@ -35,18 +36,18 @@ class Touch:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Site:
-    """A place where scaling by alpha and dividing by it cancel.
+class ScalingSite:
+    """A place in a block where multiplying channels by alpha and dividing them by it cancel.
 
     Attributes:
         name: Such as "norm -> qkv".
         size: Entries of alpha.
-        touches: Parameters that take part.
+        parameters: What happens to each parameter that takes part.
     """
 
     name: str
     size: int
-    touches: tuple[Touch, ...]
+    parameters: tuple[ScaledParameter, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,12 +62,12 @@ class BlockLayout:
         values: (weight or bias, first row, rows) of the value projection.
         outputs: Weights whose columns read the concatenated heads.
         head_dim: Features of a head.
-        gain_offset: See ``Touch.offset``.
+        gain_offset: See ``ScaledParameter.offset``.
         output_norms: Norms between a writer and the residual stream; they forbid rotating it.
     """
 
     linears: tuple[str, ...]
-    sites: tuple[Site, ...]
+    sites: tuple[ScalingSite, ...]
     readers: Mapping[str, tuple[str, ...]]
     writers: tuple[str, ...]
     values: tuple[tuple[str, int, int], ...]
@@ -76,22 +77,67 @@ class BlockLayout:
     output_norms: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerGroup:
+    """Linear layers that read the same input.
+
+    Attributes:
+        weights: Names of their weights.
+        target_module: Where their output should equal the full-precision model's: the input of this
+            module of the block, the output of the block if empty, the layers' own output if ``None``.
+    """
+
+    weights: tuple[str, ...]
+    target_module: str | None
+
+
+def layer_groups(layout: BlockLayout) -> list[LayerGroup]:
+    """Return the linear layers of a block in computing order; fused experts are left out.
+
+    The layers that read a norm come before the layer that writes to the residual stream. The writer aims
+    at the stream itself, unless a norm stands between them (Gemma): then it aims at its own output.
+    """
+    (_, attention), (mlp_norm, mlp) = layout.readers.items()
+    output, down = layout.writers[:2]
+
+    # Behind the attention the stream is what the second norm reads; behind the MLP it is the result.
+    behind_attention, behind_mlp = mlp_norm.removesuffix(WEIGHT_SUFFIX), ""
+    if layout.output_norms:
+        behind_attention = behind_mlp = None
+    readers_and_writers = (
+        (attention, None),
+        ((output,), behind_attention),
+        (mlp, None),
+        ((down,), behind_mlp),
+    )
+
+    # Routers are not quantized, and fused experts have no weight of a linear layer.
+    quantized = [name for name in layout.linears if name.endswith(WEIGHT_SUFFIX)]
+    groups = [
+        LayerGroup(weights=tuple(n for n in names if n in quantized), target_module=target)
+        for names, target in readers_and_writers
+    ]
+    return [group for group in groups if group.weights]
+
+
 def clamp_factor(factor: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Keep |alpha| at 1e-2 or more, with its sign; the gradient passes unchanged."""
+    """Keep |alpha| at 0.01 or more, with its sign; the gradient passes unchanged."""
     sign = torch.where(factor < 0, -1.0, 1.0)
-    kept = torch.where(factor.abs() < FACTOR_FLOOR, sign * FACTOR_FLOOR, factor)
-    return factor + (kept - factor).detach()
+    clamped = torch.where(factor.abs() < SMALLEST_FACTOR, sign * SMALLEST_FACTOR, factor)
+    return factor + (clamped - factor).detach()
 
 
 def scale_channels(
-    tensors: Mapping[str, Tensor], sites: Sequence[Site], factors: Sequence[Float[Tensor, " n"]]
+    tensors: Mapping[str, Tensor],
+    sites: Sequence[ScalingSite],
+    factors: Sequence[Float[Tensor, " n"]],
 ) -> dict[str, Tensor]:
     """Apply channel scalings; the block computes the same function in exact arithmetic.
 
     Args:
         tensors: The block's parameters, floating point.
-        sites: Places.
-        factors: alpha of each site, one entry per ``Site.size``.
+        sites: Places where scaling cancels.
+        factors: alpha of each site, one entry per ``ScalingSite.size``.
 
     Returns:
         The parameters that changed; gradients flow to ``factors``.
@@ -100,15 +146,19 @@ def scale_channels(
     for site, factor in zip(sites, factors, strict=True):
         # The 1 at the end is what index -1 picks.
         padded = torch.cat([clamp_factor(factor), factor.new_ones(1)])
-        for touch in site.touches:
-            multiplier = padded[touch.index]
-            if touch.inverse:
+
+        for parameter in site.parameters:
+            # One multiplier per row or column.
+            multiplier = padded[parameter.index]
+            if parameter.inverse:
                 multiplier = 1 / multiplier
-            value = changed.get(touch.name, tensors[touch.name])
-            if value.ndim > 1 and touch.axis == ROWS:
+
+            # A parameter may take part in two sites: the second starts from the first one's result.
+            value = changed.get(parameter.name, tensors[parameter.name])
+            if value.ndim > 1 and parameter.axis == ROWS:
                 multiplier = multiplier.unsqueeze(-1)
-            if touch.offset:
-                changed[touch.name] = (value + touch.offset) * multiplier - touch.offset
+            if parameter.offset:
+                changed[parameter.name] = (value + parameter.offset) * multiplier - parameter.offset
             else:
-                changed[touch.name] = value * multiplier
+                changed[parameter.name] = value * multiplier
     return changed

@@ -1,9 +1,9 @@
 """What calibration trains in a block: channel scaling, a low-rank correction, a clipping range.
 
 Paper: "SliderQuant" (ICLR 2026, arXiv 2603.25284), learnable parameters; clipping as in the authors'
-code. Frozen weight W [out, in]; W~ = scaled(W) + B A / r is what gets rounded, so nothing of it remains
-at inference. A: [r, in], B: [out, r], u and l: one logit per row and group. Experts carry a leading axis
-[experts] on all of them.
+code. With the frozen weight W [out, in], W~ = scaled(W) + B A / r is what gets rounded, so nothing of it
+remains at inference. A: [r, in], B: [out, r], u and l: one logit per row and group. Experts carry a
+leading axis [experts] on all of them.
 """
 
 import math
@@ -14,18 +14,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sliderquant.method.layout import Site, scale_channels
+from sliderquant.method.layout import ScalingSite, scale_channels
 from sliderquant.method.quantizer import (
-    LOGIT_INIT,
+    INITIAL_LOGIT,
     QuantizedWeight,
     WeightFormat,
     fake_quantize,
-    stored,
+    simulate_storage,
 )
 
 UNQUANTIZED_BITS = 16
-PIECE = 2**17
-OPEN_LOGIT = 50.0  # its sigmoid is exactly one in float32
+WEIGHTS_PER_PIECE = 2**17  # weights that are simulated at a time where memory is short
+OPEN_LOGIT = 50.0  # its sigmoid is exactly one in float32: no clipping
 
 
 class LinearLearnables(nn.Module):
@@ -47,17 +47,19 @@ class LinearLearnables(nn.Module):
         self.rank = rank
         *experts, out_features, in_features = shape
         groups = in_features // fmt.columns_per_group(in_features)
+
         # Kaiming-uniform with a = sqrt(5), torch's own default for nn.Linear.
         bound = 1 / math.sqrt(in_features)
         a = torch.empty(*experts, rank, in_features).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(a)
         self.lora_b = nn.Parameter(torch.zeros(*experts, out_features, rank))
-        self.upper = nn.Parameter(torch.full((*experts, out_features, groups), LOGIT_INIT))
-        self.lower = nn.Parameter(torch.full((*experts, out_features, groups), LOGIT_INIT))
-        # Codes that were decided otherwise, see ``error_compensation``; then nothing here is trained.
-        self.rounded: QuantizedWeight | None = None
+        self.upper = nn.Parameter(torch.full((*experts, out_features, groups), INITIAL_LOGIT))
+        self.lower = nn.Parameter(torch.full((*experts, out_features, groups), INITIAL_LOGIT))
 
-    def corrected(self, weight: Float[Tensor, "*experts out in"]) -> Tensor:
+        # The weight as ``error_compensation`` rounded it; then nothing here is trained.
+        self.closed_form: QuantizedWeight | None = None
+
+    def add_correction(self, weight: Float[Tensor, "*experts out in"]) -> Tensor:
         """Return W~ = W + B A / r in float32; W itself if the format keeps full precision."""
         if self.fmt.bits == UNQUANTIZED_BITS:
             return weight
@@ -67,50 +69,19 @@ class LinearLearnables(nn.Module):
         """Return the simulated weight at intra-layer ratio ``ratio``, in float32."""
         if self.fmt.bits == UNQUANTIZED_BITS:
             return weight
-        if self.rounded is not None:
-            return self.rounded.to(weight.device).dequantize().to(self.lora_b.dtype)
-        return fake_quantize(self.corrected(weight), self.fmt, self.upper, self.lower, ratio)
+        if self.closed_form is not None:
+            return self.closed_form.to(weight.device).dequantize().to(self.lora_b.dtype)
+        return fake_quantize(self.add_correction(weight), self.fmt, self.upper, self.lower, ratio)
 
-    def lean(self, weight: Float[Tensor, "*experts out in"], ratio: float) -> Tensor:
+    def forward_in_pieces(self, weight: Float[Tensor, "*experts out in"], ratio: float) -> Tensor:
         """Return what ``forward`` does, keeping nothing of the weight's size for the backward pass."""
         if self.fmt.bits == UNQUANTIZED_BITS:
             return weight
         trained = (self.lora_a, self.lora_b, self.upper, self.lower)
-        return _RowByRow.apply(self.fmt, ratio, weight, *trained)
+        return _SimulationInPieces.apply(self.fmt, ratio, weight, *trained)
 
 
-def _pieces(shape: Sequence[int]) -> Iterator[tuple[Any, ...]]:
-    """Yield indices of row blocks of about a hundred thousand weights, never of two experts."""
-    *experts, rows, columns = shape
-    step = max(1, PIECE // columns)
-    for expert in range(experts[0]) if experts else [None]:
-        for first in range(0, rows, step):
-            block = slice(first, first + step)
-            yield (block,) if expert is None else (expert, block)
-
-
-def _cut(tensors: Sequence[Tensor | None], index: tuple[Any, ...]) -> list[Tensor | None]:
-    """Return the views of (weight, A, B, u, l) that belong to a piece; all its rows share A."""
-    expert = index[:-1]
-    return [
-        None if t is None else t[expert] if position == 1 else t[index]
-        for position, t in enumerate(tensors)
-    ]
-
-
-def _simulated_piece(
-    fmt: WeightFormat,
-    ratio: float,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    upper: Tensor,
-    lower: Tensor,
-) -> Tensor:
-    return fake_quantize(weight + b @ a / a.shape[0], fmt, upper, lower, ratio)
-
-
-class _RowByRow(torch.autograd.Function):
+class _SimulationInPieces(torch.autograd.Function):
     """Simulates a weight a few rows at a time, and computes them again for the gradient.
 
     Rows do not depend on each other, so a piece is exact. The temporaries of autograd, about six times
@@ -124,30 +95,69 @@ class _RowByRow(torch.autograd.Function):
         weight = tensors[0]
         result = torch.empty_like(weight)
         for index in _pieces(weight.shape):
-            result[index] = _simulated_piece(fmt, ratio, *_cut(tensors, index))
+            result[index] = _simulate_piece(fmt, ratio, *_views_of_piece(tensors, index))
         return result
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        # One gradient for the weight, A, B, u and l, where it is asked for.
         tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[2:]
         gradients = [
-            torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)
+            torch.zeros_like(tensor) if is_needed else None
+            for tensor, is_needed in zip(tensors, needed, strict=True)
         ]
+
         for index in _pieces(tensors[0].shape):
-            parts = [
-                part.detach().requires_grad_(w)
-                for part, w in zip(_cut(tensors, index), wanted, strict=True)
+            # Compute the piece again, this time with a graph.
+            views = [
+                view.detach().requires_grad_(is_needed)
+                for view, is_needed in zip(_views_of_piece(tensors, index), needed, strict=True)
             ]
             with torch.enable_grad():
-                piece = _simulated_piece(ctx.fmt, ctx.ratio, *parts)
-            found = iter(
-                torch.autograd.grad(piece, [p for p in parts if p.requires_grad], outputs[0][index])
-            )
-            for target in _cut(gradients, index):
-                if target is not None:
-                    target += next(found)
+                piece = _simulate_piece(ctx.fmt, ctx.ratio, *views)
+
+            # Add its gradients up; A belongs to all pieces of an expert.
+            leaves = [view for view in views if view.requires_grad]
+            of_piece = iter(torch.autograd.grad(piece, leaves, outputs[0][index]))
+            for gradient in _views_of_piece(gradients, index):
+                if gradient is not None:
+                    gradient += next(of_piece)
         return (None, None, *gradients)
+
+
+def _pieces(shape: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+    """Yield indices of row blocks of about a hundred thousand weights, never of two experts."""
+    *experts, rows, columns = shape
+    rows_per_piece = max(1, WEIGHTS_PER_PIECE // columns)
+    for expert in range(experts[0]) if experts else [None]:
+        for first in range(0, rows, rows_per_piece):
+            block = slice(first, first + rows_per_piece)
+            yield (block,) if expert is None else (expert, block)
+
+
+def _views_of_piece(
+    tensors: Sequence[Tensor | None], index: tuple[Any, ...]
+) -> list[Tensor | None]:
+    """Return the views of (weight, A, B, u, l) that belong to a piece; all its rows share A."""
+    expert = index[:-1]
+    return [
+        None if tensor is None else tensor[expert] if position == 1 else tensor[index]
+        for position, tensor in enumerate(tensors)
+    ]
+
+
+def _simulate_piece(
+    fmt: WeightFormat,
+    ratio: float,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+) -> Tensor:
+    """Return some rows of the simulated weight, from the same rows of what it is made of."""
+    return fake_quantize(weight + b @ a / a.shape[0], fmt, upper, lower, ratio)
 
 
 class BlockLearnables(nn.Module):
@@ -168,12 +178,14 @@ class BlockLearnables(nn.Module):
         fmt: WeightFormat,
         rank: int,
         generator: torch.Generator,
-        sites: Sequence[Site] = (),
+        sites: Sequence[ScalingSite] = (),
         clipping: bool = True,
     ) -> None:
         super().__init__()
         self.fmt = fmt
         self.clipping = clipping
+
+        # Of each linear layer: its correction and its clipping range.
         self.names = tuple(weights)
         self.linears = nn.ModuleList(
             LinearLearnables(weight.shape, fmt, rank, generator) for weight in weights.values()
@@ -182,11 +194,16 @@ class BlockLearnables(nn.Module):
             for linear in self.linears:
                 nn.init.constant_(linear.upper, OPEN_LOGIT)
                 nn.init.constant_(linear.lower, OPEN_LOGIT)
+
+        # Of each site: the factors of its channels.
         self.sites = tuple(sites)
         self.factors = nn.ParameterList(torch.ones(site.size) for site in sites)
+
+        # Which experts see enough tokens to be trained; ``None`` for all, or without experts.
         self.trained_experts: Bool[Tensor, " experts"] | None = None
-        # Simulating a weight leaves about six copies of it for the backward pass; recomputed instead
-        # for models of which a window would not fit.
+
+        # Simulating a weight leaves about six copies of it for the backward pass; it is recomputed
+        # instead for models of which a window would not fit.
         self.recompute = False
 
     def forward(self, tensors: Mapping[str, Tensor], ratio: float = 1.0) -> dict[str, Tensor]:
@@ -198,41 +215,41 @@ class BlockLearnables(nn.Module):
         """
         scaled = scale_channels(tensors, self.sites, list(self.factors))
         # Scaled gains and biases are stored in the checkpoint's type; simulate that too.
-        simulated = {name: stored(value, self.fmt) for name, value in scaled.items()}
+        simulated = {name: simulate_storage(value, self.fmt) for name, value in scaled.items()}
         for name, linear in zip(self.names, self.linears, strict=True):
             weight = scaled.get(name, tensors[name])
             if self.recompute and torch.is_grad_enabled():
-                simulated[name] = linear.lean(weight, ratio)
+                simulated[name] = linear.forward_in_pieces(weight, ratio)
             else:
                 simulated[name] = linear(weight, ratio)
         return simulated
 
     @torch.no_grad()
-    def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def merge(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parameters that changed, before rounding: W~ and scaled gains and biases.
 
-        Weights whose codes were decided in closed form have no correction.
+        Weights whose codes were solved in closed form have no correction.
         """
-        scaled = scale_channels(tensors, self.sites, list(self.factors))
+        merged = scale_channels(tensors, self.sites, list(self.factors))
         for name, linear in zip(self.names, self.linears, strict=True):
-            if linear.rounded is None:
-                scaled[name] = linear.corrected(scaled.get(name, tensors[name]))
-        return scaled
+            if linear.closed_form is None:
+                merged[name] = linear.add_correction(merged.get(name, tensors[name]))
+        return merged
 
     def linear(self, name: str) -> LinearLearnables:
         """Return what is trained for one weight."""
         return self.linears[self.names.index(name)]
 
-    def codes_to(self, device: torch.device | str) -> None:
-        """Keep the codes that were decided in closed form on a device."""
+    def move_codes(self, device: torch.device | str) -> None:
+        """Keep the weights that were solved in closed form on a device."""
         for linear in self.linears:
-            if linear.rounded is not None:
-                linear.rounded = linear.rounded.to(device)
+            if linear.closed_form is not None:
+                linear.closed_form = linear.closed_form.to(device)
 
     def forget_codes(self) -> None:
-        """Free the codes that were decided in closed form."""
+        """Free the weights that were solved in closed form."""
         for linear in self.linears:
-            linear.rounded = None
+            linear.closed_form = None
 
     def parameter_groups(self, lr_lora: float, lr_lwc: float, lr_scale: float = 0.0) -> list[dict]:
         """Return the optimizer's groups: corrections, clipping logits and factors, with their rates."""
@@ -248,7 +265,7 @@ class BlockLearnables(nn.Module):
         return groups
 
     def mask_gradients_(self) -> None:
-        """Zero the gradients of experts that saw too few tokens: they stay as they were made."""
+        """Zero the gradients of experts that saw too few tokens: they keep their initial values."""
         if self.trained_experts is None:
             return
         for linear in self.linears:

@@ -23,17 +23,26 @@ def perplexity(
 
     Raises:
         NonFiniteError: If the model's outputs are not finite.
+
+    Example:
+        >>> uniform = lambda tokens: torch.zeros(*tokens.shape, 100)
+        >>> round(perplexity(uniform, [torch.arange(8)[None]]))
+        100
     """
+    # The mean over each chunk, so that chunks weigh alike.
     losses = []
     for tokens in batches:
         predicted = logits(tokens)[:, :-1].float()
         losses += torch.nn.functional.cross_entropy(
             predicted.transpose(1, 2), tokens[:, 1:].to(predicted.device), reduction="none"
         ).mean(dim=1)
-    # On the host, because not every device knows float64.
+
+    # The mean over chunks; on the host, because not every device knows float64.
     mean = torch.stack(losses).cpu().double().mean().item()
     if not math.isfinite(mean):
         raise NonFiniteError("the model's cross-entropy is not finite; its weights are damaged")
+
+    # A mean that is finite may still be too large for its exponential.
     try:
         return math.exp(mean)
     except OverflowError:

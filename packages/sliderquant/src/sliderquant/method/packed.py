@@ -31,20 +31,21 @@ class PackedWeight(nn.Module):
     Args:
         shape: [out, in], or [experts, out, in].
         fmt: Storage format.
-        device: Where the (empty) tensors are made.
+        device: Where the (empty) tensors are created.
     """
 
     def __init__(
         self, shape: torch.Size, fmt: WeightFormat, device: torch.device | str = "meta"
     ) -> None:
         super().__init__()
+        self.shape, self.fmt = shape, fmt
         *experts, rows, columns = shape
         groups = columns // fmt.columns_per_group(columns)
-        self.shape, self.fmt = shape, fmt
 
         def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(*experts, *size, dtype=dtype, device=device)
 
+        # Buffers, because no gradient flows to them.
         self.register_buffer("weight_packed", empty(rows, words(columns, fmt.bits)))
         self.register_buffer("weight_scale", empty(rows, groups, dtype=fmt.dtype))
         zero = None if fmt.sym else empty(words(rows, fmt.bits), groups)
@@ -55,7 +56,7 @@ class PackedWeight(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "*experts out in"]:
-        """The dequantized weight, made anew at every access."""
+        """The dequantized weight, computed anew at every access."""
         return unpacked_weight(
             self.get_buffer("weight_packed"),
             self.get_buffer("weight_scale"),
@@ -89,6 +90,8 @@ class PackedLinear(PackedWeight):
         """Dequantize and multiply."""
         packed, scale = self.get_buffer("weight_packed"), self.get_buffer("weight_scale")
         zero = self._buffers["weight_zero_point"]
+
+        # Few rows, as in decoding: the kernel multiplies without writing the weight out.
         if self.kernel:
             from sliderquant.kernels.packed_gemv import BITS, ROWS, packed_gemv
 
@@ -97,6 +100,7 @@ class PackedLinear(PackedWeight):
                 y = packed_gemv(rows, packed, scale, zero, self.fmt.bits)
                 y = y if self.bias is None else y + self.bias
                 return y.view(*x.shape[:-1], self.out_features)
+
         return packed_linear(x, packed, scale, zero, self.bias, self.fmt)
 
 
@@ -114,5 +118,5 @@ def pack_parameter_(module: nn.Module, name: str, fmt: WeightFormat) -> None:
     def read(self: nn.Module) -> Tensor:
         return self._modules[name].weight  # pyright: ignore[reportOptionalMemberAccess, reportReturnType]
 
-    kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {name: property(read)})
+    own_class = type(module)
+    module.__class__ = type(own_class.__name__, (own_class,), {name: property(read)})

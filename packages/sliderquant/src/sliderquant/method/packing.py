@@ -13,13 +13,14 @@ from torch import Tensor
 
 from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
 
-WORD = 32
+WORD_BITS = 32
+# Suffixes of the stored tensors, those of compressed-tensors.
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 
 
 def words(count: int, bits: int) -> int:
     """Return how many 32-bit words hold ``count`` codes of ``bits`` bits."""
-    return -(-count * bits // WORD)
+    return -(-count * bits // WORD_BITS)
 
 
 def pack_bits(codes: Int[Tensor, "*rows n"], bits: int) -> Int[Tensor, "*rows w"]:
@@ -31,43 +32,53 @@ def pack_bits(codes: Int[Tensor, "*rows n"], bits: int) -> Int[Tensor, "*rows w"
 
     Returns:
         int32, ``words(n, bits)`` per row.
+
+    Example:
+        >>> pack_bits(torch.tensor([[3, 0, 2, 1]]), bits=2)  # 3 + 0 * 4 + 2 * 16 + 1 * 64
+        tensor([[99]], dtype=torch.int32)
     """
+    # The pattern of codes and words repeats after so many codes.
     count = codes.shape[-1]
-    period = WORD // _gcd(bits)  # codes after which the pattern of words repeats
+    period = WORD_BITS // _gcd(bits)
     padded = torch.nn.functional.pad(codes, (0, -count % period)).unflatten(-1, (-1, period))
-    made = codes.new_zeros((*padded.shape[:-1], period * bits // WORD), dtype=torch.int64)
+    packed = codes.new_zeros((*padded.shape[:-1], period * bits // WORD_BITS), dtype=torch.int64)
+
+    # Each code of the period goes to its place in its word, and where it straddles, in the next one.
     for k in range(period):
-        word, offset = divmod(k * bits, WORD)
+        word, offset = divmod(k * bits, WORD_BITS)
         shifted = padded[..., k].long() << offset
-        made[..., word] |= shifted & 0xFFFFFFFF
-        if offset + bits > WORD:
-            made[..., word + 1] |= shifted >> WORD
+        packed[..., word] |= shifted & 0xFFFFFFFF
+        if offset + bits > WORD_BITS:
+            packed[..., word + 1] |= shifted >> WORD_BITS
+
     # The 33rd bit and above are gone; values from 2^31 on wrap to negative int32.
-    return made.flatten(-2)[..., : words(count, bits)].to(torch.int32)
+    return packed.flatten(-2)[..., : words(count, bits)].to(torch.int32)
 
 
 def unpack_bits(packed: Int[Tensor, "*rows w"], bits: int, count: int) -> Int[Tensor, "*rows n"]:
     """Return the first ``count`` unsigned codes of every row, int16: the inverse of ``pack_bits``."""
     mask = 2**bits - 1
-    if WORD % bits == 0:
-        shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=packed.device)
-        # The shift repeats the sign bit; the mask takes it away again.
-        made = (packed.unsqueeze(-1) >> shifts) & mask
+    if WORD_BITS % bits == 0:
+        # Every word holds whole codes. The shift repeats the sign bit; the mask takes it away again.
+        shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=packed.device)
+        codes = (packed.unsqueeze(-1) >> shifts) & mask
     else:
-        period = WORD // _gcd(bits)
-        per_period = period * bits // WORD
-        padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % per_period + 1))
-        low = padded.long() & 0xFFFFFFFF
         # Every word with its successor behind it, so that no code straddles.
-        pairs = (low[..., :-1] | low[..., 1:] << WORD).unflatten(-1, (-1, per_period))
+        period = WORD_BITS // _gcd(bits)
+        words_per_period = period * bits // WORD_BITS
+        padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % words_per_period + 1))
+        unsigned = padded.long() & 0xFFFFFFFF
+        pairs = unsigned[..., :-1] | unsigned[..., 1:] << WORD_BITS
+        pairs = pairs.unflatten(-1, (-1, words_per_period))
+
         start = torch.arange(period, device=packed.device) * bits
-        made = (pairs[..., start // WORD] >> start % WORD) & mask
-    return made.flatten(-2)[..., :count].to(torch.int16)
+        codes = (pairs[..., start // WORD_BITS] >> start % WORD_BITS) & mask
+    return codes.flatten(-2)[..., :count].to(torch.int16)
 
 
 def _gcd(bits: int) -> int:
     """Greatest common divisor of ``bits`` and the word size, a power of two."""
-    return bits & -bits if bits < WORD else WORD
+    return bits & -bits if bits < WORD_BITS else WORD_BITS
 
 
 def packed_tensors(weight: QuantizedWeight) -> dict[str, Shaped[Tensor, "..."]]:
@@ -80,7 +91,7 @@ def packed_tensors(weight: QuantizedWeight) -> dict[str, Shaped[Tensor, "..."]]:
     low, _ = weight.fmt.code_range
     tensors = {
         PACKED: pack_bits(weight.codes - low, weight.fmt.bits),
-        SCALE: weight.step,
+        SCALE: weight.scale,
         SHAPE: torch.tensor(weight.codes.shape),
     }
     if weight.zero is not None:
@@ -99,7 +110,7 @@ def unpacked_weight(
     low, _ = fmt.code_range
     return QuantizedWeight(
         codes=unpack_bits(packed, fmt.bits, columns) + low,
-        step=scale,
+        scale=scale,
         zero=None if zero is None else unpack_bits(zero.mT, fmt.bits, scale.shape[-2]).mT + low,
         fmt=fmt,
     )

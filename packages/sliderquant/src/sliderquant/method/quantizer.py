@@ -1,9 +1,9 @@
 """Uniform weight quantizers with learnable clipping.
 
 Paper: "SliderQuant" (ICLR 2026, arXiv 2603.25284); the quantizer and its clipping follow OmniQuant, as
-the authors' code does. Symbols: W weight [out, in], b bits, g columns per group, D step (scale), z zero
-point, u and l clipping logits. Weights are seen as [out, groups, g]; per-row scales are one group.
-Unlike the released code, the range always holds zero, so that every grid can be stored.
+the authors' code does. Symbols: W weight [out, in], b bits, g columns per group, D scale, z zero point,
+u and l clipping logits. Weights are seen as [out, groups, g]; a row with one scale is one group. Unlike
+in the released code, the range always holds zero, so that every grid can be stored.
 """
 
 import math
@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-STEP_FLOOR = 1e-5  # keeps W / D finite for rows that are all zero
-STEP_CEILING = 1e4
-LOGIT_INIT = 4.0  # sigmoid(4) = 0.982: clipping starts almost open
+SMALLEST_SCALE = 1e-5  # keeps W / D finite for rows that are all zero
+LARGEST_SCALE = 1e4
+INITIAL_LOGIT = 4.0  # sigmoid(4) = 0.982: clipping starts almost open
+BYTE_BITS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +27,15 @@ class WeightFormat:
         bits: Bits per code (b), 2 to 8.
         group_size: Input columns per scale (g); ``None`` for one scale per output row.
         sym: Signed codes without zero point.
-        dtype: Type of the stored step and of the dequantized weight; codes are computed from the
-            stored step, so that what is simulated is what is stored.
+        dtype: Type of the stored scale and of the dequantized weight. Codes are computed from the
+            stored scale, so that what is simulated is what is stored.
+
+    Example:
+        >>> fmt = WeightFormat(bits=2, group_size=64, sym=False, dtype=torch.bfloat16)
+        >>> fmt.code_range
+        (0, 3)
+        >>> fmt.bits_per_weight(columns=4096)
+        2.28125
     """
 
     bits: int
@@ -47,8 +55,8 @@ class WeightFormat:
 
     def bits_per_weight(self, columns: int) -> float:
         """Return the stored bits per weight of a row of ``columns``: codes, scales, zero points."""
-        side = 8 * self.dtype.itemsize + (0 if self.sym else self.bits)
-        return self.bits + side / self.columns_per_group(columns)
+        bits_per_group = BYTE_BITS * self.dtype.itemsize + (0 if self.sym else self.bits)
+        return self.bits + bits_per_group / self.columns_per_group(columns)
 
 
 def straight_through(exact: Tensor, approximate: Tensor) -> Tensor:
@@ -61,7 +69,7 @@ def round_ste(x: Tensor) -> Tensor:
     return straight_through(x, x.round())
 
 
-def stored(x: Tensor, fmt: WeightFormat) -> Tensor:
+def simulate_storage(x: Tensor, fmt: WeightFormat) -> Tensor:
     """Return ``x`` as it reads back after being stored in ``fmt.dtype``; the gradient passes."""
     return x if fmt.dtype == x.dtype else straight_through(x, x.to(fmt.dtype).to(x.dtype))
 
@@ -72,11 +80,11 @@ def quantization_grid(
     upper: Float[Tensor, "*out groups 1"] | None = None,
     lower: Float[Tensor, "*out groups 1"] | None = None,
 ) -> tuple[Float[Tensor, "*out groups 1"], Float[Tensor, "*out groups 1"]]:
-    """Return step and zero point of every group.
+    """Return scale and zero point of every group.
 
     The range is [s(l) min(W, 0), s(u) max(W, 0)] with s the sigmoid. Asymmetric:
     D = (hi - lo) / (2^b - 1), z = round(-lo / D). Symmetric: D = max(hi, -lo) / ((2^b - 1) / 2), z = 0.
-    The step is rounded to its stored type first and everything else follows from it.
+    The scale is rounded to its stored type first and everything else follows from it.
 
     Args:
         weight: Weight in groups, floating point.
@@ -88,24 +96,28 @@ def quantization_grid(
         D (gradient flows to ``weight``, ``upper`` and ``lower``) and z (no gradient), in the dtype of
         ``weight``.
     """
+    # The clipped range always holds zero.
     high = weight.amax(dim=-1, keepdim=True).clamp(min=0)
     low = weight.amin(dim=-1, keepdim=True).clamp(max=0)
     if upper is not None:
         high = torch.sigmoid(upper) * high
     if lower is not None:
         low = torch.sigmoid(lower) * low
-    levels = 2**fmt.bits - 1
-    step = torch.maximum(high, -low) / (levels / 2) if fmt.sym else (high - low) / levels
-    step = step.clamp(STEP_FLOOR, STEP_CEILING)
-    step = stored(step, fmt)
+
+    # The scale spreads all codes over the range.
+    intervals = 2**fmt.bits - 1
+    scale = torch.maximum(high, -low) / (intervals / 2) if fmt.sym else (high - low) / intervals
+    scale = simulate_storage(scale.clamp(SMALLEST_SCALE, LARGEST_SCALE), fmt)
+
+    # The zero point is the code that stands for zero.
     if fmt.sym:
-        return step, torch.zeros_like(step)
-    return step, (-low / step).round().clamp(*fmt.code_range).detach()
+        return scale, torch.zeros_like(scale)
+    return scale, (-low / scale).round().clamp(*fmt.code_range).detach()
 
 
-def codes(
+def nearest_codes(
     weight: Float[Tensor, "*out groups g"],
-    step: Float[Tensor, "*out groups 1"],
+    scale: Float[Tensor, "*out groups 1"],
     zero: Float[Tensor, "*out groups 1"],
     fmt: WeightFormat,
 ) -> Float[Tensor, "*out groups g"]:
@@ -114,10 +126,10 @@ def codes(
     The rounding passes the gradient on; a weight outside the grid gets none.
     """
     low, high = fmt.code_range
-    code = round_ste(weight / step) + zero
+    codes = round_ste(weight / scale) + zero
     # Not clamp: its gradient at the bounds, where half of all 2-bit codes are, is 1 in some releases
     # of torch and 0 in others.
-    return torch.where(code > high, high, torch.where(code < low, low, code))
+    return torch.where(codes > high, high, torch.where(codes < low, low, codes))
 
 
 def fake_quantize(
@@ -144,31 +156,40 @@ def fake_quantize(
 
     Raises:
         ValueError: If ``in`` is no multiple of the group size.
+
+    Example:
+        >>> fmt = WeightFormat(bits=2, group_size=None, sym=False, dtype=torch.float32)
+        >>> fake_quantize(torch.tensor([[0.0, 0.4, 1.1, 3.0]]), fmt)
+        tensor([[0., 0., 1., 3.]])
     """
-    grouped, step, zero = _grouped_grid(weight, fmt, upper, lower)
-    simulated = stored((codes(grouped, step, zero, fmt) - zero) * step, fmt).flatten(-2)
+    grouped, scale, zero = _group_weight(weight, fmt, upper, lower)
+    values = (nearest_codes(grouped, scale, zero, fmt) - zero) * scale
+    simulated = simulate_storage(values, fmt).flatten(-2)
     if ratio >= 1:
         return simulated
     leading = leading_columns(weight.shape[-1], ratio, fmt.group_size)
     return torch.cat([simulated[..., :leading], weight[..., leading:]], dim=-1)
 
 
-def _grouped_grid(
+def _group_weight(
     weight: Tensor, fmt: WeightFormat, upper: Tensor | None, lower: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weight in groups [*experts, out, groups, g], its step and its zero point."""
+    """Return the weight in groups [*experts, out, groups, g], its scale and its zero point."""
     columns = weight.shape[-1]
-    size = fmt.columns_per_group(columns)
-    if columns % size:
-        raise ValueError(f"{columns} input columns do not divide into groups of {size}")
-    grouped = weight.unflatten(-1, (columns // size, size))
-    step, zero = quantization_grid(
+    group_size = fmt.columns_per_group(columns)
+    if columns % group_size:
+        raise ValueError(
+            f"{columns} input columns do not divide into groups of {group_size}; "
+            "choose a group size that divides them"
+        )
+    grouped = weight.unflatten(-1, (columns // group_size, group_size))
+    scale, zero = quantization_grid(
         grouped,
         fmt,
         None if upper is None else upper.unsqueeze(-1),
         None if lower is None else lower.unsqueeze(-1),
     )
-    return grouped, step, zero
+    return grouped, scale, zero
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -177,36 +198,37 @@ class QuantizedWeight:
 
     Attributes:
         codes: q, int16, within ``fmt.code_range``.
-        step: D in ``fmt.dtype``.
+        scale: D in ``fmt.dtype``.
         zero: z, int16, within ``fmt.code_range``; ``None`` for symmetric formats.
         fmt: Storage format.
     """
 
     codes: Int[Tensor, "*experts out in"]
-    step: Float[Tensor, "*experts out groups"]
+    scale: Float[Tensor, "*experts out groups"]
     zero: Int[Tensor, "*experts out groups"] | None
     fmt: WeightFormat
 
     def dequantize(self) -> Float[Tensor, "*experts out in"]:
         """Return (q - z) D in ``fmt.dtype``: the values of ``fake_quantize``, bit for bit."""
-        groups = self.step.shape[-1]
-        codes = self.codes.unflatten(-1, (groups, self.codes.shape[-1] // groups))
+        groups = self.scale.shape[-1]
+        levels = self.codes.unflatten(-1, (groups, self.codes.shape[-1] // groups))
         if self.zero is not None:
-            codes = codes - self.zero.unsqueeze(-1)
-        return (codes.float() * self.step.float().unsqueeze(-1)).to(self.fmt.dtype).flatten(-2)
+            levels = levels - self.zero.unsqueeze(-1)
+        values = levels.float() * self.scale.float().unsqueeze(-1)
+        return values.to(self.fmt.dtype).flatten(-2)
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
         """Return the same weight on a device."""
         zero = None if self.zero is None else self.zero.to(device)
         return QuantizedWeight(
-            codes=self.codes.to(device), step=self.step.to(device), zero=zero, fmt=self.fmt
+            codes=self.codes.to(device), scale=self.scale.to(device), zero=zero, fmt=self.fmt
         )
 
     def __getitem__(self, index: int | slice) -> "QuantizedWeight":
         """Return one expert, or a range along the first axis (experts, or rows)."""
         zero = None if self.zero is None else self.zero[index]
         return QuantizedWeight(
-            codes=self.codes[index], step=self.step[index], zero=zero, fmt=self.fmt
+            codes=self.codes[index], scale=self.scale[index], zero=zero, fmt=self.fmt
         )
 
 
@@ -227,11 +249,17 @@ def quantize_weight(
 
     Raises:
         ValueError: If ``in`` is no multiple of the group size.
+
+    Example:
+        >>> fmt = WeightFormat(bits=2, group_size=None, sym=False, dtype=torch.float32)
+        >>> stored = quantize_weight(torch.tensor([[-1.0, 0.4, 1.1, 2.0]]), fmt)
+        >>> stored.codes, stored.scale, stored.zero
+        (tensor([[0, 1, 2, 3]], dtype=torch.int16), tensor([[1.]]), tensor([[1]], dtype=torch.int16))
     """
-    grouped, step, zero = _grouped_grid(weight, fmt, upper, lower)
+    grouped, scale, zero = _group_weight(weight, fmt, upper, lower)
     return QuantizedWeight(
-        codes=codes(grouped, step, zero, fmt).flatten(-2).to(torch.int16),
-        step=step.squeeze(-1).to(fmt.dtype),
+        codes=nearest_codes(grouped, scale, zero, fmt).flatten(-2).to(torch.int16),
+        scale=scale.squeeze(-1).to(fmt.dtype),
         zero=None if fmt.sym else zero.squeeze(-1).to(torch.int16),
         fmt=fmt,
     )
@@ -239,7 +267,7 @@ def quantize_weight(
 
 def leading_columns(columns: int, ratio: float, group_size: int | None) -> int:
     """Return how many leading columns a stage quantizes: ceil(columns * ratio), in whole groups."""
-    size = group_size or 1
+    group_size = group_size or 1
     # The small slack keeps 0.3 * 10 = 3.0000000000000004 from becoming 4 columns.
-    wanted = math.ceil(columns * ratio - 1e-9)
-    return min(columns, math.ceil(wanted / size) * size)
+    quantized = math.ceil(columns * ratio - 1e-9)
+    return min(columns, math.ceil(quantized / group_size) * group_size)

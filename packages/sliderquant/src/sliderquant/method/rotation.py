@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sliderquant.method.layout import BlockLayout
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 4096  # rows of an embedding that are float64 at a time
 
 
 def _paley_core(q: int) -> Float[Tensor, "q q"]:
@@ -52,7 +52,16 @@ def hadamard(size: int) -> Float[Tensor, "n n"] | None:
     """Return a matrix of +-1 with orthogonal rows, or ``None`` if no construction here reaches ``size``.
 
     Sylvester doubling of an order 1 or Paley matrix: every 2^k, 12 * 2^k, 20 * 2^k, 28 * 2^k and so on.
+
+    Args:
+        size: Rows and columns.
+
+    Example:
+        >>> matrix = hadamard(12)
+        >>> torch.equal(matrix @ matrix.T, 12 * torch.eye(12).double())
+        True
     """
+    # Halve the size until a construction reaches it.
     doublings = 0
     while True:
         core = _odd_hadamard(size)
@@ -61,6 +70,8 @@ def hadamard(size: int) -> Float[Tensor, "n n"] | None:
         if size % 2:
             return None
         size, doublings = size // 2, doublings + 1
+
+    # Each doubling puts the matrix four times beside itself, once with the opposite sign.
     pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     for _ in range(doublings):
         core = torch.kron(pair, core)
@@ -74,10 +85,10 @@ def random_rotation(size: int, generator: torch.Generator) -> Float[Tensor, "n n
         size: Rows and columns.
         generator: Source of signs or noise.
     """
-    made = hadamard(size)
-    if made is not None:
+    matrix = hadamard(size)
+    if matrix is not None:
         signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
-        return made * signs / math.sqrt(size)
+        return matrix * signs / math.sqrt(size)
     noise = torch.randn(size, size, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(noise)
     return q * r.diagonal().sign()  # signs make the distribution uniform over rotations
@@ -101,28 +112,33 @@ def rotate_block(
         r1: Orthogonal [hidden, hidden], float64, or ``None``.
         r2: Orthogonal [head_dim, head_dim], float64, or ``None``.
     """
-    turned = {name: value.double() for name, value in tensors.items()}
+    rotated = {name: value.double() for name, value in tensors.items()}
+
+    # The residual stream: its readers take R1 and the gain of their norm, its writers take R1^T.
     if r1 is not None:
         for gain, readers in layout.readers.items():
-            factor = turned[gain] + layout.gain_offset
+            factor = rotated[gain] + layout.gain_offset
             for name in readers:
-                turned[name] = (turned[name] * factor) @ r1
-            turned[gain] = torch.full_like(turned[gain], 1 - layout.gain_offset)
+                rotated[name] = (rotated[name] * factor) @ r1
+            rotated[gain] = torch.full_like(rotated[gain], 1 - layout.gain_offset)
         for name in layout.writers:
             # [out, in] and [experts, out, in] turn their rows; a bias is a row vector itself.
-            turned[name] = r1.T @ turned[name] if turned[name].ndim > 1 else turned[name] @ r1
+            weight = rotated[name]
+            rotated[name] = r1.T @ weight if weight.ndim > 1 else weight @ r1
+
+    # The value heads: the value projection takes R2^T, the output projection R2, head by head.
     if r2 is not None:
         size = layout.head_dim
         for name, start, rows in layout.values:
-            part = turned[name].narrow(0, start, rows)
-            if part.ndim == 1:
-                part.copy_((part.unflatten(0, (-1, size)) @ r2).flatten())
+            values = rotated[name].narrow(0, start, rows)
+            if values.ndim == 1:
+                values.copy_((values.unflatten(0, (-1, size)) @ r2).flatten())
             else:
-                part.copy_((r2.T @ part.unflatten(0, (-1, size))).flatten(0, 1))
+                values.copy_((r2.T @ values.unflatten(0, (-1, size))).flatten(0, 1))
         for name in layout.outputs:
-            heads = turned[name].unflatten(1, (-1, size))
-            turned[name] = (heads @ r2).flatten(1)
-    return {name: value.to(tensors[name].dtype) for name, value in turned.items()}
+            heads = rotated[name].unflatten(1, (-1, size))
+            rotated[name] = (heads @ r2).flatten(1)
+    return {name: value.to(tensors[name].dtype) for name, value in rotated.items()}
 
 
 def rotate_rows(
@@ -135,8 +151,8 @@ def rotate_rows(
         r1: Orthogonal, float64.
         gain: Of the norm in front of the head, which is folded into it.
     """
-    turned = torch.empty_like(rows)
-    for part, out in zip(rows.split(ROWS_AT_ONCE), turned.split(ROWS_AT_ONCE), strict=True):
-        wide = part.double() if gain is None else part.double() * gain.double()
-        out.copy_(wide @ r1)
-    return turned
+    rotated = torch.empty_like(rows)
+    for part, out in zip(rows.split(ROWS_AT_ONCE), rotated.split(ROWS_AT_ONCE), strict=True):
+        exact = part.double() if gain is None else part.double() * gain.double()
+        out.copy_(exact @ r1)
+    return rotated

@@ -18,7 +18,7 @@ def batches(
 
 
 def seeded(numbers: tuple[int, ...]) -> torch.Generator:
-    """Return a generator made from ``numbers`` (seed, stage, window): resuming needs no state."""
+    """Return a generator that depends on ``numbers`` (seed, stage, window): resuming needs no state."""
     state = 0
     for number in numbers:
         # Odd multiplier of splitmix64: neighbouring tuples get unrelated states.
@@ -44,6 +44,8 @@ def all_reduce_(loss: Float[Tensor, ""], parameters: Sequence[Tensor]) -> float:
     """Sum loss and gradients over all processes, in place; returns the summed loss."""
     if not distributed.is_initialized():
         return loss.item()
+
+    # One message for everything; a process without a sample takes part with zeros.
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -1,9 +1,10 @@
 """Channel scales in closed form, for linear layers whose inputs are rounded token by token.
 
-Not from the SliderQuant paper, which trains them. As in SmoothQuant (arXiv 2211.10438), channel j of
-what layers read is divided by s_j, their columns j are multiplied by it: large channels set the step of
-a token's grid, large columns that of a row's. Here s_j = sqrt(rms(x_j) / rms(w_j)), which makes the
-two root mean squares equal, and it is done at every place where a scale cancels, not only behind norms.
+This is not from the SliderQuant paper, which trains the scales. As in SmoothQuant (arXiv 2211.10438),
+channel j of what layers read is divided by s_j and their columns j are multiplied by it: the largest
+channels set the scale of a token's grid, the largest columns that of a row's grid. Here
+s_j = sqrt(rms(x_j) / rms(w_j)), which makes the two root mean squares equal. It is done at every place
+where a scale cancels, not only behind norms.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,18 +13,58 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sliderquant.method.layout import COLUMNS, Site, Touch
+from sliderquant.method.decoder import Decoder
+from sliderquant.method.layout import COLUMNS, WEIGHT_SUFFIX, ScaledParameter, ScalingSite
+from sliderquant.method.learnables import BlockLearnables
 
 
-def reading(site: Site, names: Collection[str]) -> list[Touch]:
-    """Return what a site does to the columns of weights in ``names``; nothing between q and k."""
-    return [touch for touch in site.touches if touch.axis == COLUMNS and touch.name in names]
+@torch.no_grad()
+def set_smoothing_factors_(
+    decoder: Decoder,
+    block: int,
+    learnables: BlockLearnables,
+    tensors: dict[str, Tensor],
+    x_fp: Float[Tensor, "n t h"],
+    batch_size: int,
+) -> None:
+    """Set the channel scales of a block from what its layers read in the full-precision model, in place.
+
+    Args:
+        decoder: The model.
+        block: Number of the block.
+        learnables: Of the block; its ``factors`` are set.
+        tensors: Parameters of the block.
+        x_fp: Hidden states that enter the block in the full-precision model.
+        batch_size: Samples per forward pass.
+    """
+    # Weights that read a scaled channel; a block that scales none is not run.
+    weights = {name: tensors[name] for name in learnables.names}
+    readers = {reader.name for site in learnables.sites for reader in scaled_readers(site, weights)}
+    if not readers:
+        return
+
+    # Mean of the squares of each input channel, over all tokens.
+    mean_squares: dict[str, Tensor] = {}
+    modules = [name.removesuffix(WEIGHT_SUFFIX) for name in readers]
+    for hidden in x_fp.split(batch_size):
+        for module, x in decoder.inputs_inside(block, hidden, tensors, modules).items():
+            mean = x.square().flatten(0, -2).sum(dim=0) / x_fp.shape[:2].numel()
+            name = module + WEIGHT_SUFFIX
+            mean_squares[name] = mean + mean_squares.get(name, 0)
+
+    for site, factor in zip(learnables.sites, learnables.factors, strict=True):
+        factor.copy_(smoothing_factors(site, weights, mean_squares))
+
+
+def scaled_readers(site: ScalingSite, names: Collection[str]) -> list[ScaledParameter]:
+    """Return the weights in ``names`` whose columns a site scales; none between queries and keys."""
+    return [p for p in site.parameters if p.axis == COLUMNS and p.name in names]
 
 
 def smoothing_factors(
-    site: Site,
+    site: ScalingSite,
     weights: Mapping[str, Float[Tensor, "out in"]],
-    squares: Mapping[str, Float[Tensor, " in"]],
+    mean_squares: Mapping[str, Float[Tensor, " in"]],
 ) -> Float[Tensor, " size"]:
     """Return s of a site, with a geometric mean of one.
 
@@ -31,21 +72,27 @@ def smoothing_factors(
     active, or whose weights are zero, stays at one; so does a site that has no columns.
 
     Args:
-        site: Place.
-        weights: Those that are rounded, by name.
-        squares: Mean of x_j^2 over the calibration tokens, for each weight that reads the site.
+        site: Place of the scaling.
+        weights: The weights that are rounded, by name.
+        mean_squares: Mean of x_j^2 over the calibration tokens, for each weight that reads the site.
     """
-    touches = reading(site, weights)
-    if not touches:
+    readers = scaled_readers(site, weights)
+    if not readers:
         device = next(iter(weights.values())).device if weights else None
         return torch.ones(site.size, device=device)
-    x = torch.cat([squares[touch.name] for touch in touches])
-    w = torch.cat([weights[touch.name].float().square().sum(dim=0) for touch in touches])
-    rows = torch.cat([torch.full_like(squares[t.name], len(weights[t.name])) for t in touches])
-    index = torch.cat([touch.index for touch in touches]).to(x.device)
+
+    # Sums of squares, and how many squares they hold, of the inputs and of the weights of each column.
+    x = torch.cat([mean_squares[reader.name] for reader in readers])
+    w = torch.cat([weights[reader.name].float().square().sum(dim=0) for reader in readers])
+    rows = torch.cat([torch.full_like(mean_squares[r.name], len(weights[r.name])) for r in readers])
+
+    # Columns that share an entry of s are added up.
+    index = torch.cat([reader.index for reader in readers]).to(x.device)
     columns = torch.stack([x, torch.ones_like(x), w, rows])
     x_sum, x_count, w_sum, w_count = columns.new_zeros(4, site.size).index_add(1, index, columns)
+
+    # A quarter of the log ratio of mean squares is the square root of a ratio of root mean squares.
     active = (x_sum > 0) & (w_sum > 0)
     power = (x_sum / x_count).log() - (w_sum / w_count).log()
-    power = torch.where(active, power / 4, 0.0)  # a square root of ratios of square roots
+    power = torch.where(active, power / 4, 0.0)
     return torch.where(active, power - power.sum() / active.sum().clamp(min=1), 0.0).exp()

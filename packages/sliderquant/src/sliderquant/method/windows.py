@@ -53,14 +53,15 @@ def slider_windows(layers: int, shallow: int, deep: int, size: int, stride: int)
         size: Blocks per middle window (s).
         stride: Blocks between middle windows (i).
     """
+    # A model that is too small for both ends is halved; one window bridges the two halves.
     overlap = size - stride
     if layers < shallow + deep:
         shallow = math.ceil(layers / 2)
         deep = layers - shallow
-        # One window bridges the two halves; the middle has no block of its own.
         bridge = [b for b in range(shallow - overlap, shallow + overlap) if 0 <= b < layers]
         middle = [bridge] if overlap and deep else []
     else:
+        # The middle shares its first and last blocks with the ends.
         start, stop = max(0, shallow - overlap), min(layers, layers - deep + overlap)
         middle = fixed_windows(start, stop, min(size, layers), stride) if stop > start else []
     return expanding_windows(shallow) + middle + contracting_windows(layers, deep)
@@ -73,11 +74,11 @@ def parse_windows(text: str) -> list[list[int]]:
         ConfigError: If a part is neither a number nor an ascending range.
     """
     windows = []
-    for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+    for word in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
-            raise ConfigError(f"window {part!r} is no range of blocks; write for example 0-3,2-5")
+            raise ConfigError(f"window {word!r} is no range of blocks; write for example 0-3,2-5")
         windows.append(list(range(first, last + 1)))
     return windows
 
@@ -88,6 +89,7 @@ def check_windows(windows: list[list[int]], layers: int) -> None:
     Raises:
         ConfigError: Naming the first problem.
     """
+    # From front to back, within the model.
     starts = [window[0] for window in windows]
     if starts != sorted(starts):
         raise ConfigError("window starts go backwards; order the windows from front to back")
@@ -96,6 +98,8 @@ def check_windows(windows: list[list[int]], layers: int) -> None:
         raise ConfigError(
             f"a window reaches block {beyond}; the model's last block is {layers - 1}"
         )
+
+    # Every block is calibrated, the last one in the last window.
     left_out = sorted(set(range(layers)).difference(*windows))
     if left_out:
         raise ConfigError(f"no window holds block {left_out[0]}; cover every block")
@@ -115,6 +119,11 @@ def make_windows(layers: int, config: WindowConfig) -> list[list[int]]:
 
     Raises:
         ConfigError: If the user's own windows do not fit the model.
+
+    Example:
+        >>> from sliderquant.config import WindowConfig
+        >>> make_windows(6, WindowConfig(shallow=2, deep=2))
+        [[0], [0, 1], [1, 2], [2, 3], [3, 4], [4, 5], [5]]
     """
     if config.schedule == "slider":
         windows = slider_windows(layers, config.shallow, config.deep, config.window, config.stride)
