@@ -16,9 +16,9 @@ from benchmarks.hot_path_timing import main
 from benchmarks.hot_paths import HotPath, Kit
 from scalekd import ScaleKDTask, TeacherSplit
 from scalekd.adapters.teacher import TeacherOut
-from scalekd.training.cache import teacher_out
+from scalekd.training.cache import restore_teacher_out
 from scalekd.training.recipe import load_recipe
-from scalekd.training.trainer import optimizer_of, training_step
+from scalekd.training.trainer import create_optimizer, training_step
 
 TEACHER = "swin_large_patch4_window7_224"
 TINY_TEACHER: dict[str, Any] = {"img_size": 64, "window_size": 2, "embed_dim": 16}
@@ -82,7 +82,7 @@ def make_batch(kit: Kit, tiny: bool) -> tuple[Tensor, Tensor]:
 
 def optimizer_in_use(module: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimizer with the state that it has after the first update."""
-    optimizer = optimizer_of(module, RECIPE)
+    optimizer = create_optimizer(module, RECIPE)
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -111,7 +111,7 @@ def cached_update(
     }
 
     def step() -> object:
-        teacher: TeacherOut = teacher_out(kept, template, CLASSES)
+        teacher: TeacherOut = restore_teacher_out(kept, template, CLASSES)
         return training_step(task, [(x, y, teacher)], optimizer, amp=amp)
 
     return step

@@ -26,18 +26,18 @@ from effml_common.files import atomic_write
 from effml_common.report import Report, environment
 from scalekd.demo.arms import BASELINES
 from scalekd.demo.data import Data, test_images, training_images
-from scalekd.demo.models import swin_teacher
+from scalekd.demo.models import build_demo_teacher
 from scalekd.demo.plots import plot
 from scalekd.demo.tables import claims_of, rows_of
-from scalekd.demo.training import check_gate, train_arm, trained_teacher
+from scalekd.demo.training import check_teacher_lead, load_or_train_teacher, train_arm
 from scalekd.method.metrics import top1_percent
 
 KINDS = ("mlp", "vit", "cnn")
-DEVELOPMENT, SEEDS = 77, (1, 2, 3, 4, 5)
+DEVELOPMENT_SEED, SEEDS = 77, (1, 2, 3, 4, 5)
 RATES, STRENGTHS = (3e-3, 8e-3, 2e-2), (0.3, 1.0, 3.0)
 # Labelled images and epochs of the students: too few of either for the labels alone.
 BUDGETS: dict[str, tuple[int, int]] = {"drawn": (400, 30), "digits": (100, 60)}
-LONGER = 4  # times the epochs
+LONGER = 4  # times as many epochs
 Phase = Literal["gate", "arms", "longer", "untrained", "sizes", "components"]
 COMPONENTS = ("cap", "cap+dfm", "cap+tpp", "cap+dfm+tpp")
 RESULTS = Path(__file__).parent / "results"
@@ -70,7 +70,7 @@ class Study:
 
     def teacher(self, width: int) -> Any:
         """The trained teacher of one width."""
-        return trained_teacher(width, data=self.config.data, device=self.device)
+        return load_or_train_teacher(width, data=self.config.data, device=self.device)
 
     def cell(
         self, arm: str, kind: str, seed: int, rate: float, strength: float,
@@ -82,42 +82,47 @@ class Study:
         file = self.folder / (name + (".json" if longer == 1 else f"-e{longer}.json"))
         if file.exists():
             return json.loads(file.read_text())["accuracy"]
+
+        # The teacher, and the labelled images of the seed.
         network = self.teacher(width)
         if not trained:
-            network = swin_teacher(width, network.num_classes, seed=9).to(self.device).eval()
+            network = build_demo_teacher(width, network.num_classes, seed=9).to(self.device).eval()
         images = training_images(self.labelled, seed, self.config.data)
+
+        # A run that diverges has learned nothing.
         started = time.process_time()
         try:
             student = train_arm(
                 arm, kind, network, images,
                 epochs=longer * self.epochs, rate=rate, seed=seed, strength=strength,
             )  # fmt: skip
-            found = top1_percent(student, self.test.x, self.test.y)
+            top1 = top1_percent(student, self.test.x, self.test.y)
         except NonFiniteError:
-            found = 0.0  # a run that diverges has learned nothing
+            top1 = 0.0
         seconds = round(time.process_time() - started, 1)
-        atomic_write(file, json.dumps({"accuracy": found, "seconds": seconds}))
-        print(f"{file.stem}: {found:.2f} % in {seconds} s", file=sys.stderr, flush=True)
-        return found
 
-    def tuned(self, arm: str, kind: str) -> tuple[float, float]:
+        atomic_write(file, json.dumps({"accuracy": top1, "seconds": seconds}))
+        print(f"{file.stem}: {top1:.2f} % in {seconds} s", file=sys.stderr, flush=True)
+        return top1
+
+    def tune(self, arm: str, kind: str) -> tuple[float, float]:
         """Learning rate, then strength, that were best on the development seed."""
-        rate = max(RATES, key=lambda rate: self.cell(arm, kind, DEVELOPMENT, rate, 1.0))
+        rate = max(RATES, key=lambda rate: self.cell(arm, kind, DEVELOPMENT_SEED, rate, 1.0))
         if arm in ("alone", "mixup"):  # nothing is distilled
             return rate, 1.0
-        return rate, max(STRENGTHS, key=lambda x: self.cell(arm, kind, DEVELOPMENT, rate, x))
+        return rate, max(STRENGTHS, key=lambda x: self.cell(arm, kind, DEVELOPMENT_SEED, rate, x))
 
     def arm(self, arm: str, kind: str, tuned_as: str = "", **options: Any) -> list[float]:
         """Accuracies over the confirming seeds."""
-        rate, strength = self.tuned(tuned_as or arm, kind)
+        rate, strength = self.tune(tuned_as or arm, kind)
         return [self.cell(arm, kind, seed, rate, strength, **options) for seed in SEEDS]
 
     def gate(self) -> float:
         """Accuracy of the teacher, which must be well above every student alone."""
         best = top1_percent(self.teacher(32), self.test.x, self.test.y)
         for kind in KINDS:
-            alone = max(self.cell("alone", kind, DEVELOPMENT, rate, 1.0) for rate in RATES)
-            check_gate(best, alone)
+            alone = max(self.cell("alone", kind, DEVELOPMENT_SEED, rate, 1.0) for rate in RATES)
+            check_teacher_lead(best, alone)
         return best
 
     def arms(self) -> None:
@@ -130,8 +135,8 @@ class Study:
         """Whether more updates change the order of the arms; as tuned for the shorter runs."""
         for kind in KINDS:
             for arm in ("scalekd", "fitnet", "timm features", "dist", "alone"):
-                rate, strength = self.tuned(arm, kind)
-                for seed in (DEVELOPMENT, *SEEDS):
+                rate, strength = self.tune(arm, kind)
+                for seed in (DEVELOPMENT_SEED, *SEEDS):
                     self.cell(arm, kind, seed, rate, strength, longer=LONGER)
 
     def components(self) -> None:
@@ -153,7 +158,7 @@ class Study:
 
     def table(self) -> dict[tuple[str, str, str], dict[int, float]]:
         """All confirming cells at hand: (arm, kind, teacher) -> seed -> accuracy."""
-        found: dict[tuple[str, str, str], dict[int, float]] = {}
+        table: dict[tuple[str, str, str], dict[int, float]] = {}
         for file in sorted(self.folder.glob("*.json")):
             arm, kind, teacher, seed, *_ = file.stem.split("-")
             number = int(seed[1:])
@@ -161,8 +166,8 @@ class Study:
                 kind = f"{kind}, {LONGER * self.epochs} epochs"
             if number in SEEDS:
                 value = json.loads(file.read_text())["accuracy"]
-                found.setdefault((arm.replace("_", " "), kind, teacher), {})[number] = value
-        return {key: seeds for key, seeds in found.items() if set(seeds) == set(SEEDS)}
+                table.setdefault((arm.replace("_", " "), kind, teacher), {})[number] = value
+        return {key: seeds for key, seeds in table.items() if set(seeds) == set(SEEDS)}
 
     def choices(self, table: dict[tuple[str, str, str], Any]) -> list[str]:
         """What was tuned, for every arm that has run."""
@@ -171,7 +176,7 @@ class Study:
                 f"{arm} {rate:g}" + ("" if strength == 1 else f" x{strength:g}")
                 for arm in (*BASELINES, "scalekd")
                 if (arm, kind, "w32") in table
-                for rate, strength in [self.tuned(arm, kind)]
+                for rate, strength in [self.tune(arm, kind)]
             )
             for kind in KINDS
         ]  # fmt: skip
@@ -185,6 +190,7 @@ def write_results(study: Study, seconds: float) -> Report:
         for w in WIDTHS
         if has(table, f"w{w}")
     }
+
     report = Report(
         package="scalekd",
         version=version("scalekd"),
@@ -198,12 +204,13 @@ def write_results(study: Study, seconds: float) -> Report:
             f"{study.epochs} epochs unless a row says otherwise, all tuned with these",
             "a seed varies labelled images, initial weights and order",
             f"rate, best of {list(RATES)}, then strength of the distillation term, best of "
-            f"{list(STRENGTHS)}, for every arm and student on seed {DEVELOPMENT}",
+            f"{list(STRENGTHS)}, for every arm and student on seed {DEVELOPMENT_SEED}",
             *study.choices(table),
-            *(f"teacher of width {w}: {found:.1f} %" for w, found in teachers.items()),
+            *(f"teacher of width {w}: {top1:.1f} %" for w, top1 in teachers.items()),
         ],
         environment=environment(("timm",), str(study.device)),
     )
+
     document = json.dumps(report.to_json(), indent=1, allow_nan=False)
     atomic_write(RESULTS / f"{config.data}.json", document + "\n")
     plot(table, RESULTS, config.data)

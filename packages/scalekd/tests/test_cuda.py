@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from scalekd_runs import WORDS, make_photos, metrics_of, scalekd
 
 from scalekd.demo.data import training_images
-from scalekd.demo.models import swin_teacher
+from scalekd.demo.models import build_demo_teacher
 from scalekd.demo.training import train_arm
 from scalekd.method.metrics import top1_percent
 
@@ -69,7 +69,7 @@ def test_evaluation_on_a_card_equals_that_on_the_cpu(photos, tmp_path, capsys) -
 
 @pytest.mark.parametrize("arm", ["alone", "mixup", "kd", "dist", "fitnet", "scalekd"])
 def test_the_arms_of_the_demo_train_on_a_card(arm: str) -> None:
-    teacher = swin_teacher(16, 12).cuda().eval()
+    teacher = build_demo_teacher(16, 12).cuda().eval()
     images = training_images(100, 1)
     student = train_arm(arm, "cnn", teacher, images, epochs=1, rate=1e-3, seed=1)
     assert next(student.parameters()).is_cuda

@@ -11,7 +11,7 @@ from torch import nn
 
 from scalekd import ScaleKDTask
 from scalekd.demo.arms import BASELINES, SCALEKD, make_task
-from scalekd.demo.models import student_of, swin_teacher
+from scalekd.demo.models import build_demo_student, build_demo_teacher
 from scalekd.training.data import CheckedImages
 
 META = torch.device("meta")
@@ -116,8 +116,8 @@ def test_tensors_of_the_loss_follow_the_device() -> None:
 def test_every_arm_of_the_demo_is_on_the_device_of_its_teacher(arm: str, monkeypatch) -> None:
     # timm compares pixel normalisations, which have no values here.
     monkeypatch.setattr(torch, "equal", lambda *_: True)
-    teacher = swin_teacher(16, 12).to(META).eval()
-    task = make_task(arm, student_of("cnn", 12, 0), teacher).train()
+    teacher = build_demo_teacher(16, 12).to(META).eval()
+    task = make_task(arm, build_demo_student("cnn", 12, 0), teacher).train()
     places = {value.device for value in chain(task.parameters(), task.buffers())}
     assert places == {META}
     labels = torch.zeros(4, 12, device=META) if arm == "mixup" else torch.zeros(4, device=META)

@@ -5,27 +5,32 @@ Paper: "ScaleKD: Strong Vision Transformers Could Be Excellent Teachers" (Fan, L
 and teacher parameter perception (TPP).
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "CAP": "method.projector",
-    "ScaleKDConfig": "config",
-    "ScaleKDTask": "adapters.task",
-    "StudentTap": "adapters.student",
-    "TeacherSplit": "adapters.teacher",
-    "TrainConfig": "config",
-    "mimic_loss": "method.feature_mimicking",
-    "plan_pair": "adapters.pairing",
-    "train": "commands.train",
-}
-__all__ = list(_HOMES)
+from effml_common.exports import lazy_exports
 
+if TYPE_CHECKING:
+    from scalekd.adapters.pairing import plan_pair as plan_pair
+    from scalekd.adapters.student import StudentTap as StudentTap
+    from scalekd.adapters.task import ScaleKDTask as ScaleKDTask
+    from scalekd.adapters.teacher import TeacherSplit as TeacherSplit
+    from scalekd.commands.train import train as train
+    from scalekd.config import ScaleKDConfig as ScaleKDConfig
+    from scalekd.config import TrainConfig as TrainConfig
+    from scalekd.method.feature_mimicking import mimic_loss as mimic_loss
+    from scalekd.method.projector import CAP as CAP
 
-def __getattr__(name: str) -> Any:
-    # Resolved at first use: --help must not wait for torch and timm.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'scalekd' has no attribute {name!r}")
-    value = getattr(import_module(f"scalekd.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+lazy_exports(
+    __name__,
+    {
+        "CAP": "method.projector",
+        "ScaleKDConfig": "config",
+        "ScaleKDTask": "adapters.task",
+        "StudentTap": "adapters.student",
+        "TeacherSplit": "adapters.teacher",
+        "TrainConfig": "config",
+        "mimic_loss": "method.feature_mimicking",
+        "plan_pair": "adapters.pairing",
+        "train": "commands.train",
+    },
+)

@@ -12,6 +12,9 @@ class ScaleKDConfig:
     """The method: which parts take part, and how strongly.
 
     None means the released setting of the pair, or the rule that covers the released ones.
+
+    >>> ScaleKDConfig(use_tpp=False, tau=5.0).tau
+    5.0
     """
 
     use_tpp: bool = setting(True, "stage 3 learns through the frozen end of the teacher")
@@ -29,20 +32,25 @@ class ScaleKDConfig:
     stem_norm: Literal["auto", "bn", "ln"] = setting("auto", "norm in the projectors' stems")
 
     def __post_init__(self) -> None:
+        # Factors of the loss, and the sharpness of the attention.
         for name in ("w_full", "w_ac", "tau"):
             value = getattr(self, name)
             require(
                 value is None or 0 <= value < float("inf"),
-                f"{name} must be finite and 0 or more, got {value}",
-                "leave it out for the pair's own",
+                f"{name} is {value}",
+                "give a finite number, 0 or more, or leave it out for the pair's own",
             )
         require(self.tau != 0, "tau is 0", "give a positive number")
+
+        # The logit term.
         require(
             self.kd_alpha is None or 0 <= self.kd_alpha < 1,
-            f"kd_alpha must be in [0, 1), got {self.kd_alpha}",
-            "use 0.5",
+            f"kd_alpha is {self.kd_alpha}",
+            "give 0 or more and less than 1, such as 0.5",
         )
-        require(self.kd_t > 0, f"kd_t must be above 0, got {self.kd_t}", "use 1")
+        require(self.kd_t > 0, f"kd_t is {self.kd_t}", "give a positive number, such as 1")
+
+        # Projectors and tail.
         require(
             len(self.heads) in (0, 2),
             f"{len(self.heads)} head counts were given",
@@ -64,7 +72,7 @@ class PairConfig(ScaleKDConfig):
 
     def __post_init__(self) -> None:
         ScaleKDConfig.__post_init__(self)
-        require(self.img_size >= 1, f"img_size is {self.img_size}", "use 224")
+        require(self.img_size >= 1, f"img_size is {self.img_size}", "give 1 or more, such as 224")
         require(self.num_classes >= 1, f"num_classes is {self.num_classes}", "give 1 or more")
 
 
@@ -89,7 +97,7 @@ class DataConfig:
     skip_bad: bool = setting(False, "leave unreadable images out, counted, instead of stopping")
 
     def __post_init__(self) -> None:
-        require(bool(self.data_dir or self.dataset), "no data given", "add --data-dir DIR")
+        require(bool(self.data_dir or self.dataset), "no images are named", "add --data-dir DIR")
         require(self.workers >= 0, f"workers is {self.workers}", "give 0 or more")
 
 
@@ -138,13 +146,26 @@ class TrainConfig(PairConfig, DataConfig):
     def __post_init__(self) -> None:
         PairConfig.__post_init__(self)
         DataConfig.__post_init__(self)
+
+        # Optimisation.
         for name in ("epochs", "batch_size", "grad_accum", "log_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} is {value}", "give 1 or more")
         require(self.lr is None or self.lr > 0, f"lr is {self.lr}", "give a positive number")
-        require(self.ema is None or 0 <= self.ema < 1, f"ema is {self.ema}", "use 0.9999")
-        require(min(self.mixup, self.cutmix) >= 0, "mixup and cutmix are alphas", "use 0 or more")
-        require(0 < self.min_crop <= 1, f"min_crop is {self.min_crop}", "use 0.08")
+        require(
+            self.ema is None or 0 <= self.ema < 1,
+            f"ema is {self.ema}",
+            "give 0 or more and less than 1, such as 0.9999",
+        )
+
+        # Augmentation. The cache holds the teacher's outputs for images that are not mixed.
+        for name in ("mixup", "cutmix"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}", "give 0 or more")
+        require(
+            0 < self.min_crop <= 1,
+            f"min_crop is {self.min_crop}",
+            "give more than 0 and at most 1, such as 0.08",
+        )
         require(
             not (self.cache and (self.mixup or self.cutmix)),
             "cached teacher outputs do not fit mixed images",
@@ -190,7 +211,7 @@ class CacheConfig(TrainConfig):
         TrainConfig.__post_init__(self)
         require(self.views >= 1, f"views is {self.views}", "give 1 or more")
         require(self.top_k >= 1, f"top_k is {self.top_k}", "give 1 or more")
-        require(self.cache is None, "--cache is for train", "name the folder with --out")
+        require(self.cache is None, "--cache belongs to train", "name the folder with --out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +232,6 @@ class DemoConfig:
         unknown = [name for name in self.students if name not in ("cnn", "mlp", "vit")]
         require(
             bool(self.students) and not unknown,
-            f"student {unknown} is not known" if unknown else "no student given",
-            "use cnn, mlp, vit",
+            f"student {unknown} is not known" if unknown else "no student is named",
+            "use some of cnn, mlp, vit",
         )

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from effml_common.errors import ConfigError, InputError
 from scalekd import ScaleKDConfig, ScaleKDTask, StudentTap, TeacherSplit
-from scalekd.adapters.student import default_taps, kind_of
+from scalekd.adapters.student_families import default_taps, kind_of
 
 TERMS = {"spat_s3", "ac_s3", "spat_s4", "ac_s4"}
 SIZE = (64, 64)  # for CNNs of stride 32; the others take 32

@@ -8,7 +8,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from effml_common.errors import ConfigError, InputError
-from scalekd.adapters.teacher import TeacherSplit, token_grid
+from scalekd.adapters.layouts import token_grid
+from scalekd.adapters.teacher import TeacherSplit
 
 
 def spatial(model: nn.Module, features: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 
 from effml_common.errors import InputError
-from scalekd.commands.inspect import PUBLISHED, facts_of, inspect
+from scalekd.commands.inspect import PUBLISHED, describe_pair, inspect
 from scalekd.config import InspectConfig
 
 # Projector sizes in million weights, computed from the formula of CAP with pencil and paper.
@@ -61,7 +61,7 @@ SETTINGS = {
 def test_a_pair_of_the_paper_has_its_shapes_settings_and_projector_size(row) -> None:
     teacher, student, extra, size = row
     key = next(k for k in SETTINGS if teacher.startswith(k[0]) and student.startswith(k[1]))
-    facts = facts_of(
+    facts = describe_pair(
         InspectConfig(teacher=teacher, student=student, student_args=extra, img_size=size),
         with_cost=False,
     )
@@ -82,7 +82,7 @@ def test_a_pair_of_the_paper_has_its_shapes_settings_and_projector_size(row) -> 
 
 
 def test_cost_of_swin_l_to_resnet_50() -> None:
-    facts = facts_of(InspectConfig())
+    facts = describe_pair(InspectConfig())
     assert facts["projectors GMAC"] == pytest.approx(13.85, abs=0.01)
     assert facts["tail passes GMAC"] == pytest.approx(2 * 3.02, abs=0.01)
     assert facts["student GMAC"] == pytest.approx(4.1, abs=0.05)
@@ -99,7 +99,7 @@ def test_rules_stand_in_where_the_paper_has_no_pair() -> None:
         ("swin_tiny_patch4_window7_224", "convnext_atto"): ([6, 12], 1, (3.92, 2.94)),
     }
     for (teacher, student), (heads, tau, weights) in pairs.items():
-        facts = facts_of(InspectConfig(teacher=teacher, student=student), with_cost=False)
+        facts = describe_pair(InspectConfig(teacher=teacher, student=student), with_cost=False)
         assert not facts["pair of the paper"]
         assert (facts["heads"], facts["tau"]) == (heads, tau)
         assert (facts["weights"]["s3_full"], facts["weights"]["s3_ac"]) == weights

@@ -123,13 +123,14 @@ def test_a_run_is_not_continued_with_another_pair(trained, photos, capsys) -> No
     words = ["train", "--data-dir", photos, *WORDS, "--ema", "0.9", "--out", trained]
     assert scalekd(*words, "--resume", "auto", "--w-full", "1", "--tau", "2") == 2
     error = capsys.readouterr().err
-    assert "was made with other settings (tau, w_full); resume with those" in error
+    assert "was made with w_full None, not 1.0; resume with the same settings" in error
 
 
 def test_a_finished_run_is_not_overwritten(trained, photos, capsys) -> None:
     assert scalekd("train", "--data-dir", photos, *WORDS, "--out", trained) == 2
     assert (
-        "holds a student already; choose another --out, or --resume auto" in capsys.readouterr().err
+        "holds student.safetensors of an earlier run; choose another --out, or add --resume auto"
+        in capsys.readouterr().err
     )
 
 

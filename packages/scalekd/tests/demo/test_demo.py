@@ -1,4 +1,4 @@
-"""The drawn images, the rivals and the demo's parts."""
+"""The drawn images, the arms and the demo's parts."""
 
 import pytest
 import torch
@@ -9,16 +9,23 @@ from effml_common.errors import InputError
 from effml_common.report import resolve
 from scalekd import TeacherSplit
 from scalekd.demo.arms import BASELINES, SCALEKD, dist_loss, make_task
-from scalekd.demo.data import CLASSES, Images, digits, drawn, shifted, training_images
-from scalekd.demo.models import student_of, swin_teacher
+from scalekd.demo.data import (
+    CLASSES,
+    Images,
+    draw_images,
+    read_digits,
+    shift_images,
+    training_images,
+)
+from scalekd.demo.models import build_demo_student, build_demo_teacher
 from scalekd.demo.plots import plot
 from scalekd.demo.tables import claims_of, rows_of
-from scalekd.demo.training import check_gate, train_arm
+from scalekd.demo.training import check_teacher_lead, train_arm
 from scalekd.method.metrics import top1_percent
 
 
 def test_images_repeat_with_their_seed_and_are_roughly_normal() -> None:
-    (x, y), (again, _) = (drawn(600, torch.Generator().manual_seed(3)) for _ in range(2))
+    (x, y), (again, _) = (draw_images(600, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(x, again)
     assert x.shape == (600, 3, 16, 16)
     assert x.mean().abs() < 0.05
@@ -31,9 +38,9 @@ def test_images_repeat_with_their_seed_and_are_roughly_normal() -> None:
 def test_every_arm_trains_every_student(arm: str, kind: str) -> None:
     if arm == "mixup":
         pytest.skip("mixed labels come from the loop")
-    teacher = swin_teacher(16, CLASSES).eval()
-    task = make_task(arm, student_of(kind, CLASSES, 0), teacher).train()
-    x, y = drawn(4, torch.Generator().manual_seed(0))
+    teacher = build_demo_teacher(16, CLASSES).eval()
+    task = make_task(arm, build_demo_student(kind, CLASSES, 0), teacher).train()
+    x, y = draw_images(4, torch.Generator().manual_seed(0))
     task(x, y)["loss"].backward()
     trained = [p for p in task.parameters() if p.requires_grad and p.grad is not None]
     assert trained
@@ -42,23 +49,25 @@ def test_every_arm_trains_every_student(arm: str, kind: str) -> None:
 
 @pytest.mark.parametrize("arm", ["kd", "dist", "fitnet", "timm features", "cap"])
 def test_strength_multiplies_the_distillation_term_alone(arm: str) -> None:
-    teacher = swin_teacher(16, CLASSES).eval()
-    x, y = drawn(4, torch.Generator().manual_seed(0))
+    teacher = build_demo_teacher(16, CLASSES).eval()
+    x, y = draw_images(4, torch.Generator().manual_seed(0))
 
     def loss(strength: float) -> float:
         torch.manual_seed(1)  # of projectors
-        student = student_of("mlp", CLASSES, 0)
+        student = build_demo_student("mlp", CLASSES, 0)
         return float(make_task(arm, student, teacher, strength).train()(x, y)["loss"].detach())
 
     none, single, triple = loss(0.0), loss(1.0), loss(3.0)
     assert triple - none == pytest.approx(3 * (single - none), rel=1e-4)
-    labels = float(nn.functional.cross_entropy(student_of("mlp", CLASSES, 0)(x), y).detach())
+    labels = float(
+        nn.functional.cross_entropy(build_demo_student("mlp", CLASSES, 0)(x), y).detach()
+    )
     assert none == pytest.approx(labels * (0.5 if arm == "kd" else 1.0), rel=1e-5)
 
 
 def test_digits_are_split_without_overlap_and_normalised() -> None:
     data = pytest.importorskip("sklearn.datasets").load_digits()
-    (x, y), (held_out, labels) = digits("train"), digits("test")
+    (x, y), (held_out, labels) = read_digits("train"), read_digits("test")
     assert (len(y), len(labels)) == (1297, 500)
     assert x.shape == (1297, 3, 16, 16)
     assert float(x.mean()) == pytest.approx(0, abs=1e-5)
@@ -68,7 +77,7 @@ def test_digits_are_split_without_overlap_and_normalised() -> None:
 
 
 def test_a_few_epochs_lift_a_student_above_chance() -> None:
-    teacher = swin_teacher(16, CLASSES).eval()
+    teacher = build_demo_teacher(16, CLASSES).eval()
     images = training_images(100, 1)
     student = train_arm("mixup", "cnn", teacher, images, epochs=1, rate=1e-3, seed=0)
     assert not student.training
@@ -78,7 +87,7 @@ def test_a_few_epochs_lift_a_student_above_chance() -> None:
 
 def test_a_shift_moves_by_whole_pixels_within_bounds() -> None:
     x = torch.arange(2 * 64).float().view(2, 1, 8, 8)
-    moved = shifted(x, torch.Generator().manual_seed(1), most=2)
+    moved = shift_images(x, torch.Generator().manual_seed(1), most=2)
     assert moved.shape == x.shape
     padded = nn.functional.pad(x, (2,) * 4, mode="reflect")
     windows = padded.unfold(2, 8, 1).unfold(3, 8, 1)
@@ -96,9 +105,9 @@ def test_dist_is_one_minus_pearson_along_both_axes() -> None:
 
 
 def test_a_teacher_too_close_to_the_student_is_refused() -> None:
-    check_gate(90.0, 87.0)
+    check_teacher_lead(90.0, 87.0)
     with pytest.raises(InputError, match=r"the teacher has 90\.0 % and the student alone 88\.0 %"):
-        check_gate(90.0, 88.0)
+        check_teacher_lead(90.0, 88.0)
 
 
 def test_an_unknown_arm_is_refused() -> None:
@@ -132,10 +141,12 @@ def test_the_demo_writes_its_report(tmp_path, monkeypatch) -> None:
     from scalekd.config import DemoConfig
     from scalekd.demo import report as demo
 
-    monkeypatch.setattr(demo, "trained_teacher", lambda **_: swin_teacher(16, CLASSES).eval())
-    monkeypatch.setattr(demo, "check_gate", lambda *_: None)
+    monkeypatch.setattr(
+        demo, "load_or_train_teacher", lambda **_: build_demo_teacher(16, CLASSES).eval()
+    )
+    monkeypatch.setattr(demo, "check_teacher_lead", lambda *_: None)
     monkeypatch.setattr(demo, "ARMS", ("alone", "scalekd"))
-    monkeypatch.setattr(demo, "test_images", lambda _: Images(*drawn(250, torch.Generator())))
+    monkeypatch.setattr(demo, "test_images", lambda _: Images(*draw_images(250, torch.Generator())))
     report = demo.demo(
         DemoConfig(labelled=100, epochs=1, students=("mlp",), out=str(tmp_path / "demo"))
     )
@@ -144,5 +155,5 @@ def test_the_demo_writes_its_report(tmp_path, monkeypatch) -> None:
 
 
 def test_the_demo_teacher_replays() -> None:
-    split = TeacherSplit.from_timm(swin_teacher(16, CLASSES).eval())
+    split = TeacherSplit.from_timm(build_demo_teacher(16, CLASSES).eval())
     assert split.check_replay(torch.randn(1, 3, 16, 16)) < 1e-5

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from scalekd.config import TrainConfig
-from scalekd.training.recipe import TaskLoss, load_recipe, recipe_of
+from scalekd.training.recipe import TaskLoss, load_recipe, resolve_recipe
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_a_recipe_has_the_published_values(
 
 def test_the_command_line_wins_over_the_recipe_and_steps_scale_with_the_epochs() -> None:
     config = TrainConfig(data_dir="x", epochs=10, lr=0.3, batch_size=64)
-    recipe = recipe_of(config)
+    recipe = resolve_recipe(config)
     assert (recipe.epochs, recipe.lr, recipe.batch_size) == (10, 0.3, 64)
     assert recipe.milestones == (3, 6, 9)
 
@@ -54,8 +54,8 @@ def test_no_magnitude_that_a_recipe_can_draw_breaks_the_augmentation(name: str) 
 def test_the_rate_scales_with_the_batch_only_when_asked() -> None:
     plain = TrainConfig(data_dir="x", batch_size=64)
     scaled = TrainConfig(data_dir="x", batch_size=64, scale_lr=True)
-    assert recipe_of(plain).lr == 0.1
-    assert recipe_of(scaled).lr == pytest.approx(0.1 * 64 / 256)
+    assert resolve_recipe(plain).lr == 0.1
+    assert resolve_recipe(scaled).lr == pytest.approx(0.1 * 64 / 256)
 
 
 def test_binary_cross_entropy_is_summed_over_classes() -> None:

@@ -1,6 +1,5 @@
 """Teachers and students by timm name, without surprises about their weights."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -8,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors import SafetensorError
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
 from effml_common.errors import ConfigError, InputError
 from effml_common.parsing import did_you_mean, one_line
+from scalekd.config import PairConfig, TrainConfig
 
 # Students of the paper that timm has no name for; for ``inspect``, since timm could not load them.
-LACKING: dict[str, Callable[..., nn.Module]] = {
+MODELS_WITHOUT_A_NAME: dict[str, Callable[..., nn.Module]] = {
     "mixer_b14_224": partial(MlpMixer, patch_size=14, num_blocks=12, embed_dim=768)
 }
 
@@ -27,7 +26,7 @@ _REFUSALS = (TypeError, ValueError, RuntimeError, AssertionError, OSError, Safet
 def build(
     name: str, *, num_classes: int, img_size: int | None, extra: str = "", **options: Any
 ) -> nn.Module:
-    """A timm model for one image size.
+    """Create a timm model for one image size.
 
     Args:
         name: timm name, with or without a tag.
@@ -40,14 +39,11 @@ def build(
         InputError: If timm knows no such model, or refuses the arguments.
     """
     base = name.split(".")[0]
-    if base in LACKING:
-        return LACKING[base](num_classes=num_classes, **json_object(extra))
-    known = timm.list_models()
-    if base not in known:
-        longer = [each for each in known if each.startswith(base)]
-        advice = did_you_mean(base, known, "see timm.list_models()")
-        advice = f"did you mean {longer[0]}?" if longer else advice
-        raise InputError(f"timm has no model {base}; {advice}")
+    if base in MODELS_WITHOUT_A_NAME:
+        return MODELS_WITHOUT_A_NAME[base](num_classes=num_classes, **json_object(extra))
+    _check_name(base)
+
+    # Families that take any image size have no such argument, and timm says so by a TypeError.
     arguments = {"num_classes": num_classes, **options, **json_object(extra)}
     try:
         if img_size is not None and "img_size" not in arguments:
@@ -63,8 +59,17 @@ def build(
         ) from error
 
 
+def _check_name(base: str) -> None:
+    known = timm.list_models()
+    if base not in known:
+        longer = [name for name in known if name.startswith(base)]
+        advice = did_you_mean(base, known, "see timm.list_models()")
+        advice = f"did you mean {longer[0]}?" if longer else advice
+        raise InputError(f"timm has no model {base}; {advice}")
+
+
 def json_object(text: str) -> dict[str, Any]:
-    """Arguments given as JSON.
+    """Read arguments given as JSON.
 
     Raises:
         ConfigError: If it is no JSON object.
@@ -78,41 +83,51 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def build_student(
-    config: Any, *, drop_path: float | None = None, num_classes: int | None = None
-) -> nn.Module:
-    """The student of a configuration, from scratch or with weights."""
+def build_student(config: PairConfig, *, drop_path: float = 0.0) -> nn.Module:
+    """Create the student of a configuration, from scratch or with weights.
+
+    Args:
+        config: Of ``inspect`` or ``train``; the latter may name weights to start from.
+        drop_path: Stochastic depth; 0 leaves timm's default.
+
+    Raises:
+        InputError: If timm cannot build it, or its weights are not there.
+    """
     options: dict[str, Any] = {"pretrained": getattr(config, "pretrained", False)}
     if drop_path:
         options["drop_path_rate"] = drop_path
-    if getattr(config, "student_checkpoint", None):
-        options["checkpoint_path"] = existing(config.student_checkpoint)
+    if weights := getattr(config, "student_checkpoint", None):
+        options["checkpoint_path"] = existing_file(weights)
     return build(
         config.student,
-        num_classes=num_classes or config.num_classes,
+        num_classes=config.num_classes,
         img_size=config.img_size,
         extra=config.student_args,
         **options,
     )
 
 
-def build_teacher(config: Any) -> nn.Module:
-    """The teacher of a training configuration, with learned weights.
+def build_teacher(config: TrainConfig) -> nn.Module:
+    """Create the teacher of a training configuration, with learned weights.
 
     Raises:
-        InputError: If it would have none and that was not asked for.
+        InputError: If timm cannot build it, or it would have no learned weights and that was not
+            asked for.
     """
+    # A teacher that has learned nothing is refused, because training would run and teach nothing.
     options: dict[str, Any] = {}
     if config.teacher_checkpoint:
-        options["checkpoint_path"] = existing(config.teacher_checkpoint)
+        options["checkpoint_path"] = existing_file(config.teacher_checkpoint)
     elif not config.allow_random_teacher:
-        cfg = timm.get_pretrained_cfg(config.teacher, allow_unregistered=True)
-        if cfg is None or not cfg.has_weights:
+        pretrained = timm.get_pretrained_cfg(config.teacher, allow_unregistered=True)
+        if pretrained is None or not pretrained.has_weights:
             raise InputError(
                 f"timm has no weights for {config.teacher}; give --teacher-checkpoint, a name with "
                 "a tag that has weights, or --allow-random-teacher"
             )
         options["pretrained"] = True
+
+    # Its own image size, unless the user wants the student's.
     return build(
         config.teacher,
         num_classes=config.num_classes,
@@ -122,8 +137,8 @@ def build_teacher(config: Any) -> nn.Module:
     )
 
 
-def existing(path: str) -> str:
-    """A file that is there.
+def existing_file(path: str) -> str:
+    """Return the path of a file that is there.
 
     Raises:
         InputError: If it is not.
@@ -133,12 +148,6 @@ def existing(path: str) -> str:
     return path
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of a model's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(
-            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of weights of a network, buffers aside."""
+    return sum(p.numel() for p in module.parameters())

@@ -1,31 +1,27 @@
-"""Fit a method's settings to a teacher and a student by looking at one forward pass of each."""
+"""Fit the method to a teacher and a student by looking at one forward pass of each."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effml_common.errors import ConfigError
 from effml_common.logging import warn
-from scalekd.adapters.student import StudentTap, kind_of
+from scalekd.adapters.student import StudentTap
+from scalekd.adapters.student_families import kind_of
 from scalekd.adapters.teacher import TeacherOut, TeacherSplit
 from scalekd.config import ScaleKDConfig
 from scalekd.method.parameter_perception import MimicShape
-from scalekd.method.presets import auto_heads, auto_tau, auto_weights, find_preset, term_weights
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-ALPHA = 0.5  # share of the logit term in the released configurations
+from scalekd.method.presets import PairTraits, resolve_settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A pair, resolved.
+    """A pair for which nothing is left open.
 
     Attributes:
         shape: What the projectors are built from.
         kd_alpha: Share of the logit term; 0 is off.
-        kd_t: Its temperature.
+        kd_t: Temperature of the logit term.
         preset: Whether the paper has this pair.
     """
 
@@ -35,19 +31,27 @@ class Plan:
     preset: bool
 
 
-def architecture(model: nn.Module) -> str:
-    """The name that timm has for a model without its tag, or the class name."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return cfg.get("architecture") or type(model).__name__.lower().replace("mlpmixer", "mixer_")
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What one image without content gives in both networks.
+
+    Attributes:
+        teacher: The teacher's pass.
+        logits: Of the student, [1, classes].
+        s3: The student's map S3, [1, c, h, w].
+        s4: The student's map S4.
+        student_image: The image that the student saw, [1, 3, h, w].
+        teacher_image: The image that the teacher saw.
+    """
+
+    teacher: TeacherOut
+    logits: Tensor
+    s3: Tensor
+    s4: Tensor
+    student_image: Tensor
+    teacher_image: Tensor
 
 
-def normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the pixels that a model was made for."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return tuple(cfg.get("mean", IMAGENET[0])), tuple(cfg.get("std", IMAGENET[1]))
-
-
-@torch.no_grad()
 def plan_pair(
     teacher: TeacherSplit,
     student: StudentTap,
@@ -66,89 +70,83 @@ def plan_pair(
 
     Raises:
         ConfigError: If head counts do not divide the widths, or classes differ with the logit term.
+
+    >>> from timm.models.swin_transformer import SwinTransformer
+    >>> from timm.models.resnet import BasicBlock, ResNet
+    >>> swin = SwinTransformer(img_size=32, patch_size=2, window_size=4, embed_dim=16,
+    ...     depths=(1, 1), num_heads=(1, 1), num_classes=5)
+    >>> resnet = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, channels=(8, 8, 12, 16))
+    >>> plan = plan_pair(
+    ...     TeacherSplit.from_timm(swin), StudentTap(resnet), ScaleKDConfig(), (32, 32), (32, 32)
+    ... )
+    >>> plan.shape.student, plan.shape.final, plan.kd_alpha
+    (((12, (2, 2)), (16, (1, 1))), (32, (8, 8)), 0.5)
     """
-    out, logits, s3, s4 = dry_run(teacher, student, student_size, teacher_size)
-    return plan_of(teacher, student, config, out, logits, (s3, s4))
+    # What the two are, and the shapes of their features.
+    names = architecture(teacher.model), architecture(student.model)
+    kind = kind_of(student.model)
+    shapes = dry_run(teacher, student, student_size, teacher_size)
+    out = shapes.teacher
+
+    # The released settings where the paper has this pair, rules elsewhere.
+    traits = PairTraits(
+        teacher=names[0],
+        student=names[1],
+        student_kind=kind,
+        plain_teacher=teacher.plain,
+        split_width=out.split.shape[-1],
+        final_width=out.tokens.shape[-1],
+        final_tokens=out.tokens.shape[1],
+        student_classes=shapes.logits.shape[-1],
+        teacher_classes=None if out.logits is None else out.logits.shape[-1],
+    )
+    settings = resolve_settings(config, traits)
+    if settings.ac_impossible:
+        warn("the teacher has one token: the ac view would be zero and is switched off")
+
+    shape = MimicShape(
+        student=tuple((m.shape[1], (m.shape[2], m.shape[3])) for m in (shapes.s3, shapes.s4)),  # pyright: ignore[reportArgumentType]
+        split=(traits.split_width, out.context.grid),
+        final=(traits.final_width, out.grid),
+        heads=settings.heads,
+        tau=settings.tau,
+        weights=settings.weights,
+        stem_norm=settings.stem_norm,
+        tpp=config.use_tpp,
+    )
+    return Plan(shape=shape, kd_alpha=settings.kd_alpha, kd_t=config.kd_t, preset=settings.released)
 
 
+def architecture(model: nn.Module) -> str:
+    """Return the name that timm has for a model without its tag, or the class name."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return cfg.get("architecture") or type(model).__name__.lower().replace("mlpmixer", "mixer_")
+
+
+@torch.no_grad()
 def dry_run(
     teacher: TeacherSplit,
     student: StudentTap,
     student_size: tuple[int, int],
     teacher_size: tuple[int, int],
-) -> tuple[TeacherOut, Tensor, Tensor, Tensor]:
-    """One zero image through both; the student's mode and statistics stay as they were."""
-    like = next(student.parameters())
-    before = student.training
+) -> DryRun:
+    """Run one zero image through both; the student's mode and statistics stay as they were."""
+    # In evaluation mode, so that no statistic of a batch norm moves.
+    parameter = next(student.parameters())
+    student_image = parameter.new_zeros(1, 3, *student_size)
+    mode = student.training
     student.eval()
     try:
-        x = torch.zeros(1, 3, *student_size, device=like.device, dtype=like.dtype)
-        logits, s3, s4 = student(x)
+        logits, s3, s4 = student(student_image)
     finally:
-        student.train(before)
-    t = next(teacher.model.parameters())
-    out = teacher.forward(torch.zeros(1, 3, *teacher_size, device=t.device, dtype=t.dtype))
-    return out, logits, s3, s4
+        student.train(mode)
 
-
-def plan_of(
-    teacher: TeacherSplit,
-    student: StudentTap,
-    config: ScaleKDConfig,
-    out: TeacherOut,
-    logits: Tensor,
-    maps: tuple[Tensor, Tensor],
-) -> Plan:
-    """As ``plan_pair``, from the outputs of a dry run."""
-    preset = find_preset(architecture(teacher.model), architecture(student.model))
-    plain, kind = teacher.plain, kind_of(student.model)
-    full, ac = preset.weights if preset else auto_weights(plain)
-    full = full if config.w_full is None else config.w_full
-    ac = ac if config.w_ac is None else config.w_ac
-    split_dim, final_dim = out.split.shape[-1], out.tokens.shape[-1]
-    dfm = config.use_dfm and ac > 0
-    if dfm and out.tokens.shape[1] == 1:
-        warn("the teacher has one token: the ac view would be zero and is switched off")
-        dfm = False
-    heads = config.heads or (preset.heads if preset else ())
-    heads = heads or (auto_heads(split_dim), auto_heads(final_dim))
-    for name, width, count in zip(("s3", "s4"), (split_dim, final_dim), heads, strict=True):
-        if count < 1 or width % count:
-            valid = ", ".join(str(h) for h in range(1, width + 1) if width % h == 0)
-            raise ConfigError(
-                f"{count} heads do not divide the {width} channels of {name}; use one of {valid}"
-            )
-    shape = MimicShape(
-        student=tuple((m.shape[1], (m.shape[2], m.shape[3])) for m in maps),  # pyright: ignore[reportArgumentType]
-        split=(split_dim, out.context.grid),
-        final=(final_dim, out.grid),
-        heads=(heads[0], heads[1]),
-        tau=config.tau or (preset.tau if preset else auto_tau(kind, plain)),
-        weights=term_weights(
-            full, ac, tpp=config.use_tpp, dfm=dfm, ac4=preset.ac4 if preset else True
-        ),
-        stem_norm=_stem_norm(config, preset),
-        tpp=config.use_tpp,
+    teacher_image = next(teacher.model.parameters()).new_zeros(1, 3, *teacher_size)
+    return DryRun(
+        teacher=teacher.forward(teacher_image),
+        logits=logits,
+        s3=s3,
+        s4=s4,
+        student_image=student_image,
+        teacher_image=teacher_image,
     )
-    alpha = config.kd_alpha
-    if alpha is None:
-        alpha = ALPHA if (preset is None or preset.kd) and out.logits is not None else 0.0
-    _check_classes(alpha, logits, out.logits)
-    return Plan(shape=shape, kd_alpha=alpha, kd_t=config.kd_t, preset=preset is not None)
-
-
-def _stem_norm(config: ScaleKDConfig, preset: Any) -> Any:
-    if config.stem_norm != "auto":
-        return config.stem_norm
-    return preset.stem_norm if preset else "bn"
-
-
-def _check_classes(alpha: float, student: Tensor, teacher: Tensor | None) -> None:
-    if alpha == 0:
-        return
-    count = 0 if teacher is None else teacher.shape[-1]
-    if student.shape[-1] != count:
-        raise ConfigError(
-            f"the student has {student.shape[-1]} classes and the teacher {count}, but the logit "
-            "term is on; use --kd-alpha 0, or a teacher with the same classes"
-        )

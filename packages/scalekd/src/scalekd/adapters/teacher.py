@@ -1,8 +1,9 @@
 """A teacher cut in two: a trunk that only looks at images, and a frozen tail that gradients pass.
 
-The tail is a list of the teacher's own modules. A forward pass of the whole teacher records what each
-of them was called with; the tail is then replayed on other tokens with the same extra arguments
-(rotary embeddings, masks, shared biases), so no family needs a copy of its forward code.
+The tail is a list of the teacher's own modules (``teacher_families.py`` says which). A forward pass of
+the whole teacher records what each of them was called with; the tail is then replayed on other tokens
+with the same extra arguments (rotary embeddings, masks, shared biases), so no family needs a copy of its
+forward code.
 """
 
 from collections.abc import Sequence
@@ -13,12 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from effml_common.errors import ConfigError, InputError
+from effml_common.errors import InputError
+from scalekd.adapters.layouts import Layout, token_grid
+from scalekd.adapters.teacher_families import find_tail, token_layout
 
-Layout = Literal["NLC", "NHWC", "NCHW"]
 Prefix = Literal["teacher", "none"]
-TRIED = ("blocks", "layers", "stages")
-TOLERANCE = 1e-4  # of a replay in float32; families differ from their own forward by rounding only
+# Largest gap of a replay, relative to the largest feature. Families differ from their own forward by
+# rounding only.
+REPLAY_TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +72,16 @@ class TeacherSplit:
         layout: Of what the tail works on.
         prefix_tokens: Leading tokens that are no part of the grid (NLC only).
         prefix: ``teacher`` puts the teacher's own prefix tokens of the same image before the
-            student's tokens; ``none`` leaves them away, as the released code does.
+            student's tokens; ``none`` runs the tail without them, as the released code does.
         classes: Whether the output is logits.
+
+    >>> import torch
+    >>> from timm.models.vision_transformer import VisionTransformer
+    >>> teacher = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2)
+    >>> split = TeacherSplit.from_timm(teacher, tail_blocks=1)
+    >>> out = split.forward(torch.randn(2, 3, 32, 32))
+    >>> out.split.shape == split.tail(out.split, out.context).shape == out.tokens.shape
+    True
     """
 
     def __init__(
@@ -108,18 +119,10 @@ class TeacherSplit:
         Raises:
             InputError: If the family has no known tail.
         """
-        modules = _find_tail(model, tail_blocks) if tail == "auto" else list(tail)
-        attrs: Any = model
-        plain = hasattr(model, "blocks")
-        layout: Layout = "NLC" if plain else str(getattr(model, "output_fmt", "NCHW"))  # pyright: ignore[reportAssignmentType]
-        return cls(
-            model,
-            modules,
-            layout,
-            getattr(model, "num_prefix_tokens", 0) if plain else 0,
-            prefix,
-            classes=getattr(attrs, "num_classes", 1) > 0,
-        )
+        modules = find_tail(model, tail_blocks) if tail == "auto" else list(tail)
+        layout, prefix_tokens = token_layout(model)
+        classes: Any = getattr(model, "num_classes", 1)
+        return cls(model, modules, layout, prefix_tokens, prefix, classes=classes > 0)
 
     @property
     def plain(self) -> bool:
@@ -128,8 +131,14 @@ class TeacherSplit:
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> TeacherOut:
-        """Run the whole teacher on images normalised for it, [b, 3, h, w], and record."""
+        """Run the whole teacher on images normalised for it, [b, 3, h, w], and record.
+
+        Raises:
+            InputError: If the teacher does not call every module of the tail.
+        """
         assert not self.model.training, "the teacher must stay in evaluation mode"
+
+        # Hooks note what each module of the tail is called with, and what the last one returns.
         inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         outputs: list[Any] = []
         with ExitStack() as hooks:
@@ -146,17 +155,19 @@ class TeacherSplit:
             raise InputError(
                 "a module of the tail was not called by the teacher; name modules that its forward runs"
             )
-        start, size = inputs[0][0][0], tuple(x.shape[-2:])
+
+        # What a replay needs beside tokens.
+        start, image = inputs[0][0][0], tuple(x.shape[-2:])
         context = Context(
             layout=self.layout,
-            grid=self._grid(start, size),
+            grid=self._grid(start, image),
             calls=tuple((inputs[i][0][1:], inputs[i][1]) for i in range(len(self.modules))),
             prefix=start[:, : self.prefix_tokens] if self.layout == "NLC" else None,
         )
         return TeacherOut(
             logits=logits if self.has_classes else None,
             tokens=self._tokens(outputs[-1]),
-            grid=self._grid(outputs[-1], size),
+            grid=self._grid(outputs[-1], image),
             split=self._tokens(start),
             context=context,
         )
@@ -180,20 +191,25 @@ class TeacherSplit:
         self._replay = torch.compile(self._run, **options)
 
     def check_replay(self, x: Tensor) -> float:
-        """Largest relative gap between the tail's replay of the teacher's own tokens and the teacher.
+        """Compare the tail's replay of the teacher's own tokens with the teacher.
+
+        Args:
+            x: Images normalised for the teacher, [b, 3, h, w].
+
+        Returns:
+            Largest gap, relative to the largest feature.
 
         Raises:
             InputError: If it is not rounding: then the modules are not the teacher's whole end.
         """
+        # The teacher's own prefix tokens take part here, whatever the students get.
         out = self.forward(x)
         with torch.no_grad():
-            keep, self.prefix = self.prefix, "teacher"
-            try:
-                again = self.tail(out.split, out.context)
-            finally:
-                self.prefix = keep
-        gap = float((again - out.tokens).abs().max() / out.tokens.abs().max().clamp(min=1e-12))
-        limit = TOLERANCE if out.tokens.dtype in (torch.float32, torch.float64) else 0.05
+            replayed = self._replay(out.split, out.context.prefix, out.context)
+        gap = float((replayed - out.tokens).abs().max() / out.tokens.abs().max().clamp(min=1e-12))
+
+        precise = out.tokens.dtype in (torch.float32, torch.float64)
+        limit = REPLAY_TOLERANCE if precise else HALF_PRECISION_TOLERANCE
         if gap > limit:
             raise InputError(
                 f"replaying the tail differs from the teacher by {gap:.1e} of its largest feature; "
@@ -202,6 +218,7 @@ class TeacherSplit:
         return gap
 
     def _run(self, tokens: Tensor, prefix: Tensor | None, context: Context) -> Tensor:
+        # Tokens in the layout that the first module of the tail expects.
         h, w = context.grid
         x = tokens
         if context.layout == "NHWC":
@@ -211,6 +228,8 @@ class TeacherSplit:
         elif prefix is not None and self.prefix_tokens:
             copies = len(tokens) // len(prefix)
             x = torch.cat([prefix.repeat(copies, 1, 1).to(tokens.dtype), tokens], dim=1)
+
+        # The modules as the teacher called them, then spatial tokens again.
         for module, (args, kwargs) in zip(self.modules, context.calls, strict=True):
             x = module(x, *args, **kwargs)
         skip = self.prefix_tokens if x.ndim == 3 and x.shape[1] != tokens.shape[1] else 0
@@ -229,43 +248,3 @@ class TeacherSplit:
         if self.layout == "NCHW":
             return x.shape[2], x.shape[3]
         return token_grid(x.shape[1] - self.prefix_tokens, image)
-
-
-def token_grid(tokens: int, image: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a token sequence, from the proportions of the image.
-
-    Raises:
-        InputError: If the tokens fill no such grid (patches dropped, an unknown prefix).
-    """
-    h = round((tokens * image[-2] / image[-1]) ** 0.5)
-    if h < 1 or tokens % h:
-        raise InputError(
-            f"{tokens} tokens fill no grid over an image of {image[-2]}x{image[-1]}; switch off "
-            "patch dropout or token pruning, or give the number of prefix tokens"
-        )
-    return h, tokens // h
-
-
-def _find_tail(model: nn.Module, tail_blocks: int) -> list[nn.Module]:
-    parts: Any = model
-    name = type(model).__name__
-    if hasattr(model, "blocks") and hasattr(model, "norm"):
-        if getattr(getattr(model, "patch_drop", None), "prob", 0):
-            raise InputError(
-                f"{name} drops patches, which loses the token grid; set patch_drop_rate=0"
-            )
-        depth = len(parts.blocks)
-        if not 1 <= tail_blocks < depth:
-            raise ConfigError(
-                f"tail_blocks is {tail_blocks} but {name} has {depth} blocks; use 1 to {depth - 1}"
-            )
-        return [*parts.blocks[depth - tail_blocks :], parts.norm]
-    for stages in ("layers", "stages"):
-        if hasattr(model, stages) and len(getattr(parts, stages)) > 1:
-            norm = getattr(parts, "norm" if hasattr(model, "norm") else "norm_pre", None)
-            end = [norm] if isinstance(norm, nn.Module) else []
-            return [getattr(parts, stages)[-1], *end]
-    raise InputError(
-        f"no tail is known for {name} (tried {', '.join(TRIED)}); pass tail=[modules] to "
-        "TeacherSplit, or use_tpp=False"
-    )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,26 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from effml_common.device import resolve_device
-from effml_common.errors import ConfigError, InputError
+from effml_common.errors import InputError
 from effml_common.files import atomic_write
+from effml_common.folders import run_folder
 from effml_common.logging import progress, say, warn
-from scalekd.adapters.models import build_student, build_teacher
 from scalekd.adapters.task import ScaleKDTask
-from scalekd.adapters.teacher import TeacherSplit
 from scalekd.config import CacheConfig
-from scalekd.training.cache import MANIFEST, identity, pack
-from scalekd.training.data import CheckedImages, dataset_of, on_device, training_loader
-from scalekd.training.recipe import recipe_of
+from scalekd.training.cache import MANIFEST, identify, pack_teacher_out
+from scalekd.training.data import CheckedImages, TrainingImages, open_indexed_images
+from scalekd.training.loaders import move_batch, training_loader
+from scalekd.training.networks import build_task
+from scalekd.training.plan import TrainingPlan
+from scalekd.training.processes import Processes, this_process
+from scalekd.training.recipe import resolve_recipe
+
+BATCH_SIZE = 64  # images in one pass of the teacher
+MIB = 2**20  # bytes
 
 
 @dataclass(frozen=True)
-class Cached:
+class CacheSummary:
     """What was written."""
 
     folder: str
@@ -34,74 +38,81 @@ class Cached:
     mib: float
 
     def to_json(self) -> dict[str, Any]:
-        """The facts."""
+        """The values in plain JSON types."""
         return dict(vars(self))
 
     def __rich__(self) -> Any:
         return f"{self.folder}: {self.views} views of {self.images} images, {self.mib:.1f} MiB"
 
 
-def cache(config: CacheConfig) -> Cached:
+def cache(config: CacheConfig) -> CacheSummary:
     """Run the teacher over every view and write one shard per view.
 
     Raises:
         InputError: If device, data or teacher cannot be used, or the folder is not empty.
     """
-    device = resolve_device(config.device)
-    out = Path(config.out or time.strftime("runs/cache-%Y%m%d-%H%M%S"))
+    # Read: where to compute, where to write, and the images.
+    processes = this_process(config.device)
+    out = run_folder(config.out, "cache")
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty; choose another --out")
-    images = dataset_of(config, config.train_split, training=True)
-    if isinstance(images, torch.utils.data.IterableDataset):
-        raise ConfigError("a cache needs images with an index; use a folder or hfds/")
-    dataset = CheckedImages(images, config.num_classes, False, config.views, config.seed)
-    recipe = recipe_of(config)
-    torch.manual_seed(
-        config.seed
-    )  # as in train: a teacher without learned weights is the same there
-    teacher = TeacherSplit.from_timm(build_teacher(config), tail_blocks=config.tail_blocks)
-    size = (config.img_size, config.img_size)
-    task = ScaleKDTask(
-        build_student(config),
-        teacher,
-        config=config,
-        img_size=size,
-        teacher_resize=config.teacher_resize,
-        device=device,
-    )
-    loader = training_loader(
-        dataset, config, recipe, task.export_student(), min(64, len(dataset)), device, False
-    )
+    plan = TrainingPlan(config=config, recipe=resolve_recipe(config), out=out)
+    images = open_indexed_images(config, config.views)
+
+    # Prepare: the networks of the training to come, and the transform that its loader will set.
+    task = build_task(plan, processes)
+    source = TrainingImages(images, min(BATCH_SIZE, len(images)))
+    training_loader(source, plan, task.images.student_pixels, processes)
+    _announce_size(task, images, config)
+
+    # Run and write.
+    out.mkdir(parents=True, exist_ok=True)
+    hashes = _write_views(task, images, config, out, processes)
+    manifest = {"made_for": identify(plan, task, images), "views": config.views, "files": hashes}
+    atomic_write(out / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+    warn("a fixed number of views overfits sooner than fresh crops; prefer many views")
+    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    return CacheSummary(str(out), images=len(images), views=config.views, mib=written / MIB)
+
+
+def _announce_size(task: ScaleKDTask, images: CheckedImages, config: CacheConfig) -> None:
+    channels, (h, w) = task.plan.shape.final
+    half_precision = 2  # bytes
+    size = half_precision * channels * h * w * len(images) * config.views / MIB
+    say(f"about {size:.0f} MiB for {config.views} views of {len(images)} images")
+
+
+def _write_views(
+    task: ScaleKDTask,
+    images: CheckedImages,
+    config: CacheConfig,
+    out: Path,
+    processes: Processes,
+) -> dict[str, str]:
+    """Write ``view-K.safetensors`` for each view; returns the SHA-256 hash of each file."""
+    # Images in their order, so that a shard is indexed by the number of the image.
+    device = processes.device
     batches = torch.utils.data.DataLoader(
-        dataset,
-        batch_size=64,
+        images,
+        batch_size=BATCH_SIZE,
         num_workers=config.workers,
         shuffle=False,
         pin_memory=device.type == "cuda",
     )
-    out.mkdir(parents=True, exist_ok=True)
+
     hashes = {}
-    _warn_of_size(task, dataset, config)
     with progress("caching", config.views * len(batches)) as bar:
         for view in range(config.views):
-            dataset.view = view
+            # Each view has crops of its own, which depend on the seed, the view and the image.
+            images.view = view
             parts: list[dict[str, Tensor]] = []
             for batch in batches:
-                x, _, _ = on_device(batch, device, config.channels_last)
-                parts.append(pack(task.teach(x), config.top_k))
+                x, _, _ = move_batch(batch, device, config.channels_last)
+                parts.append(pack_teacher_out(task.teach(x), config.top_k))
                 bar.advance()
-            whole = {k: torch.cat([part[k] for part in parts]).contiguous() for k in parts[0]}
-            data = save(whole)
+
+            shard = {k: torch.cat([part[k] for part in parts]).contiguous() for k in parts[0]}
+            data = save(shard)
             atomic_write(out / f"view-{view}.safetensors", data)
             hashes[f"view-{view}.safetensors"] = hashlib.sha256(data).hexdigest()
-    manifest = {"made_for": identity(config, task, loader), "views": config.views, "files": hashes}
-    atomic_write(out / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-    written = sum(path.stat().st_size for path in out.glob("*.safetensors")) / 2**20
-    warn("a fixed number of views overfits sooner than fresh crops; prefer many views")
-    return Cached(folder=str(out), images=len(dataset), views=config.views, mib=written)
-
-
-def _warn_of_size(task: ScaleKDTask, dataset: CheckedImages, config: CacheConfig) -> None:
-    final = task.plan.shape.final
-    size = 2 * final[0] * final[1][0] * final[1][1] * len(dataset) * config.views / 2**20
-    say(f"about {size:.0f} MiB for {config.views} views of {len(dataset)} images")
+    return hashes

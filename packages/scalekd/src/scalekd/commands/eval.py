@@ -1,34 +1,29 @@
-"""The ``eval`` command, and the accuracy that ``train`` ends with."""
+"""The ``eval`` command: accuracy of a trained student."""
 
-import sys
-import time
-from importlib.metadata import version
-
-from effml_common.device import resolve_device
-from effml_common.report import Report, Row, environment
+from effml_common.report import Report, ReportBuilder, Row
 from scalekd.config import EvalConfig
-from scalekd.training.evaluation import accuracy_of
-from scalekd.training.runs import load_run
+from scalekd.training.evaluation import measure_accuracy
+from scalekd.training.processes import this_process
+from scalekd.training.students import load_student
 
 
 def evaluate(config: EvalConfig) -> Report:
-    """Accuracy of a trained student.
+    """Measure a trained student.
 
     Raises:
         InputError: If the device is not there, or the run or the images cannot be read.
     """
-    started = time.monotonic()
-    device = resolve_device(config.device)
-    student, settings, which = load_run(config.checkpoint, config.use_ema)
-    score = accuracy_of(
-        student, config, settings.img_size, config.val_split, device, config.batch_size
+    report = ReportBuilder("scalekd", libraries=("timm",))
+    device = this_process(config.device).device
+    student = load_student(config.checkpoint, config.use_ema)
+    scores = measure_accuracy(
+        student.model,
+        config,
+        size=student.settings.img_size,
+        device=device,
+        batch_size=config.batch_size,
     )
-    return Report(
-        package="scalekd",
-        version=version("scalekd"),
-        command=sys.argv,
-        seeds=[settings.seed],
-        seconds=time.monotonic() - started,
-        rows=[Row(settings.student, which, {name: [value] for name, value in score.items()})],
-        environment=environment(("timm",), str(device)),
-    )
+
+    metrics = {name: [value] for name, value in scores.items()}
+    row = Row(student.settings.student, student.weights, metrics)
+    return report.build([row], seeds=[student.settings.seed], device=device)

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from scalekd.adapters.costs import costs, count_parameters
-from scalekd.adapters.models import build
-from scalekd.adapters.pairing import dry_run, plan_of
+from effml_common.summary import Summary
+from scalekd.adapters.costs import count_costs
+from scalekd.adapters.models import build, count_parameters
+from scalekd.adapters.pairing import Plan, plan_pair
 from scalekd.adapters.student import StudentTap
 from scalekd.adapters.teacher import TeacherSplit
 from scalekd.config import InspectConfig, PairConfig
@@ -34,124 +35,126 @@ PUBLISHED: tuple[tuple[str, str, str, int], ...] = (
     (EVA, "vit_base_patch16_224", VIT[:-1] + ', "patch_size": 14}', 224),
     (EVA, "eva02_small_patch14_336", "", 336),
 )
+LARGEST_PLAIN_COUNT = 99_999  # counts above are shown in millions
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Named facts about a pair, or a list of pairs, as a table or as JSON."""
+class PublishedPairs:
+    """Every pair of the paper, one row each."""
 
-    rows: list[dict[str, Any]]
+    pairs: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """The facts of one pair, or all under ``pairs``."""
-        return self.rows[0] if len(self.rows) == 1 else {"pairs": self.rows}
+        """All that is known of each pair."""
+        return {"pairs": self.pairs}
 
     def __rich__(self) -> Any:
         from rich.table import Table
 
-        if len(self.rows) == 1:
-            table = Table("", "", show_header=False)
-            for name, value in self.rows[0].items():
-                table.add_row(name, _words(value))
-            return table
-        table = Table(*("teacher", "student", "heads", "tau", "weights", "projectors M", "cost"))
-        for row in self.rows:
-            weights = sorted(set(row["summed weights"].values()), reverse=True)
-            cells = (row["teacher"], row["student"], row["heads"], row["tau"], weights)
-            size = f"{row['projector parameters'] / 1e6:.1f}"
-            table.add_row(*map(_words, cells), size, f"{row['times the student alone']}x")
+        table = Table("teacher", "student", "heads", "tau", "weights", "projectors M", "cost")
+        for pair in self.pairs:
+            weights = sorted(set(pair["summed weights"].values()), reverse=True)
+            values = (pair["teacher"], pair["student"], pair["heads"], pair["tau"], weights)
+            millions = f"{pair['projector parameters'] / 1e6:.1f}"
+            table.add_row(*map(_cell, values), millions, f"{pair['times the student alone']}x")
         return table
 
 
-def inspect(config: InspectConfig) -> Facts:
+def inspect(config: InspectConfig) -> Summary | PublishedPairs:
     """Describe a pair, or all that the paper has, without weights or data.
 
     Raises:
         InputError: If timm knows no such model, or the pair does not fit.
     """
     if not config.published:
-        return Facts([facts_of(config)])
-    rows = []
+        values = describe_pair(config)
+        return Summary(values, shown={name: _cell(value) for name, value in values.items()})
+
+    pairs = []
     for teacher, student, extra, size in PUBLISHED:
         pair = replace(config, teacher=teacher, student=student, student_args=extra, img_size=size)
-        rows.append(facts_of(pair))
-    return Facts(rows)
+        pairs.append(describe_pair(pair))
+    return PublishedPairs(pairs)
 
 
-def meta_pair(config: PairConfig) -> tuple[TeacherSplit, StudentTap]:
-    """Both networks on the meta device: shapes without weights."""
+def describe_pair(config: PairConfig, with_cost: bool = True) -> dict[str, Any]:
+    """Return shapes, tail, projectors, weights and, if wanted, cost of one pair, by name.
+
+    Raises:
+        InputError: If timm knows no such model, or the pair does not fit.
+    """
+    # The pair as training would plan it.
+    size = (config.img_size, config.img_size)
+    split, tap = build_without_weights(config)
+    plan = plan_pair(split, tap, config, size, size)
     with torch.device("meta"):
-        teacher = build(
-            config.teacher,
-            num_classes=config.num_classes,
-            img_size=config.img_size,
-            extra=config.teacher_args,
-        )
-        student = build(
-            config.student,
-            num_classes=config.num_classes,
-            img_size=config.img_size,
-            extra=config.student_args,
-        )
+        projectors = Projectors(plan.shape).eval()
+
+    values = {
+        "teacher": config.teacher,
+        "student": config.student,
+        "image": f"{config.img_size}x{config.img_size}",
+        **_describe_plan(plan, split),
+        "teacher parameters": count_parameters(split.model),
+        "student parameters": count_parameters(tap),
+        "projector parameters": count_parameters(projectors),
+        **{f"projector {n}": count_parameters(m) for n, m in projectors.named_children()},
+    }
+    return values | count_costs(split, tap, projectors, size, size) if with_cost else values
+
+
+def build_without_weights(config: PairConfig) -> tuple[TeacherSplit, StudentTap]:
+    """Build both networks on the meta device: shapes without values."""
+    common = {"num_classes": config.num_classes, "img_size": config.img_size}
+    with torch.device("meta"):
+        teacher = build(config.teacher, extra=config.teacher_args, **common)
+        student = build(config.student, extra=config.student_args, **common)
     split = TeacherSplit.from_timm(
         teacher, tail_blocks=config.tail_blocks, prefix=config.tpp_prefix
     )
     return split, StudentTap(student)
 
 
-def facts_of(config: PairConfig, with_cost: bool = True) -> dict[str, Any]:
-    """Shapes, tail, projectors, weights and, if wanted, cost of one pair."""
-    split, tap = meta_pair(config)
-    size = (config.img_size, config.img_size)
-    out, logits, s3, s4 = dry_run(split, tap, size, size)
-    plan = plan_of(split, tap, config, out, logits, (s3, s4))
+def sum_weights(shape: MimicShape) -> dict[str, float]:
+    """Return the weights as the released code has them: for sums over tokens."""
+    tokens = shape.final[1][0] * shape.final[1][1]
+    return {f"{s}_{v}": round(w / tokens, 4) for (s, v), w in shape.weights.items()}
+
+
+def _describe_plan(plan: Plan, split: TeacherSplit) -> dict[str, Any]:
     shape = plan.shape
-    with torch.device("meta"):
-        projectors = Projectors(shape).eval()
-    facts = {
-        "teacher": config.teacher,
-        "student": config.student,
-        "image": f"{config.img_size}x{config.img_size}",
+    tail = " + ".join(_name_in(split.model, module) for module in split.modules)
+
+    return {
         "pair of the paper": plan.preset,
-        "S3": _map(shape.student[0]),
-        "S4": _map(shape.student[1]),
-        "tail": " + ".join(_where(split.model, m) for m in split.modules),
-        "tail input": _map(shape.split),
-        "tail output": _map(shape.final),
+        "S3": _describe_map(shape.student[0]),
+        "S4": _describe_map(shape.student[1]),
+        "tail": tail,
+        "tail input": _describe_map(shape.split),
+        "tail output": _describe_map(shape.final),
         "prefix tokens": split.prefix_tokens,
         "heads": list(shape.heads),
         "tau": shape.tau,
         "stem norm": shape.stem_norm,
         "weights": {f"{s}_{v}": round(w, 3) for (s, v), w in shape.weights.items()},
-        "summed weights": summed(shape),
+        "summed weights": sum_weights(shape),
         "logit term": f"alpha {plan.kd_alpha:g}, T {plan.kd_t:g}",
-        "teacher parameters": count_parameters(split.model),
-        "student parameters": count_parameters(tap),
-        "projector parameters": count_parameters(projectors),
-        **{f"projector {n}": count_parameters(m) for n, m in projectors.named_children()},
     }
-    return facts | costs(split, tap, projectors, size, size) if with_cost else facts
 
 
-def summed(shape: MimicShape) -> dict[str, float]:
-    """The weights as the released code has them: for sums over tokens."""
-    tokens = shape.final[1][0] * shape.final[1][1]
-    return {f"{s}_{v}": round(w / tokens, 4) for (s, v), w in shape.weights.items()}
-
-
-def _map(shape: tuple[int, tuple[int, int]]) -> str:
+def _describe_map(shape: tuple[int, tuple[int, int]]) -> str:
     return f"{shape[0]} channels on {shape[1][0]}x{shape[1][1]}"
 
 
-def _where(model: nn.Module, module: nn.Module) -> str:
-    return next((name for name, each in model.named_modules() if each is module), "module")
+def _name_in(model: nn.Module, wanted: nn.Module) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "module")
 
 
-def _words(value: Any) -> str:
+def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {v:g}" for k, v in value.items())
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int) and value > 99_999:
+    if isinstance(value, int) and value > LARGEST_PLAIN_COUNT:
         return f"{value / 1e6:.2f}M"
     return str(value)

@@ -1,7 +1,7 @@
-"""Other ways to distil, as training tasks of timm: what the demo compares with.
+"""The arms of the demo and the study: one student, one data set, several ways to train it.
 
-timm's own tasks (labels alone, logits, pooled features) are used as they are; DIST and plain feature
-imitation are written here.
+Each arm is a training task of timm. timm's own (labels alone, logits, pooled features) are used as they
+are; DIST and plain feature imitation are written here.
 """
 
 from dataclasses import replace
@@ -28,12 +28,12 @@ from scalekd.method.feature_mimicking import mimic_loss
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a network's weights are."""
+    """Return where a network's weights are."""
     return next(model.parameters()).device
 
 
 def dist_loss(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """One minus the Pearson correlation of probabilities, along classes and along the batch.
+    """Return 1 minus the Pearson correlation of probabilities, along classes and along the batch.
 
     Paper: "Knowledge Distillation from A Stronger Teacher" (Huang et al., NeurIPS 2022), at temperature
     1, with the weights of its ImageNet runs.
@@ -62,7 +62,7 @@ class DistTask(TrainingTask):
         self._split, self.weight = [teacher], weight
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002
-        """Loss and logits."""
+        """Return loss and logits."""
         with torch.no_grad():
             teacher: Any = self._split[0].model(input)
         output = self.trainable_module(input)
@@ -80,7 +80,7 @@ class FeatureImitator(nn.Module):
         self.project = nn.Conv2d(channels, width, 1) if channels != width else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and the projected map."""
+        """Return logits and the projected map."""
         logits, _, last = self.tap[0](x)
         return logits, self.project(last)
 
@@ -104,11 +104,11 @@ class FeatureImitationTask(TrainingTask):
         self._split, self.weight = [teacher], weight
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module:
-        """The student."""
+        """Return the student."""
         return self.trainable_module.student
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002
-        """Loss and logits."""
+        """Return loss and logits."""
         out = self._split[0].forward(input)
         output, projected = self.trainable_module(input)
         projected = F.adaptive_avg_pool2d(projected, out.grid)
@@ -139,7 +139,7 @@ BASELINES = ("alone", "mixup", "kd", "dist", "fitnet", "timm features")
 def make_task(
     arm: str, student: nn.Module, teacher: nn.Module, strength: float = 1.0
 ) -> TrainingTask:
-    """The training task of an arm, on the device of the teacher.
+    """Build the training task of an arm, on the device of the teacher.
 
     Args:
         arm: Its name.
@@ -150,16 +150,20 @@ def make_task(
     Raises:
         InputError: If there is no such arm.
     """
+    # The method, and its parts one by one.
     device = device_of(teacher)
     if arm in SCALEKD:
         config = SCALEKD[arm]
         scaled = {k: strength * (getattr(config, k) or 0.0) for k in ("w_full", "w_ac")}
         return ScaleKDTask(student, teacher, config=replace(config, **scaled), device=device)
+
+    # timm's own tasks.
     student.to(device)
+    common: dict[str, Any] = {"device": device, "verbose": False}
     if arm == "alone":
-        return ClassificationTask(student, nn.CrossEntropyLoss(), device=device, verbose=False)
+        return ClassificationTask(student, nn.CrossEntropyLoss(), **common)
     if arm == "mixup":
-        return ClassificationTask(student, SoftTargetCrossEntropy(), device=device, verbose=False)
+        return ClassificationTask(student, SoftTargetCrossEntropy(), **common)
     if arm == "kd":
         return LogitDistillationTask(
             student,
@@ -168,8 +172,7 @@ def make_task(
             distill_loss_weight=0.5 * strength,
             task_loss_weight=0.5,
             temperature=4.0,
-            device=device,
-            verbose=False,
+            **common,
         )
     if arm == "timm features":
         return FeatureDistillationTask(
@@ -177,9 +180,10 @@ def make_task(
             DistillationTeacher(teacher, device=device),
             nn.CrossEntropyLoss(),
             distill_loss_weight=strength,
-            device=device,
-            verbose=False,
+            **common,
         )
+
+    # The two that are written here.
     split = TeacherSplit.from_timm(teacher)
     if arm == "dist":
         return DistTask(student, split, weight=strength)

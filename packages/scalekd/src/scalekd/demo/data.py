@@ -14,13 +14,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SIDE = 16
-FIGURE, GROUND = 4, 3  # directions
-CLASSES = FIGURE * GROUND
+Data = Literal["drawn", "digits"]
+SIDE = 16  # pixels
+FIGURE_DIRECTIONS, GROUND_DIRECTIONS = 4, 3  # of the stripes
+CLASSES = FIGURE_DIRECTIONS * GROUND_DIRECTIONS
 DIGIT_CLASSES, DIGIT_TESTS = 10, 500
+TEST_SEED, TEST_IMAGES = 1_000_000, 2000
 
 
-def drawn(n: int, generator: torch.Generator, noise: float = 0.25) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Images:
+    """Images [n, 3, SIDE, SIDE] and labels [n]."""
+
+    x: Tensor
+    y: Tensor
+
+
+def draw_images(n: int, generator: torch.Generator, noise: float = 0.25) -> tuple[Tensor, Tensor]:
     """Draw labelled images.
 
     Args:
@@ -35,35 +45,39 @@ def drawn(n: int, generator: torch.Generator, noise: float = 0.25) -> tuple[Tens
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand((n, *shape), generator=generator)
 
+    # Coordinates from -1 to 1, relative to the place of each figure.
     label = torch.randint(CLASSES, (n,), generator=generator)
     axis = (torch.arange(SIDE) + 0.5) / SIDE * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     dx, dy = x - uniform(-0.3, 0.3, 1, 1), y - uniform(-0.3, 0.3, 1, 1)
+
+    # A figure of two to four lobes with a soft edge.
     lobes = torch.randint(2, 5, (n, 1, 1), generator=generator)
     wave = torch.cos(lobes * torch.atan2(dy, dx) + uniform(0, math.tau, 1, 1))
     outline = uniform(0.5, 0.75, 1, 1) * (1 + uniform(0.1, 0.4, 1, 1) * wave)
     inside = torch.sigmoid(20 * (outline - torch.hypot(dx, dy))).unsqueeze(1)
 
-    def striped(direction: Tensor) -> Tensor:
+    def draw_stripes(direction: Tensor) -> Tensor:
         angle = direction + uniform(-0.15, 0.15)
-        along = x * _wide(angle.cos()) + y * _wide(angle.sin())
+        along = x * _per_image(angle.cos()) + y * _per_image(angle.sin())
         stripes = torch.sin(along * uniform(6, 11, 1, 1) + uniform(0, math.tau, 1, 1))
         colour, ink = uniform(-0.5, 0.5, 3, 1, 1), uniform(-1, 1, 3, 1, 1)
         return colour + stripes.unsqueeze(1) * ink
 
-    figure = striped((label % FIGURE) * math.pi / FIGURE)
-    ground = striped((label // FIGURE) * math.pi / GROUND)
+    # The class is the pair of directions.
+    figure = draw_stripes((label % FIGURE_DIRECTIONS) * math.pi / FIGURE_DIRECTIONS)
+    ground = draw_stripes((label // FIGURE_DIRECTIONS) * math.pi / GROUND_DIRECTIONS)
     image = ground.lerp(figure, inside)
     return 1.5 * (image + noise * torch.randn(image.shape, generator=generator)), label
 
 
-def _wide(per_image: Tensor) -> Tensor:
-    return per_image.view(-1, 1, 1)
+def _per_image(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1)
 
 
 @cache
-def digits(part: str) -> tuple[Tensor, Tensor]:
-    """Scikit-learn's written digits, enlarged from 8x8; needs scikit-learn.
+def read_digits(part: str) -> tuple[Tensor, Tensor]:
+    """Read scikit-learn's written digits, enlarged from 8x8; needs scikit-learn.
 
     Args:
         part: ``test`` for 500 images, ``train`` for the other 1297.
@@ -73,59 +87,45 @@ def digits(part: str) -> tuple[Tensor, Tensor]:
     """
     from sklearn.datasets import load_digits
 
-    found: Any = load_digits()
-    x, y = torch.from_numpy(found.images).float(), torch.from_numpy(found.target)
+    source: Any = load_digits()
+    x, y = torch.from_numpy(source.images).float(), torch.from_numpy(source.target)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     chosen = order[:DIGIT_TESTS] if part == "test" else order[DIGIT_TESTS:]
     x = F.interpolate(x[chosen].unsqueeze(1), (SIDE, SIDE), mode="bilinear")
     return ((x - x.mean()) / x.std()).expand(-1, 3, -1, -1).contiguous(), y[chosen]
 
 
-Data = Literal["drawn", "digits"]
-
-
-TEST_SEED, TEST_IMAGES = 1_000_000, 2000
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images and labels."""
-
-    x: Tensor
-    y: Tensor
-
-
 def training_images(n: int, seed: int, data: Data = "drawn") -> Images:
-    """The labelled images of one seed."""
+    """Return the labelled images of one seed."""
     generator = torch.Generator().manual_seed(seed)
     if data == "drawn":
-        return Images(*drawn(n, generator))
-    x, y = digits("train")
+        return Images(*draw_images(n, generator))
+    x, y = read_digits("train")
     chosen = torch.randperm(len(y), generator=generator)[:n]
     return Images(x[chosen], y[chosen])
 
 
 def test_images(data: Data) -> Images:
-    """Images that no training sees."""
+    """Return images that no training sees."""
     if data == "drawn":
         return training_images(TEST_IMAGES, TEST_SEED)
-    return Images(*digits("test"))
+    return Images(*read_digits("test"))
 
 
 test_images.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def stream(n: int, generator: torch.Generator, data: Data) -> tuple[Tensor, Tensor]:
-    """A batch for a teacher."""
+def teacher_batch(n: int, generator: torch.Generator, data: Data) -> tuple[Tensor, Tensor]:
+    """Return the next batch for a teacher: new drawings, or any digits but those for testing."""
     if data == "drawn":
-        return drawn(n, generator)
-    x, y = digits("train")
+        return draw_images(n, generator)
+    x, y = read_digits("train")
     chosen = torch.randint(len(y), (n,), generator=generator)
-    return shifted(x[chosen], generator), y[chosen]
+    return shift_images(x[chosen], generator), y[chosen]
 
 
-def shifted(x: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
-    """Each image moved by up to ``most`` pixels, edges mirrored."""
+def shift_images(x: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
+    """Move each image by up to ``most`` pixels, edges mirrored."""
     n, _, h, w = x.shape
     padded = F.pad(x, (most,) * 4, mode="reflect")
     offsets = torch.randint(2 * most + 1, (2, n, 1), generator=generator)

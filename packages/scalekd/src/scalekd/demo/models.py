@@ -12,8 +12,8 @@ from torch import nn
 
 from scalekd.demo.data import SIDE
 
-# Mean 0 and deviation 1: the drawn images are normalised as they are made.
-CFG = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "input_size": (3, SIDE, SIDE)}
+# Mean 0 and deviation 1: the drawn images are normalised already.
+PRETRAINED_CFG = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "input_size": (3, SIDE, SIDE)}
 
 
 class ConvEmbed(PatchEmbed):
@@ -35,8 +35,8 @@ class ConvEmbed(PatchEmbed):
         )
 
 
-def swin_teacher(width: int, classes: int, seed: int = 0) -> nn.Module:
-    """An untrained Swin on grids of 8 and 4, ``width`` and twice that wide."""
+def build_demo_teacher(width: int, classes: int, seed: int = 0) -> nn.Module:
+    """Build an untrained Swin on grids of 8 and 4, ``width`` and twice that wide."""
     torch.manual_seed(seed)
     model = SwinTransformer(
         img_size=SIDE,
@@ -49,40 +49,46 @@ def swin_teacher(width: int, classes: int, seed: int = 0) -> nn.Module:
         drop_path_rate=0.0,
         embed_layer=ConvEmbed,  # pyright: ignore[reportArgumentType]
     )
-    return _named(model, f"swin_demo_{width}")
+    return _with_name(model, f"swin_demo_{width}")
 
 
-def student_of(kind: str, classes: int, seed: int) -> nn.Module:
-    """An untrained student: ``cnn`` (grids 8, 4), ``mlp`` or ``vit`` (grid 4 throughout)."""
+def build_demo_student(kind: str, classes: int, seed: int) -> nn.Module:
+    """Build an untrained student: ``cnn`` (grids 8, 4), ``mlp`` or ``vit`` (grid 4 throughout)."""
     torch.manual_seed(seed)
-    if kind == "cnn":
-        blocks = tuple(
-            ByoBlockCfg(type="basic", d=1, c=c, s=s, gs=0, br=1.0)
-            for c, s in ((16, 1), (24, 1), (32, 2))
-        )
-        cfg = ByoModelCfg(blocks=blocks, stem_chs=12, stem_type="3x3", stem_pool="")
-        model = ByobNet(cfg, num_classes=classes)
-    elif kind == "mlp":
-        model = MlpMixer(
-            num_classes=classes, img_size=SIDE, patch_size=4, num_blocks=3, embed_dim=32
-        )
-    else:
-        model = VisionTransformer(
-            img_size=SIDE,
-            patch_size=4,
-            num_classes=classes,
-            embed_dim=32,
-            depth=4,
-            num_heads=2,
-            mlp_ratio=2.0,
-            class_token=False,
-            global_pool="avg",
-            fc_norm=False,
-        )
-    return _named(model, f"{kind}_demo")
+    build = {"cnn": _build_cnn, "mlp": _build_mlp, "vit": _build_vit}[kind]
+    return _with_name(build(classes), f"{kind}_demo")
 
 
-def _named(model: nn.Module, name: str) -> nn.Module:
+def _build_cnn(classes: int) -> nn.Module:
+    blocks = tuple(
+        ByoBlockCfg(type="basic", d=1, c=channels, s=stride, gs=0, br=1.0)
+        for channels, stride in ((16, 1), (24, 1), (32, 2))
+    )
+    cfg = ByoModelCfg(blocks=blocks, stem_chs=12, stem_type="3x3", stem_pool="")
+    return ByobNet(cfg, num_classes=classes)
+
+
+def _build_mlp(classes: int) -> nn.Module:
+    return MlpMixer(num_classes=classes, img_size=SIDE, patch_size=4, num_blocks=3, embed_dim=32)
+
+
+def _build_vit(classes: int) -> nn.Module:
+    # The paper's vision transformers have no class token either.
+    return VisionTransformer(
+        img_size=SIDE,
+        patch_size=4,
+        num_classes=classes,
+        embed_dim=32,
+        depth=4,
+        num_heads=2,
+        mlp_ratio=2.0,
+        class_token=False,
+        global_pool="avg",
+        fc_norm=False,
+    )
+
+
+def _with_name(model: nn.Module, name: str) -> nn.Module:
     target: Any = model
-    target.pretrained_cfg = {**CFG, "architecture": name}
+    target.pretrained_cfg = {**PRETRAINED_CFG, "architecture": name}
     return model

@@ -1,18 +1,18 @@
-"""Accuracies as rows, claims and figures."""
+"""Accuracies as the rows and claims of a report."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from statistics import mean, stdev
 
 from effml_common.report import Claim, Row
 from scalekd.demo.arms import BASELINES, SCALEKD
 
-# (arm, kind of student, teacher) -> seed -> top-1 in percent.
-Table = Mapping[tuple[str, str, str], Mapping[int, float]]
-MAIN = "w32"
+Key = tuple[str, str, str]  # arm, kind of student, teacher
+Table = Mapping[Key, Mapping[int, float]]  # -> seed -> top-1 in percent
+MAIN_TEACHER = "w32"
 ORDER = (*BASELINES, *SCALEKD)
 # (id, better, worse): what the paper's ablation claims, arm against arm.
-PARTS = (
+PART_CLAIMS = (
     ("cap", "cap", "fitnet"),
     ("dfm", "cap+dfm", "cap"),
     ("tpp", "cap+tpp", "cap"),
@@ -22,7 +22,7 @@ PARTS = (
 
 
 def rows_of(table: Table) -> list[Row]:
-    """One row per arm, student and teacher."""
+    """Return one row per arm, student and teacher."""
     keys = sorted(table, key=lambda key: (key[1], ORDER.index(key[0]), key[2]))
     return [
         Row(arm, f"{kind}, teacher {teacher}", {"top1": values_of(table, (arm, kind, teacher))})
@@ -31,57 +31,66 @@ def rows_of(table: Table) -> list[Row]:
 
 
 def claims_of(table: Table) -> list[Claim]:
-    """ScaleKD against every baseline and the best, part against part, and the controls."""
+    """Return ScaleKD against every baseline and the best, part against part, and the controls."""
     claims: list[Claim] = []
     for kind in sorted({kind for _, kind, _ in table}):
-        rivals = [arm for arm in BASELINES if (arm, kind, MAIN) in table]
-        if rivals and ("scalekd", kind, MAIN) in table:
-            best = max(rivals, key=lambda arm: mean(values_of(table, (arm, kind, MAIN))))
-            if len(rivals) > 1:
-                _add(claims, table, kind, f"best-{kind}", "scalekd", best, " (the best baseline)")
-            for arm in rivals:
-                _add(claims, table, kind, f"{arm}-{kind}", "scalekd", arm, "")
-        for name, better, worse in PARTS:
-            _add(claims, table, kind, f"{name}-{kind}", better, worse, "")
-        _untrained(claims, table, kind)
-        _sizes(claims, table, kind)
+        claims += _baseline_claims(table, kind)
+        for name, better, worse in PART_CLAIMS:
+            claims += _compare_arms(table, kind, f"{name}-{kind}", better, worse)
+        claims += _untrained_claims(table, kind)
+        claims += _size_claims(table, kind)
     return claims
 
 
-def _untrained(claims: list[Claim], table: Table, kind: str) -> None:
-    key, alone = ("cap+dfm+tpp", kind, "untrained"), ("alone", kind, MAIN)
-    if key in table and alone in table:
-        gaps = _gaps(table, key, alone)
-        claims.append(Claim(f"untrained-{kind}", f"{kind}: an untrained teacher helps", gaps))
-
-
-def _sizes(claims: list[Claim], table: Table, kind: str) -> None:
-    widths = [t for a, k, t in table if a == "scalekd" and k == kind and t.startswith("w")]
-    widths.sort(key=lambda teacher: int(teacher[1:]))
-    for small, large in pairwise(widths):
-        gaps = _gaps(table, ("scalekd", kind, large), ("scalekd", kind, small))
-        text = f"{kind}: a teacher of width {large[1:]} helps more than one of {small[1:]}"
-        claims.append(Claim(f"size-{kind}-{large}", text, gaps))
-
-
-def _add(
-    claims: list[Claim], table: Table, kind: str, name: str, better: str, worse: str, extra: str
-) -> None:
-    one, two = (better, kind, MAIN), (worse, kind, MAIN)
-    if one in table and two in table:
-        text = f"{kind}: {better} is above {worse}{extra}"
-        claims.append(Claim(name, text, _gaps(table, one, two)))
-
-
-def _gaps(table: Table, one: tuple[str, str, str], two: tuple[str, str, str]) -> list[float]:
-    return [table[one][seed] - table[two][seed] for seed in table[one] if seed in table[two]]
-
-
-def values_of(table: Table, key: tuple[str, str, str]) -> list[float]:
-    """Accuracies of one arm, student and teacher, one for each seed."""
+def values_of(table: Table, key: Key) -> list[float]:
+    """Return the accuracies of one arm, student and teacher, one for each seed."""
     return list(table[key].values())
 
 
 def standard_error(values: list[float]) -> float:
-    """Standard error of the mean; 0 for a single value."""
+    """Return the standard error of the mean; 0 for a single value."""
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _baseline_claims(table: Table, kind: str) -> Iterator[Claim]:
+    baselines = [arm for arm in BASELINES if (arm, kind, MAIN_TEACHER) in table]
+    if not baselines or ("scalekd", kind, MAIN_TEACHER) not in table:
+        return
+    if len(baselines) > 1:
+        best = max(baselines, key=lambda arm: mean(values_of(table, (arm, kind, MAIN_TEACHER))))
+        suffix = " (the best baseline)"
+        yield from _compare_arms(table, kind, f"best-{kind}", "scalekd", best, suffix)
+    for arm in baselines:
+        yield from _compare_arms(table, kind, f"{arm}-{kind}", "scalekd", arm)
+
+
+def _untrained_claims(table: Table, kind: str) -> Iterator[Claim]:
+    key, alone = ("cap+dfm+tpp", kind, "untrained"), ("alone", kind, MAIN_TEACHER)
+    if key in table and alone in table:
+        gaps = _paired_gaps(table, key, alone)
+        yield Claim(f"untrained-{kind}", f"{kind}: an untrained teacher helps", gaps)
+
+
+def _size_claims(table: Table, kind: str) -> Iterator[Claim]:
+    widths = [t for arm, k, t in table if arm == "scalekd" and k == kind and t.startswith("w")]
+    widths.sort(key=lambda teacher: int(teacher[1:]))
+    for small, large in pairwise(widths):
+        gaps = _paired_gaps(table, ("scalekd", kind, large), ("scalekd", kind, small))
+        text = f"{kind}: a teacher of width {large[1:]} helps more than one of {small[1:]}"
+        yield Claim(f"size-{kind}-{large}", text, gaps)
+
+
+def _compare_arms(
+    table: Table, kind: str, name: str, better: str, worse: str, suffix: str = ""
+) -> Iterator[Claim]:
+    upper, lower = (better, kind, MAIN_TEACHER), (worse, kind, MAIN_TEACHER)
+    if upper in table and lower in table:
+        text = f"{kind}: {better} is above {worse}{suffix}"
+        yield Claim(name, text, _paired_gaps(table, upper, lower))
+
+
+def _paired_gaps(table: Table, upper: Key, lower: Key) -> list[float]:
+    """Differences seed by seed, over the seeds that both have."""
+    return [
+        table[upper][seed] - table[lower][seed] for seed in table[upper] if seed in table[lower]
+    ]

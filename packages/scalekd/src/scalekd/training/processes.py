@@ -1,7 +1,8 @@
-"""The processes of one run: this one's device, and its place among those of torchrun."""
+"""The processes of one run: this one's device, and its place among those that torchrun started."""
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,29 +13,54 @@ from effml_common.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """This process among those of torchrun."""
+    """This process among those of the run.
 
+    Attributes:
+        device: Where this process computes.
+        rank: Number of this process, from 0.
+        world: Number of processes.
+    """
+
+    device: torch.device
     rank: int = 0
     world: int = 1
 
 
-def start_processes(device: str, stack: ExitStack) -> tuple[torch.device, Processes]:
-    """The device, and this process's place among those that torchrun started.
+def this_process(device: str) -> Processes:
+    """Find the device for a command that runs in one process.
+
+    Raises:
+        InputError: If the device is not there.
+    """
+    return Processes(device=resolve_device(device))
+
+
+@contextmanager
+def start_processes(device: str) -> Iterator[Processes]:
+    """Find the device and join the other processes; leave them at the end.
+
+    Args:
+        device: As ``--device`` takes it.
 
     Raises:
         InputError: If the device is not there, or is of a kind that several processes cannot use.
     """
-    where = resolve_device(device)
+    own_device = resolve_device(device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        return where, Processes()
-    if where.type not in ("cpu", "cuda"):
+        yield Processes(device=own_device)
+        return
+    if own_device.type not in ("cpu", "cuda"):
         raise InputError(
-            f"device {where} trains in one process, not {world}; start without torchrun"
+            f"device {own_device} trains in one process, not {world}; start without torchrun"
         )
+
+    # Gradients travel by NCCL between cards, by gloo otherwise.
     from torch import distributed
 
-    backend = "nccl" if where.type == "cuda" and distributed.is_nccl_available() else "gloo"
-    distributed.init_process_group(backend)
-    stack.callback(distributed.destroy_process_group)
-    return where, Processes(rank=distributed.get_rank(), world=world)
+    nccl = own_device.type == "cuda" and distributed.is_nccl_available()
+    distributed.init_process_group("nccl" if nccl else "gloo")
+    try:
+        yield Processes(device=own_device, rank=distributed.get_rank(), world=world)
+    finally:
+        distributed.destroy_process_group()
