@@ -25,7 +25,7 @@ from sliderquant.config import (
     SensitivityConfig,
     SliderConfig,
 )
-from sliderquant.method import calibration, error_compensation
+from sliderquant.method import error_compensation, window_training
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.calibration import calibrate
 from sliderquant.method.error_compensation import damped_hessian, round_weight
@@ -126,7 +126,7 @@ def test_a_process_without_samples_sums_a_zero_on_the_card(
     learnables = fresh_learnables(decoder, config, torch.float32)
     hidden = torch.empty(2, 12, 32)  # a cache on disk
     monkeypatch.setattr(window_training, "own_share", lambda index: index[:0])
-    monkeypatch.setattr(calibration, "all_reduce_", seen)
+    monkeypatch.setattr(window_training, "all_reduce_", seen)
     with pytest.raises(Seen):
         train_window(
             decoder, [0], learnables, hidden, hidden, ratio=1.0, config=config, seed=(0,),
