@@ -1,46 +1,130 @@
-"""The examples of the README run as they are written."""
+"""Commands, Python, chain files and links of the README and of docs/ are what they say."""
 
+import dataclasses
+import importlib
+import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
+from com_pt_tiny import clip, spec
+from safetensors.torch import load_file
 
-from com_pt.method.cost import transformer_macs
+from com_pt.adapters.timm_models import save_timm
+from com_pt.cli import COMMANDS
+from com_pt.config import ChainConfig, StageConfig
 from com_pt.training.chain import parse_chain
 from com_pt.training.plan import plan_chain
 from com_pt.training.run import run_chain
+from com_pt.training.tasks.causal_lm import CausalLMTask
+from com_pt.training.tasks.classify import ClassifyTask
+from com_pt.training.tasks.clip import ClipTask
+from effml_common.cli import main, parse
 
-README = Path(__file__).parents[1] / "README.md"
+PACKAGE = Path(__file__).parents[1]
+README = PACKAGE / "README.md"
+PAGES = [README, *sorted((PACKAGE / "docs").glob("*.md"))]
+SETTINGS = PACKAGE / "docs" / "settings.md"
+
+pytestmark = pytest.mark.skipif(not README.exists(), reason="the README is not beside these tests")
 
 
-def blocks(kind: str) -> list[str]:
-    if not README.exists():
-        pytest.skip("the README is not beside these tests")
-    return re.findall(rf"```{kind}\n(.*?)```", README.read_text(), re.DOTALL)
+def blocks(page: Path, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_the_python_of_the_first_screen_grows_a_model(capsys) -> None:
+def command_lines(page: Path) -> list[str]:
+    """Every command in a block, launched or not, and every one in backticks that has a setting."""
+    lines = [line for block in blocks(page, "") for line in block.splitlines()]
+    lines = [re.sub(r"^(accelerate launch|torchrun .*) -m com_pt ", "com-pt ", x) for x in lines]
+    lines += re.findall(r"`(com-pt \w+ [^`]+)`", page.read_text())
+    return [line for line in lines if line.startswith("com-pt ")]
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_the_readme_is_short() -> None:
+    text = README.read_text()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert 500 <= len(prose.split()) <= 700
+    assert len(text.split()) <= 800
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_line_is_accepted_by_its_parser(page: Path) -> None:
+    lines = command_lines(page)
+    assert lines or page.name in ("method.md", "formats.md")
+    for line in lines:
+        _, verb, *words = shlex.split(line)
+        command = next(command for command in COMMANDS if command.name == verb)
+        module, _, name = command.config.partition(":")
+        settings = getattr(importlib.import_module(module), name)
+        words = [word for word in words if word != "--json"]
+        assert isinstance(parse(settings, words, prog=f"com-pt {verb}"), settings), line
+
+
+def test_the_table_of_commands_is_complete() -> None:
+    rows = re.findall(r"^\| `com-pt (\w+)` \|", README.read_text(), re.MULTILINE)
+    assert rows == [command.name for command in COMMANDS]
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(pictures, monkeypatch, capsys) -> None:
+    """With tiny models below the same names, and fewer updates."""
+    monkeypatch.chdir(pictures)
+    monkeypatch.setattr("com_pt.adapters.open_clip_models.OWN_CONFIGS", pictures)
+    wide = {"vocab": 49408, "length": 77}
+    for name, width in (("compt-ViT-S-16", 32), ("compt-ViT-B-16", 64)):
+        (pictures / f"{name}.json").write_text(json.dumps(spec(width, **wide)))
+    (pictures / "logs").mkdir()
+    torch.save({"state_dict": clip(32, **wide).state_dict()}, "logs/epoch_32.pt")
+    chain = yaml.safe_load(blocks(README, "yaml")[0])
+    chain |= {"individual_epochs": 2, "batch_size": 16}
+    (pictures / "chain.yaml").write_text(yaml.safe_dump(chain))
+
+    lines = [shlex.split(line) for line in blocks(README, "")[1].splitlines()]
+    assert [line[1] for line in lines] == ["grow", "plan", "train", "eval"]
+    for _, *words in lines:
+        device = ["--device", "cpu"] if words[0] != "plan" else []
+        code = main("com-pt", "com-pt", COMMANDS, [*words, *device])
+        assert code == 0, capsys.readouterr().err
+    assert load_file("grown/open_clip_model.safetensors")["visual.proj"].shape == (64, 32)
+    assert "image to text R@1" in capsys.readouterr().out
+
+
+def test_the_python_of_the_readme_grows_a_model(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "vit_tiny_patch16_224"
+    save_timm(timm.create_model(name, num_classes=5), name, 5, tmp_path / "models/vit-tiny")
+    (code,) = blocks(README, "python")
+    assert len(code.splitlines()) <= 10
     scope: dict = {}
-    exec(blocks("python")[0], scope)
-    x = torch.randn(1, 3, 32, 32)
+    exec(code, scope)
+
+    x = torch.randn(1, 3, 224, 224)
     small, large = scope["small"].eval(), scope["large"].eval()
     with torch.no_grad():
         assert (small(x) - large(x)).abs().max() < 1e-5
     assert capsys.readouterr().out.startswith("1.0 []")
 
 
-def test_the_chain_file_is_accepted_and_costs_what_it_says() -> None:
-    chain = parse_chain(yaml.safe_load(blocks("yaml")[0]))
-    assert [chain.epochs_of(i) for i in range(3)] == [32, 7, 4]
-    assert plan_chain(chain).ratio > 3
-    assert transformer_macs(2, 3, 1) == 12 * 4 * 3 + 2 * 9 * 2
+@pytest.mark.parametrize("page", [README, SETTINGS], ids=lambda page: page.name)
+def test_the_chain_file_is_accepted_and_costs_less_than_its_members(page: Path) -> None:
+    chain = parse_chain(yaml.safe_load(blocks(page, "yaml")[0]))
+    epochs = [chain.epochs_of(i) for i in range(len(chain.stages))]
+    assert epochs == ([32, 7] if page == README else [32, 7, 4])
+    assert plan_chain(chain).ratio > (2 if page == README else 3)
 
 
 def test_a_task_of_ones_own_trains_a_chain(tmp_path, monkeypatch) -> None:
-    code = blocks("python")[1]
+    (code,) = blocks(SETTINGS, "python")
     task = code[code.index("class Autoencode") :]
     assert len(task.splitlines()) < 40
     (tmp_path / "mytask.py").write_text(code)
@@ -54,3 +138,32 @@ def test_a_task_of_ones_own_trains_a_chain(tmp_path, monkeypatch) -> None:
     assert '"feature"' in lines[0]
     sys.path.remove(str(tmp_path))
     sys.modules.pop("mytask")
+
+
+def test_every_setting_is_explained() -> None:
+    # Names stand in the first column of a table, or in the second beside a task.
+    rows = [line.split(" | ") for line in SETTINGS.read_text().splitlines() if line[:1] == "|"]
+    explained = set(re.findall(r"`(\w+)`", " ".join(" ".join(row[:2]) for row in rows)))
+    fields = {*dataclasses.fields(StageConfig), *dataclasses.fields(ChainConfig)}
+    assert {field.name for field in fields} <= explained
+    assert ClipTask.settings | ClassifyTask.settings | CausalLMTask.settings <= explained
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_file_names_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        inside = target.resolve().is_relative_to(PACKAGE)
+        if not inside and not (PACKAGE.parents[1] / ".git").exists():
+            continue  # the package alone, outside of its repository
+        assert target.exists(), link
+        if anchor:
+            assert anchor in map(slug, re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE))
+
+    # Modules are named relative to src/com_pt.
+    for name in re.findall(
+        r"`((?:method|adapters|training|commands)/[\w/*]+\.py)`", page.read_text()
+    ):
+        assert [*(PACKAGE / "src/com_pt").glob(name)], name
