@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from benchmarks.hot_path_timing import main
 from benchmarks.hot_paths import HotPath, Kit, Step
+from morse_diffusion.adapters.apply import apply_morse
 from morse_diffusion.adapters.calls import Guidance
 from morse_diffusion.adapters.dot import DotShape, MorseDot, UNetDot
 from morse_diffusion.adapters.dot.io import fingerprint
 from morse_diffusion.adapters.estimate import GuidedDash
-from morse_diffusion.adapters.hook import Trajectory, apply_morse
+from morse_diffusion.adapters.hook import DashEstimate, Trajectory
 from morse_diffusion.method.jumps import Process
 from morse_diffusion.method.objective import Draws
 from morse_diffusion.method.sampler import ZeroDot
@@ -157,9 +158,9 @@ def sample_step(model: Model, dot_step: bool) -> Build:
         t = time_on(kit, TIMES[dot_step])
 
         # The state of a run at this step; its beginning is a path of its own.
-        guidance = Guidance.of(pipe, pair.dash, x, None, 1, text)
+        guidance = Guidance.detect(pipe, pair.dash, x, None, 1, text)
         estimate = model.latents(kit, tiny, 1, torch.float32)
-        last = (x[1:], estimate, time_on(kit, TIMES[0]).expand(1).float())
+        last = DashEstimate(x=x[1:], z=estimate, t=time_on(kit, TIMES[0]).expand(1).float())
         answer = (x,)
 
         def step() -> object:
@@ -222,12 +223,12 @@ def train_step(kit: Kit, tiny: bool, *, free_dash: bool = False) -> Step:
     config = LoopConfig(steps=100_000, batch=batch_size(tiny), guidance=SHAPE.guidance)
 
     def step() -> object:
-        told = update_dot(
+        losses = update_dot(
             dot, batch, optimizer, dash=dash, process=process, config=config,
             accelerator=accelerator, step=1,
         )  # fmt: skip
         update_average(average, dot, config.ema)
-        return told
+        return losses
 
     return step
 
@@ -268,7 +269,7 @@ def without_gradients(step: Step) -> Step:
 
 
 # What the host reads of each call: its time, and whether all values are finite.
-READS = {"hook.py:_check": True}
+READS = {"hook.py:_check_finite": True}
 DASH_READS, DOT_READS = (READS | {"hook.py:_locate": t} for t in TIMES)
 UPDATE_READS = {"finite.py:check_finite": 1.0, "trainer.py:update_dot": 1.0}
 SD15_MODEL, SDXL_MODEL = Model(SD15), Model(SDXL)

@@ -27,7 +27,7 @@ def test_a_path_costs_what_was_committed(path: HotPath) -> None:
 @pytest.mark.parametrize("kind", ["Dash", "Dot"])
 def test_a_step_of_sample_waits_for_its_time_its_values_and_the_clock(kind: str) -> None:
     cost = count(BY_NAME[f"sample, {kind} step, SD 1.5"], tiny=True)
-    waits = {"hook.py:_locate": 1, "hook.py:_check": 1, "device.py:synchronize": 2}
+    waits = {"hook.py:_locate": 1, "hook.py:_check_finite": 1, "device.py:synchronize": 2}
     # The guidance scale is a number of the host's.
     copied = {"base.py:guidance_features": 1} if kind == "Dot" else {}
     assert cost["waits"] == waits | copied

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from effml_common.exports import lazy_exports
 
 if TYPE_CHECKING:
+    from morse_diffusion.adapters.apply import apply_morse as apply_morse
+    from morse_diffusion.adapters.apply import remove_morse as remove_morse
     from morse_diffusion.adapters.dot import MorseDot as MorseDot
-    from morse_diffusion.adapters.hook import apply_morse as apply_morse
-    from morse_diffusion.adapters.hook import remove_morse as remove_morse
     from morse_diffusion.adapters.pipeline import MorsePipeline as MorsePipeline
     from morse_diffusion.method.sampler import ExtrapolationDot as ExtrapolationDot
     from morse_diffusion.method.sampler import MorseSampler as MorseSampler
@@ -31,8 +31,8 @@ lazy_exports(
         "MorsePlan": "method.schedule",
         "MorseSampler": "method.sampler",
         "ZeroDot": "method.sampler",
-        "apply_morse": "adapters.hook",
+        "apply_morse": "adapters.apply",
         "make_plan": "method.schedule",
-        "remove_morse": "adapters.hook",
+        "remove_morse": "adapters.apply",
     },
 )

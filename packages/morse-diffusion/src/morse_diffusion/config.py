@@ -1,12 +1,40 @@
 """Every setting of morse-diffusion: its default, its unit and its check, once."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from effml_common.device import DEVICE_HELP
 from effml_common.settings import require, setting
 
+# Settings of train-dot that may differ when a run is resumed: they change where it computes, what it
+# says and when it saves, but not the Dot that comes out. The data may have been moved.
+FREE_WHEN_RESUMED = ("data", "out", "device", "checkpointing", "save_every", "log_every", "resume")
 BASELINES = ("ddim", "dpmpp", "unipc", "extrapolate", "deepcache")
+
+
+LEAST_SAMPLES = 32  # images of a cell of the demo
+
+
+def require_counts(config: Any, *names: str) -> None:
+    """Refuse a setting that is a count and below 1."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 1, f"{name} is {value}", "give 1 or more")
+
+
+def require_gap(gap_max: float) -> None:
+    """Refuse a largest jump of a training pair that is no share of T."""
+    require(0 < gap_max <= 1, f"gap_max is {gap_max}", "give a share of T above 0 and up to 1")
+
+
+def require_budgets(budgets: tuple[int, ...]) -> None:
+    """Refuse budgets that leave no room for two Dash steps."""
+    require(
+        bool(budgets) and min(budgets) >= 2,
+        f"budgets are {list(budgets)}",
+        "give 2 LSD or more for each, such as 5 10 20",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +53,10 @@ class DashConfig:
     def __post_init__(self) -> None:
         require(
             len(self.widths) >= 2 and all(w > 0 and w % 8 == 0 for w in self.widths),
-            f"widths must be two or more positive multiples of 8, got {list(self.widths)}",
-            "use 32 64 64",
+            f"widths are {list(self.widths)}",
+            "give two or more positive multiples of 8, such as 32 64 64",
         )
-        for name in ("dash_steps", "dash_batch"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        require_counts(self, "dash_steps", "dash_batch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,15 +75,13 @@ class DemoDotConfig(DashConfig):
 
     def __post_init__(self) -> None:
         DashConfig.__post_init__(self)
-        for name in ("m", "rank", "dot_steps", "dot_batch"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        require_counts(self, "m", "rank", "dot_steps", "dot_batch")
         require(
             len(self.channels) == self.m,
-            f"{len(self.channels)} channel counts for m={self.m} levels",
-            "give one per level",
+            f"channels are {list(self.channels)}, but m is {self.m}",
+            f"give {self.m} widths, one for each level",
         )
-        require(0 < self.gap_max <= 1, f"gap_max must be in (0, 1], got {self.gap_max}", "use 1")
+        require_gap(self.gap_max)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,26 +127,39 @@ class TrainDotConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("m", "layers", "rank", "steps", "batch", "save_every", "log_every"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+        # Counts, and one width per extra level.
+        require_counts(self, "m", "layers", "rank", "steps", "batch", "save_every", "log_every")
         require(
             len(self.channels) == self.m and all(c >= 1 for c in self.channels),
             f"channels {list(self.channels)} do not fit m={self.m}",
             "give one positive width per extra level",
         )
+
+        # Numbers with a range.
         require(
             len(self.guidance) in (1, 2) and all(w >= 0 for w in self.guidance)
             and self.guidance[0] <= self.guidance[-1],
-            f"guidance must be one scale or a range, got {list(self.guidance)}",
-            "use 2 10",
+            f"guidance is {list(self.guidance)}",
+            "give one scale, or the lower and the upper end of a range, such as 2 10",
         )  # fmt: skip
         for name in ("lr", "clip"):
             value = getattr(self, name)
-            require(0 < value < float("inf"), f"{name} must be above 0, got {value}", "try 1e-4")
-        require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}", "use 0.999")
-        require(0 < self.gap_max <= 1, f"gap_max must be in (0, 1], got {self.gap_max}", "use 1")
-        require(0 <= self.rollout <= 1, f"rollout must be in [0, 1], got {self.rollout}", "use 0")
+            remedy = "give a finite number above 0, such as 1e-4"
+            require(0 < value < float("inf"), f"{name} is {value}", remedy)
+        require(0 <= self.ema < 1, f"ema is {self.ema}", "give 0 or more and less than 1")
+        require_gap(self.gap_max)
+        require(0 <= self.rollout <= 1, f"rollout is {self.rollout}", "give a share from 0 to 1")
+
+    def settings_of_result(self) -> dict[str, Any]:
+        """Return the settings that the trained Dot depends on, which a resumed run must share.
+
+        A run with a constant learning rate and one kind of pair may be resumed with more steps: it
+        then gives what an uninterrupted run of as many steps gives.
+        """
+        settings = {k: v for k, v in asdict(self).items() if k not in FREE_WHEN_RESUMED}
+        settings["pipe"] = Path(self.pipe).name  # no path of the user's machine is kept
+        steps = settings.pop("steps")
+        return {**settings, "steps": steps} if self.cosine or self.rollout > 0 else settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +182,7 @@ class SampleConfig:
     device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
-        require(self.n >= 1, f"n must be 1 or more, got {self.n}", "give a positive count")
+        require_counts(self, "n")
         require(self.budget_lsd >= 1, f"budget_lsd is {self.budget_lsd}", "give 1 or more")
 
 
@@ -171,14 +208,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         unknown = [name for name in self.baselines if name not in BASELINES]
         require(not unknown, f"baseline {unknown} is not known", f"use {', '.join(BASELINES)}")
-        for name in ("samples", "batch", "seeds"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
-        require(
-            bool(self.budgets) and min(self.budgets) >= 2,
-            f"budgets must be 2 LSD or more, got {list(self.budgets)}",
-            "use 5 10 20",
-        )
+        require_counts(self, "samples", "batch", "seeds")
+        require_budgets(self.budgets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,9 +225,13 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         lsd, ms = self.budget_lsd is not None, self.budget_ms is not None
-        require(lsd != ms, "give one budget", "use --budget-lsd 10 --n 6, or --budget-ms 400")
+        require(
+            lsd != ms,
+            "both budgets are given" if lsd else "no budget is given",
+            "use --budget-lsd 10 --n 6, or --budget-ms 400 --profile FILE",
+        )
         require(not lsd or self.n is not None, "N is not given", "add --n, as bench measures it")
-        require(not ms or self.profile is not None, "no profile given", "add --profile FILE")
+        require(not ms or self.profile is not None, "no profile is given", "add --profile FILE")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,7 +247,7 @@ class InspectConfig:
         require(
             (self.dot is not None) != self.published,
             "inspect needs either a Dot or the published shape",
-            "give --dot DIR or --published",
+            "give --dot DIR or --published, one of them",
         )
 
 
@@ -232,12 +267,12 @@ class DemoConfig(DemoDotConfig):
     def __post_init__(self) -> None:
         DemoDotConfig.__post_init__(self)
         require(
-            self.expansion >= 1, f"expansion must be 1 or more, got {self.expansion}", "use 1.5"
+            self.expansion >= 1, f"expansion is {self.expansion}", "give 1 or more, such as 1.5"
         )
-        require(self.seeds >= 1, f"seeds must be 1 or more, got {self.seeds}", "use 3 for claims")
-        require(self.samples >= 32, f"samples must be 32 or more, got {self.samples}", "use 80")
+        require_counts(self, "seeds")
         require(
-            bool(self.budgets) and min(self.budgets) >= 2,
-            f"budgets must be 2 LSD or more, got {list(self.budgets)}",
-            "use 5 10 20",
+            self.samples >= LEAST_SAMPLES,
+            f"samples is {self.samples}",
+            f"give {LEAST_SAMPLES} or more; distances of fewer images mean nothing",
         )
+        require_budgets(self.budgets)

@@ -16,8 +16,8 @@ from morse_tiny import ddim, tiny_sd, tiny_unet
 from PIL import Image
 
 from effml_common.errors import InputError
+from morse_diffusion.adapters.apply import apply_morse
 from morse_diffusion.adapters.dot import MorseDot
-from morse_diffusion.adapters.hook import apply_morse
 from morse_diffusion.adapters.pipeline import MorsePipeline
 from morse_diffusion.adapters.pixels import PixelPipeline
 from morse_diffusion.errors import UnsupportedDenoiserError

@@ -8,9 +8,9 @@ from morse_tiny import ddim, tiny_conditional_unet, tiny_pixels, tiny_unet
 from safetensors.torch import load_file, save_file
 
 from effml_common.errors import InputError
+from morse_diffusion.adapters.apply import apply_morse
 from morse_diffusion.adapters.dot import DotShape, MorseDot
 from morse_diffusion.adapters.dot.io import fingerprint
-from morse_diffusion.adapters.hook import apply_morse
 from morse_diffusion.commands.inspect import count_published
 from morse_diffusion.errors import DotMismatchError, ShapeError, UnsupportedDenoiserError
 from morse_diffusion.method.lora import LowRankResiduals

@@ -5,10 +5,10 @@ import pytest
 import torch
 from morse_tiny import SCHEDULE, ddim, tiny_unet
 
+from morse_diffusion.adapters.apply import apply_morse, remove_morse
 from morse_diffusion.adapters.dot import MorseDot
-from morse_diffusion.adapters.hook import apply_morse, remove_morse
 from morse_diffusion.adapters.pixels import PixelPipeline
-from morse_diffusion.adapters.schedulers import SUPPORTED, coefficients, fitted
+from morse_diffusion.adapters.schedulers import SUPPORTED, coefficients, fit_plan
 from morse_diffusion.errors import (
     NumericsError,
     StateError,
@@ -188,9 +188,9 @@ def test_a_list_with_a_repeated_time_is_refused(pixel_pipe) -> None:
 
 
 def test_ddim_plans_are_rounded_to_a_step_count_that_divides_its_training_steps() -> None:
-    assert fitted(MorsePlan.uniform(7, 17), ddim()).n_total == 20
+    assert fit_plan(MorsePlan.uniform(7, 17), ddim()).n_total == 20
     solver = scheduler("DPMSolverMultistepScheduler")
-    assert fitted(MorsePlan.uniform(7, 17), solver).n_total == 24
+    assert fit_plan(MorsePlan.uniform(7, 17), solver).n_total == 24
 
 
 def test_removal_leaves_the_denoiser_as_it_was() -> None:

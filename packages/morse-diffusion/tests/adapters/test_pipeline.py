@@ -12,8 +12,8 @@ from diffusers import (
 from morse_tiny import ddim, tiny_dit, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3
 from PIL import Image
 
+from morse_diffusion.adapters.apply import apply_morse
 from morse_diffusion.adapters.dot import MorseDot
-from morse_diffusion.adapters.hook import apply_morse
 from morse_diffusion.adapters.pipeline import MorsePipeline
 from morse_diffusion.errors import GuidanceError, PlanError, UnsupportedDenoiserError
 from morse_diffusion.method.sampler import ExtrapolationDot, ZeroDot

@@ -21,7 +21,7 @@ SIDE_INPUTS = (
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
-    """The network that a pipeline calls at every step.
+    """Return the network that a pipeline calls at every step.
 
     Raises:
         UnsupportedDenoiserError: If it has neither ``unet`` nor ``transformer``.
@@ -37,7 +37,7 @@ def denoiser_of(pipe: Any) -> nn.Module:
 
 
 def device_of_weights(dash: nn.Module) -> torch.device:
-    """Where the weights of a Dash are.
+    """Return the device that the weights of a Dash are on.
 
     Raises:
         UnsupportedDenoiserError: If they are only lent to each layer while it runs.
@@ -51,14 +51,14 @@ def device_of_weights(dash: nn.Module) -> torch.device:
     return device
 
 
-def refuse_side_inputs(bound: Mapping[str, Any]) -> None:
+def refuse_side_inputs(others: Mapping[str, Any]) -> None:
     """Refuse ControlNet and T2I-Adapter features: they run at every step and at full size.
 
     Raises:
         UnsupportedDenoiserError: Naming the argument.
     """
     for name in SIDE_INPUTS:
-        if bound.get(name) is not None:
+        if others.get(name) is not None:
             raise UnsupportedDenoiserError(
                 f"the pipeline passes {name} (ControlNet or adapter), which a Dot does not know; "
                 "remove Morse for this pipeline"
@@ -86,36 +86,49 @@ class Guidance:
     learned_sigma: bool
 
     @staticmethod
-    def of(
+    def detect(
         pipe: Any,
         module: nn.Module,
         x: Tensor,
         scale: float | None,
         calls: int,
-        bound: Mapping[str, Any],
+        others: Mapping[str, Any],
     ) -> "Guidance":
-        """Find out from the first call of a run.
+        """Find out how a pipeline guides its denoiser, from the first call of a run.
+
+        Args:
+            pipe: The pipeline.
+            module: Its denoiser.
+            x: The sample that the denoiser was given.
+            scale: As the user gave it; None to ask the pipeline.
+            calls: Calls of the denoiser per step.
+            others: The denoiser's other arguments by name.
 
         Raises:
             GuidanceError: If guidance is on and its scale is unknown.
         """
+        # Pipelines that do not say so double their batch: both halves hold the same samples.
         kind, config = type(module).__name__, getattr(module, "config", None)
-        conditioned = "encoder_hidden_states" in bound or bound.get("class_labels") is not None
+        is_conditioned = "encoder_hidden_states" in others or others.get("class_labels") is not None
         doubled = getattr(pipe, "do_classifier_free_guidance", None)
         if doubled is None:
             n = len(x)
-            doubled = n % 2 == 0 and conditioned and torch.equal(x[: n // 2], x[n // 2 :])
+            doubled = n % 2 == 0 and is_conditioned and torch.equal(x[: n // 2], x[n // 2 :])
         doubled = bool(doubled) and calls == 1
+
+        # The scale, which some pipelines hide.
+        is_guided = doubled or calls == 2
         known = scale if scale is not None else getattr(pipe, "guidance_scale", None)
-        if (doubled or calls == 2) and known is None:
+        if is_guided and known is None:
             raise GuidanceError(
                 f"{type(pipe).__name__} guides the denoiser but does not show its scale; "
                 "pass guidance_scale=... to Morse as well as to the pipeline"
             )
+
         outputs, inputs = (getattr(config, name, None) for name in ("out_channels", "in_channels"))
         return Guidance(
             doubled=doubled,
-            scale=float(known) if (doubled or calls == 2) and known is not None else None,
+            scale=float(known) if is_guided and known is not None else None,
             rescale=float(getattr(pipe, "guidance_rescale", 0.0) or 0.0),
             cond_first=kind.startswith("DiT"),
             calls=calls,
@@ -133,15 +146,25 @@ class Guidance:
             warn(f"guidance scale {self.scale:g}, but the Dot was trained on {trained}")
 
     def combine(self, out: Tensor, first: Tensor | None) -> Tensor:
-        """The estimate that the pipeline will make of a Dash output."""
+        """Return the estimate that the pipeline will make of a Dash output.
+
+        Args:
+            out: Output of the step's last call.
+            first: Output of its first call, where there are two; that one is conditional.
+        """
+        # One network output, or two calls.
         if self.learned_sigma:
             out = out.chunk(2, dim=1)[0]
         if self.calls == 2 and first is not None and self.scale is not None:
             return out + self.scale * (first - out)
         if not self.doubled or self.scale is None:
             return out
-        a, b = out.chunk(2)
-        positive, negative = (a, b) if self.cond_first else (b, a)
+
+        # Both halves of one batch.
+        first_half, second_half = out.chunk(2)
+        positive, negative = (
+            (first_half, second_half) if self.cond_first else (second_half, first_half)
+        )
         guided = negative + self.scale * (positive - negative)
         if self.rescale:
             axes = list(range(1, out.ndim))
@@ -149,24 +172,24 @@ class Guidance:
             guided = guided * (self.rescale * std + 1 - self.rescale)
         return guided
 
-    def condition(self, bound: Mapping[str, Any]) -> dict[str, Any]:
-        """The denoiser's other inputs for the conditional half, and ``w``."""
-        cond = {k: self._positive(v) for k, v in bound.items() if k != "return_dict"}
+    def condition(self, others: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the denoiser's other inputs for the conditional half, and ``w``."""
+        cond = {k: self._positive_half(v) for k, v in others.items() if k != "return_dict"}
         return cond if self.scale is None else {**cond, "w": self.scale}
 
-    def _positive(self, value: Any) -> Any:
+    def _positive_half(self, value: Any) -> Any:
         if not self.doubled:
             return value
         if isinstance(value, Tensor) and value.ndim > 0 and len(value) > 1:
             return value.chunk(2)[0 if self.cond_first else 1]
         if isinstance(value, dict):
-            return {k: self._positive(v) for k, v in value.items()}
+            return {k: self._positive_half(v) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self._positive(v) for v in value)
+            return type(value)(self._positive_half(v) for v in value)
         return value
 
     def as_answer(self, raw: Tensor, like: Any) -> Any:
-        """A raw estimate in the shape, dtype and class of the denoiser's own answer."""
+        """Return a raw estimate in the shape, dtype and class of the denoiser's own answer."""
         if self.learned_sigma:  # the pipeline drops these channels
             raw = torch.cat([raw, torch.zeros_like(raw)], dim=1)
         raw = raw.to(like[0].dtype)
@@ -174,6 +197,6 @@ class Guidance:
         return (raw,) if type(like) is tuple else type(like)(sample=raw)
 
 
-def half(x: Tensor, guidance: Guidance) -> Tensor:
-    """The conditional half of a doubled batch, or the batch."""
+def conditional_half(x: Tensor, guidance: Guidance) -> Tensor:
+    """Return the conditional half of a doubled batch, or the batch."""
     return x.chunk(2)[0 if guidance.cond_first else 1] if guidance.doubled else x

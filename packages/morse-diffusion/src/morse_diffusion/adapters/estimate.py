@@ -13,7 +13,7 @@ class GuidedDash:
     """The frozen Dash as ``(x, t, cond, w) -> z``; guidance is one batch of both halves.
 
     Args:
-        denoiser: UNet or transformer, eval mode.
+        denoiser: UNet or transformer; put into eval mode and frozen.
         process: Noise schedule, for the residual space.
         prediction: What the network predicts.
         negative: Its other inputs for the unconditional half, each [1, ...]; needed with guidance.
@@ -34,15 +34,23 @@ class GuidedDash:
         self._learned_sigma = config.out_channels == 2 * config.in_channels
 
     def __call__(self, x: Tensor, t: Tensor, cond: Any, w: Tensor | None) -> Tensor:
-        """Estimate at times ``t``, float32, without a gradient."""
+        """Estimate at times ``t``, float32, without a gradient.
+
+        Args:
+            x: What the network sees, [b, ...].
+            t: Times, float [b].
+            cond: The network's other inputs for the conditional half, each [b, ...].
+            w: Guidance scales, [b]; None for one pass without guidance.
+        """
         inputs = {k: v for k, v in (cond or {}).items() if k != "w"}
         if w is None:
             out = self._call(x, t, inputs)
         else:
+            # Classifier-free guidance: negative first, as in diffusers' pipelines.
             assert self._negative is not None
-            blank = map_tensors(self._negative, lambda v: v.expand(len(x), *v.shape[1:]))
-            both = join(blank, inputs)
-            out = self._call(torch.cat([x, x]), torch.cat([t, t]), both)
+            negatives = map_tensors(self._negative, lambda v: v.expand(len(x), *v.shape[1:]))
+            doubled = concatenate(negatives, inputs)
+            out = self._call(torch.cat([x, x]), torch.cat([t, t]), doubled)
             negative, positive = out.chunk(2)
             out = negative + w.view(-1, *(1,) * (x.ndim - 1)) * (positive - negative)
         return self._process.to_space(out.float(), x.float(), t, self._prediction)
@@ -53,6 +61,8 @@ class GuidedDash:
         return out.chunk(2, dim=1)[0] if self._learned_sigma else out
 
 
-def join(a: Any, b: Any) -> Any:
-    """Concatenate the tensors of two equally nested dicts."""
-    return {k: join(a[k], b[k]) if isinstance(b[k], dict) else torch.cat([a[k], b[k]]) for k in b}
+def concatenate(a: Any, b: Any) -> Any:
+    """Concatenate the tensors of two equally nested dicts along their first axis."""
+    return {
+        k: concatenate(a[k], b[k]) if isinstance(b[k], dict) else torch.cat([a[k], b[k]]) for k in b
+    }

@@ -1,6 +1,7 @@
 """A folder of image files as tensors, with the captions beside them."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,43 @@ from effml_common.logging import warn
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MOST_UNREADABLE = 0.01  # share of the images that is skipped; more of them stop the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder:
+    """The readable images of a folder.
+
+    Attributes:
+        images: Float32 [n, c, h, w] in [-1, 1].
+        classes: Name of the sub-folder that each image is in; its own name without one.
+        captions: One per image, empty where there is none; no entries if they were not read.
+    """
+
+    images: Tensor
+    classes: list[str]
+    captions: list[str]
+
+
+def read_image_folder(
+    folder: str, size: tuple[int, int], channels: int, *, with_captions: bool
+) -> ImageFolder:
+    """Read all images below a folder, and their captions where they are needed.
+
+    Args:
+        folder: The folder.
+        size: Height and width that the images are cut and resized to.
+        channels: 1 for grey images, else RGB.
+        with_captions: Whether to read captions.
+
+    Raises:
+        InputError: If there is no image, too many cannot be read, or a caption cannot be read.
+    """
+    images, files = read_images(image_files(folder), size, channels)
+    return ImageFolder(
+        images=images,
+        classes=[path.relative_to(folder).parts[0] for path in files],
+        captions=read_captions(files, folder) if with_captions else [],
+    )
 
 
 def image_files(folder: str) -> list[Path]:

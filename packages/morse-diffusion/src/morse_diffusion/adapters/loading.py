@@ -13,6 +13,10 @@ from morse_diffusion.adapters.pixels import PixelPipeline
 def load_pipeline(path: str, device: torch.device) -> Any:
     """Load a diffusers pipeline; one of a bare ``UNet2DModel`` becomes a ``PixelPipeline``.
 
+    Args:
+        path: Folder that ``save_pretrained`` wrote.
+        device: Where it is to run.
+
     Raises:
         InputError: If the folder holds no pipeline, or one that does not fit on the device.
     """
@@ -25,6 +29,7 @@ def load_pipeline(path: str, device: torch.device) -> Any:
         pipe = DiffusionPipeline.from_pretrained(path, local_files_only=True).to(device)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise InputError(f"{path} cannot be loaded on {device}: {error}; check both") from error
+
     unet = getattr(pipe, "unet", None)
     if isinstance(unet, UNet2DModel) and "vae" not in pipe.components:
         return PixelPipeline(unet.eval(), pipe.scheduler)

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 
 from effml_common.logging import say
+from morse_diffusion.adapters.apply import apply_morse
 from morse_diffusion.adapters.calls import denoiser_of
-from morse_diffusion.adapters.hook import apply_morse
 from morse_diffusion.adapters.run_summary import RunSummary
-from morse_diffusion.adapters.schedulers import fitted
+from morse_diffusion.adapters.schedulers import fit_plan
 from morse_diffusion.errors import PlanError
 from morse_diffusion.method.sampler import Dot
 from morse_diffusion.method.schedule import MorsePlan, make_plan
 
 DASH_SHARE = 1 / 3  # of the steps, when only their number is given
-_CALL = ("budget_lsd", "dash_steps", "dot_steps", "plan")
+TIMING_PLAN = MorsePlan(10, (0, 5))  # a short run that both kinds of step are timed in
 
 
 class MorsePipeline:
@@ -30,8 +30,19 @@ class MorsePipeline:
         pipe: A diffusers pipeline.
         dot: What fills in the Dot steps.
         speed_ratio: N on this device; measured by a short run when first needed.
-        early: Where the Dash steps are, for plans made here; see ``plan.spread_indices``.
+        early: Where the Dash steps are, for plans made here; see ``schedule.spread_indices``.
         options: Passed on to ``apply_morse``.
+
+    >>> from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+    >>> from morse_diffusion.adapters.pixels import PixelPipeline
+    >>> from morse_diffusion.method.sampler import ZeroDot
+    >>> unet = UNet2DModel(sample_size=16, block_out_channels=(8, 8), norm_num_groups=4,
+    ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    >>> pipe = PixelPipeline(unet, DPMSolverMultistepScheduler())
+    >>> fast = MorsePipeline.from_pipe(pipe, ZeroDot(), speed_ratio=4)
+    >>> images = fast(batch_size=1, budget_lsd=3)
+    >>> fast.summary().to_json()["pattern"]
+    'DddDdd'
     """
 
     def __init__(
@@ -43,14 +54,14 @@ class MorsePipeline:
         early: float = 1.0,
         **options: Any,
     ) -> None:
-        self._pipe, self._dot, self._ratio, self._options = pipe, dot, speed_ratio, options
+        self._pipe, self._dot, self._given_ratio, self._options = pipe, dot, speed_ratio, options
         self._early = early
         self._summary: RunSummary | None = None
         self._measured: tuple[torch.device, float] | None = None
 
     @classmethod
     def from_pipe(cls, pipe: Any, dot: Dot, **options: Any) -> "MorsePipeline":
-        """As diffusers' ``from_pipe``; see the class."""
+        """Wrap a pipeline; named as in diffusers. See the class."""
         return cls(pipe, dot, **options)
 
     def __getattr__(self, name: str) -> Any:
@@ -67,7 +78,7 @@ class MorsePipeline:
             setattr(self._pipe, name, value)
 
     def _returning_self(self, method: Any) -> Any:
-        """A method of the pipeline that returns this wrapper where it would return the pipeline."""
+        """Wrap a method of the pipeline so that it returns this wrapper in place of the pipeline."""
 
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -100,6 +111,7 @@ class MorsePipeline:
         Raises:
             PlanError: If none or several of these are given, or the budget is too small.
         """
+        # Exactly one way to say how many steps there are.
         given = {
             "budget_lsd": budget_lsd,
             "dash_steps": dash_steps,
@@ -112,28 +124,46 @@ class MorsePipeline:
                 f"{' and '.join(named) or 'no budget'} given; give one of budget_lsd=10, "
                 "dash_steps=7 with dot_steps=18, plan=..., num_inference_steps=25"
             )
-        if plan is None:
-            plan = self._plan(given, dot_steps, args, kwargs)
-        return self._run(plan, args, kwargs)
+
+        # The plan; only a budget needs N, which a short run of the same call measures.
+        if plan is not None:
+            return self._run(plan, args, kwargs)
+        if budget_lsd is not None:
+            ratio = self._known_ratio or self.measure_speed_ratio(*args, **kwargs)
+            plan = make_plan(budget_lsd, ratio, early=self._early)
+        else:
+            plan = self._plan_counts(dash_steps, dot_steps, num_inference_steps)
+        return self._run(self._fit_to_scheduler(plan), args, kwargs)
 
     def summary(self) -> RunSummary:
-        """What the last call did; prints the pattern, times, N and effective LSD."""
+        """Return what the last call did; it prints as pattern, times, N and effective LSD.
+
+        Raises:
+            PlanError: If there was no call yet.
+        """
         if self._summary is None:
             raise PlanError("there was no call yet; sample first")
         self._summary.warn_if_idle()
         return self._summary
 
     def measure_speed_ratio(self, *args: Any, **kwargs: Any) -> float:
-        """Measure N with a short run of the same kind of call, and remember it for this device."""
+        """Measure N with a short run of the same kind of call, and remember it for this device.
+
+        Args:
+            args: As for the pipeline.
+            kwargs: As for the pipeline; callbacks and the generator are left out.
+        """
+        # Nothing that the caller sees may change: callbacks, generators, the last summary.
         kwargs = {k: v for k, v in kwargs.items() if not k.startswith("callback")}
         if kwargs.get("generator") is not None:
-            kwargs["generator"] = None  # the caller's stays where it is
+            kwargs["generator"] = None
         before, device = self._summary, self._device
         cards = [device] if device.type in ("cuda", "xpu") else []
         with torch.random.fork_rng(cards, device_type=cards[0].type if cards else "cuda"):
-            self._run(fitted(MorsePlan(10, (0, 5)), self._pipe.scheduler), args, kwargs)
-        assert self._summary is not None
+            self._run(fit_plan(TIMING_PLAN, self._pipe.scheduler), args, kwargs)
+
         # The first step of a kind warms up; the fastest is the least disturbed.
+        assert self._summary is not None
         dash, dot = (min(self._summary.milliseconds[kind]) for kind in ("Dash", "Dot"))
         ratio = float(f"{dash / dot:.2g}")
         self._summary, self._measured = before, (device, ratio)
@@ -143,8 +173,8 @@ class MorsePipeline:
     @property
     def _known_ratio(self) -> float | None:
         """N as given, or as measured on the device that the denoiser is on; else None."""
-        if self._ratio is not None or self._measured is None:
-            return self._ratio
+        if self._given_ratio is not None or self._measured is None:
+            return self._given_ratio
         device, ratio = self._measured
         return ratio if device == self._device else None
 
@@ -154,24 +184,25 @@ class MorsePipeline:
         device = getattr(self._pipe, "_execution_device", None)
         return device or next(denoiser_of(self._pipe).parameters()).device
 
-    def _plan(
-        self, given: dict[str, Any], dot_steps: int | None, args: Any, kwargs: Any
+    def _plan_counts(
+        self, dash_steps: int | None, dot_steps: int | None, total: int | None
     ) -> MorsePlan:
-        known = self._known_ratio or float("inf")
-        if given["dash_steps"] is not None:
-            assert dot_steps is not None
-            plan = MorsePlan.spread(given["dash_steps"], dot_steps, known, self._early)
-        elif given["num_inference_steps"] is not None:
-            total = given["num_inference_steps"]
-            dash = max(1, round(DASH_SHARE * total))
-            plan = MorsePlan.spread(dash, total - dash, known, self._early)
-        else:
-            ratio = self._known_ratio or self.measure_speed_ratio(*args, **kwargs)
-            plan = make_plan(given["budget_lsd"], ratio, early=self._early)
-        fits = fitted(plan, self._pipe.scheduler)
-        if fits != plan:
-            say(f"{plan.n_total} steps rounded to {fits.n_total}, which this scheduler can space")
-        return fits
+        """Make a plan from both counts of steps, or from their total alone."""
+        if dash_steps is None or dot_steps is None:
+            assert total is not None
+            dash_steps = max(1, round(DASH_SHARE * total))
+            dot_steps = total - dash_steps
+        ratio = self._known_ratio or float("inf")
+        return MorsePlan.spread(dash_steps, dot_steps, ratio, self._early)
+
+    def _fit_to_scheduler(self, plan: MorsePlan) -> MorsePlan:
+        """Round a plan to what the scheduler can space, and say so."""
+        fitting = fit_plan(plan, self._pipe.scheduler)
+        if fitting != plan:
+            say(
+                f"{plan.n_total} steps rounded to {fitting.n_total}, which this scheduler can space"
+            )
+        return fitting
 
     def _run(self, plan: MorsePlan, args: Any, kwargs: Any) -> Any:
         handle = apply_morse(self._pipe, self._dot, plan, **self._options)

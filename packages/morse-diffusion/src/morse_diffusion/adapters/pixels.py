@@ -11,6 +11,8 @@ from diffusers import UNet2DModel
 from PIL import Image
 from torch import Tensor
 
+RGB = 3  # channels
+
 
 class PixelPipeline:
     """Samples images from noise; has the ``unet`` and ``scheduler`` that Morse looks for.
@@ -77,9 +79,9 @@ class PixelPipeline:
         return x
 
 
-def sample_sides(unet: Any) -> tuple[int, int]:
-    """Return height and width of the samples that a UNet is made for."""
-    size = unet.config.sample_size
+def sample_sides(denoiser: Any) -> tuple[int, int]:
+    """Return height and width of the samples that a network is made for."""
+    size = denoiser.config.sample_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

@@ -10,12 +10,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from morse_diffusion.adapters.apply import apply_morse
 from morse_diffusion.adapters.deepcache import (
     DEEPCACHE_INTERVAL,
     affordable_deepcache_steps,
     deepcache_enabled,
 )
-from morse_diffusion.adapters.hook import apply_morse
 from morse_diffusion.adapters.pixels import result_images
 from morse_diffusion.adapters.timing import StepTimes
 from morse_diffusion.method.sampler import Dot, ExtrapolationDot

@@ -32,6 +32,7 @@ UNTESTED: dict[str, Family] = {
     "IPNDMScheduler": "vp",
     "FlowMatchLCMScheduler": "flow",
 }
+DIVIDING = ("DDIMScheduler", "DDPMScheduler")  # walk in steps of T // n, whatever their list says
 ADVICE = (
     "swap it, for example DPMSolverMultistepScheduler.from_config(pipe.scheduler.config); "
     f"supported are {', '.join(SUPPORTED)}"
@@ -53,8 +54,8 @@ def check_scheduler(scheduler: Any) -> None:
         warn(f"{name} has not been tested with Morse; tested are {', '.join(SUPPORTED)}")
 
 
-def check_times(scheduler: Any) -> list[float]:
-    """The scheduler's times as numbers.
+def distinct_times(scheduler: Any) -> list[float]:
+    """Return the scheduler's times as numbers.
 
     Raises:
         UnsupportedSchedulerError: If one of them comes twice, or there are none.
@@ -67,18 +68,18 @@ def check_times(scheduler: Any) -> list[float]:
 
 
 def family_of(scheduler: Any) -> Family:
-    """The jump family that a Dot for this scheduler is trained with."""
+    """Return the jump family that a Dot for this scheduler is trained with."""
     name = type(scheduler).__name__
     family = SUPPORTED.get(name) or UNTESTED.get(name, "vp")
     config = scheduler.config
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         return "flow"
-    stochastic = "sde" in str(config.get("algorithm_type", ""))
-    return "ddpm" if family == "vp" and stochastic else family
+    is_stochastic = "sde" in str(config.get("algorithm_type", ""))
+    return "ddpm" if family == "vp" and is_stochastic else family
 
 
 def prediction_of(scheduler: Any) -> str:
-    """What the network predicts, in this package's words."""
+    """Return what the network predicts, as one of ``jumps.PREDICTIONS``."""
     name = scheduler.config.get("prediction_type") or "epsilon"
     if family_of(scheduler) == "flow":
         return "flow_prediction"
@@ -86,7 +87,11 @@ def prediction_of(scheduler: Any) -> str:
 
 
 def process_of(scheduler: Any) -> Process:
-    """The noise schedule and jump that training uses for this scheduler."""
+    """Return the noise schedule and jump that training uses for this scheduler.
+
+    Raises:
+        UnsupportedSchedulerError: If it keeps no noise levels.
+    """
     config, family = scheduler.config, family_of(scheduler)
     # Dynamic thresholding depends on the whole sample; only the plain clip has a closed form here.
     clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None
@@ -95,6 +100,7 @@ def process_of(scheduler: Any) -> Process:
         raise UnsupportedSchedulerError(
             f"{type(scheduler).__name__} keeps no alphas_cumprod to train on; {ADVICE}"
         )
+
     return Process(
         family=family,
         levels=torch.empty(0) if levels is None else levels.detach().double().cpu(),
@@ -105,12 +111,14 @@ def process_of(scheduler: Any) -> Process:
 
 
 def coefficients(scheduler: Any, index: int) -> tuple[float, float]:
-    """(a, b) of z = a x + b out at one step of the scheduler's list (``space_coefficients``)."""
+    """Return (a, b) of z = a x + b out at one step of the scheduler's list (``space_coefficients``)."""
     prediction, family = prediction_of(scheduler), family_of(scheduler)
     if family == "edm":
         return space_coefficients(prediction, 1.0, float(scheduler.sigmas[index]), "edm")
     if prediction != "v_prediction":
         return space_coefficients(prediction, 1.0, 0.0)
+
+    # Velocity: alpha and sigma of this step, from the list of sigmas or from the noise levels.
     if getattr(scheduler, "sigmas", None) is not None:
         sigma = float(scheduler.sigmas[index])
         alpha = 1 / (1 + sigma**2) ** 0.5
@@ -120,25 +128,25 @@ def coefficients(scheduler: Any, index: int) -> tuple[float, float]:
 
 
 def to_space(scheduler: Any, out: Tensor, x: Tensor, index: int) -> Tensor:
-    """A raw network output as the estimate z, float32; ``x`` is what the network saw."""
+    """Return a raw network output as the estimate z, float32; ``x`` is what the network saw."""
     a, b = coefficients(scheduler, index)
     return a * x.float() + b * out.float() if a else b * out.float()
 
 
 def from_space(scheduler: Any, z: Tensor, x: Tensor, index: int) -> Tensor:
-    """The raw output that stands for z at this step, float32."""
+    """Return the raw output that stands for z at this step, float32."""
     a, b = coefficients(scheduler, index)
     return (z - a * x.float()) / b if a else z / b
 
 
-def fitted(plan: MorsePlan, scheduler: Any) -> MorsePlan:
-    """The plan with a step count that the scheduler walks without drifting.
+def fit_plan(plan: MorsePlan, scheduler: Any) -> MorsePlan:
+    """Return the plan with a step count that the scheduler walks without drifting.
 
     DDIM and DDPM compute the next time as t - T // n instead of reading their list, so n must divide T;
     other schedulers take any n.
     """
-    if type(scheduler).__name__ not in ("DDIMScheduler", "DDPMScheduler"):
+    if type(scheduler).__name__ not in DIVIDING:
         return plan
-    train = int(scheduler.config.num_train_timesteps)
-    fits = max(n for n in range(1, plan.n_total + 1) if train % n == 0)
-    return plan.rescaled(fits)
+    train_steps = int(scheduler.config.num_train_timesteps)
+    n_total = max(n for n in range(1, plan.n_total + 1) if train_steps % n == 0)
+    return plan.rescaled(n_total)

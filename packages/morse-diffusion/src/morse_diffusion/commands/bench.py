@@ -15,7 +15,7 @@ from morse_diffusion.adapters.dot import MorseDot
 from morse_diffusion.adapters.images import image_files, read_images
 from morse_diffusion.adapters.loading import load_pipeline
 from morse_diffusion.adapters.pipeline import MorsePipeline
-from morse_diffusion.adapters.pixels import PixelPipeline, call_inputs
+from morse_diffusion.adapters.pixels import RGB, PixelPipeline, call_inputs, sample_sides
 from morse_diffusion.adapters.sampling_methods import (
     SAMPLING_METHODS,
     SamplingMethod,
@@ -64,8 +64,9 @@ def bench(config: BenchConfig) -> Report:
         InputError: If the inputs cannot be used, or the measured N is too small for any gain.
     """
     builder = ReportBuilder("morse-diffusion", ("diffusers",))
+    methods = chosen_methods(config)
     inputs = read_bench_inputs(config)
-    table = measure_methods(config, chosen_methods(config), inputs)
+    table = measure_methods(config, methods, inputs)
 
     # The report, with its figure.
     run = run_folder(config.out, "bench") / "run"
@@ -133,11 +134,13 @@ def measure_step_times(pipe: Any, dot: MorseDot, config: BenchConfig) -> StepTim
 
 def read_real_images(pipe: Any, folder: str) -> torch.Tensor:
     """Read reference images at the pipeline's own size, [n, c, h, w] in [-1, 1]."""
-    config: Any = denoiser_of(pipe).config
+    denoiser: Any = denoiser_of(pipe)
+    height, width = sample_sides(denoiser)
     in_pixels = isinstance(pipe, PixelPipeline)
-    side = config.sample_size * (1 if in_pixels else pipe.vae_scale_factor)
-    channels = config.in_channels if in_pixels else 3
-    images, _ = read_images(image_files(folder), (side, side), channels)
+    factor, channels = (
+        (1, denoiser.config.in_channels) if in_pixels else (pipe.vae_scale_factor, RGB)
+    )
+    images, _ = read_images(image_files(folder), (height * factor, width * factor), channels)
     return images
 
 
@@ -147,6 +150,8 @@ def measure_methods(
     """Sample with every method at every budget and seed; all start from the same noise."""
     if inputs.times.cached is None:
         methods = [method for method in methods if method.kind != "deepcache"]
+
+    # Cell by cell; the times of a step are those that were measured before.
     table: Table = {}
     with progress("sampling", len(methods) * len(config.budgets) * config.seeds) as bar:
         for budget in config.budgets:

@@ -1,7 +1,6 @@
 """The ``train-dot`` command: a Dot for a user's own pipeline, from a folder of images."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,6 @@ from morse_diffusion.training.accelerator import accelerator_on
 from morse_diffusion.training.data import EncodedData, encode_folder
 from morse_diffusion.training.trainer import FAILING_SHARE, DotTrainer, LoopConfig
 
-# Settings that may differ when a run is resumed: they change where it computes, what it says and when
-# it saves, but not the Dot that comes out. The data may lie elsewhere.
-FREE_SETTINGS = (
-    "data", "out", "device", "checkpointing", "save_every", "log_every", "resume",
-)  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingInputs:
@@ -45,6 +38,15 @@ class TrainingInputs:
     accelerator: Any
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreparedTraining:
+    """A Dot that can be trained, with what it is trained on."""
+
+    inputs: TrainingInputs
+    dot: MorseDot
+    trainer: DotTrainer
+
+
 def train_dot(config: TrainDotConfig) -> Report:
     """Train a Dot and write it; the folder loads with ``MorseDot.from_pretrained``.
 
@@ -53,35 +55,21 @@ def train_dot(config: TrainDotConfig) -> Report:
         NonFiniteError: If the loss becomes NaN or infinite.
     """
     builder = ReportBuilder("morse-diffusion", ("diffusers", "accelerate"))
+    settings, is_resumed = config.settings_of_result(), config.resume == "auto"
     out = run_folder(config.out, "train-dot")
-    is_resumed = config.resume == "auto"
     check_out_folder(out, ["config.json"], resume=is_resumed)
 
-    # Everything that can be refused is refused before the run folder changes.
+    # Everything that can be refused is refused before a file of an earlier run changes.
     inputs = read_inputs(config, out / "run")
-    dot, trainer = prepare_training(config, inputs)
-    settings = settings_of_result(config)
+    training = prepare_training(config, inputs)
     if is_resumed:
-        trainer.restore(out / "run", settings)
+        training.trainer.restore(out / "run", settings)
 
-    if trainer.accelerator.is_main_process:
+    if inputs.accelerator.is_main_process:
         (out / "run").mkdir(parents=True, exist_ok=True)
         atomic_write(out / "run" / "config.yaml", dump_config(config))
-    unexplained = trainer.run(out / "run", settings=settings)
-    return write_results(config, out, inputs, dot, unexplained, builder)
-
-
-def settings_of_result(config: TrainDotConfig) -> dict[str, Any]:
-    """Return the settings that the trained Dot depends on, which a resumed run must share.
-
-    A run with a constant learning rate and one kind of pair may be resumed with more steps: it then
-    gives what an uninterrupted run of as many steps gives.
-    """
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_SETTINGS}
-    settings["pipe"] = Path(config.pipe).name  # no path of the user's machine is kept
-    if not config.cosine and config.rollout == 0:
-        del settings["steps"]
-    return settings
+    unexplained = training.trainer.run(out / "run", settings=settings)
+    return write_results(config, out, training, unexplained, builder)
 
 
 def read_inputs(config: TrainDotConfig, run: Path) -> TrainingInputs:
@@ -90,24 +78,26 @@ def read_inputs(config: TrainDotConfig, run: Path) -> TrainingInputs:
     Raises:
         InputError: If the pipeline or the data cannot be used.
     """
+    # The pipeline, and what its scheduler says of the noise.
     device = resolve_device(config.device)
     pipe = load_pipeline(config.pipe, device)
     check_scheduler(pipe.scheduler)
+    process, prediction = process_of(pipe.scheduler), prediction_of(pipe.scheduler)
+
+    # The text encoders and the decoder have done their work then, and go with the pipeline.
     accelerator = accelerator_on(device, config.precision)
     encoded = encode_folder(pipe, config.data, config.guidance, run / "cache")
-
-    # The text encoders and the decoder have done their work, and go with the pipeline.
     return TrainingInputs(
         device=device,
         denoiser=denoiser_of(pipe),
         encoded=encoded,
-        process=process_of(pipe.scheduler),
-        prediction=prediction_of(pipe.scheduler),
+        process=process,
+        prediction=prediction,
         accelerator=accelerator,
     )
 
 
-def prepare_training(config: TrainDotConfig, inputs: TrainingInputs) -> tuple[MorseDot, DotTrainer]:
+def prepare_training(config: TrainDotConfig, inputs: TrainingInputs) -> PreparedTraining:
     """Build the Dot and its trainer.
 
     Raises:
@@ -128,43 +118,48 @@ def prepare_training(config: TrainDotConfig, inputs: TrainingInputs) -> tuple[Mo
     dot.gradient_checkpointing = config.checkpointing
 
     # The loop has the user's settings, apart from guidance, which only some pipelines have.
-    names = [f.name for f in dataclasses.fields(LoopConfig) if f.name != "guidance"]
+    names = [f.name for f in fields(LoopConfig) if f.name != "guidance"]
     loop = LoopConfig(**{name: getattr(config, name) for name in names}, guidance=encoded.guidance)
     dash = GuidedDash(denoiser, inputs.process, inputs.prediction, encoded.negative)
     trainer = DotTrainer(dash, dot, inputs.process, encoded.data, loop, inputs.accelerator)
 
     own, shared = dot.own_parameters(), sum(p.numel() for p in denoiser.parameters())
     say(f"Dot: {own / 1e6:.2f}M weights of its own beside {shared / 1e6:.2f}M shared or idle")
-    return dot, trainer
+    return PreparedTraining(inputs=inputs, dot=dot, trainer=trainer)
 
 
 def write_results(
     config: TrainDotConfig,
     out: Path,
-    inputs: TrainingInputs,
-    dot: MorseDot,
+    training: PreparedTraining,
     unexplained: float,
     builder: ReportBuilder,
 ) -> Report:
-    """Write the Dot and the report of its training; ``unexplained`` is what ``run`` returned."""
+    """Write the Dot and the report of its training.
+
+    Args:
+        config: Settings of the run.
+        out: Folder of the Dot.
+        training: What was trained.
+        unexplained: Share of the squared residual that the Dot does not predict.
+        builder: Of the report; started with the command.
+    """
     # The Dot, with what it was trained on.
-    sides = inputs.encoded.data.clean.shape[-2:]
+    inputs, dot = training.inputs, training.dot
     if inputs.accelerator.is_main_process:
-        dot.save_pretrained(
-            out,
-            {
-                "family": inputs.process.family,
-                "prediction": inputs.prediction,
-                "steps_of_process": inputs.process.steps,
-                "space": inputs.process.space,
-                "updates": config.steps,
-                "batch": config.batch,
-                "gap_max": config.gap_max,
-                "rollout": config.rollout,
-                "sides": list(sides),
-                "residual_left": unexplained,
-            },
-        )
+        record = {
+            "family": inputs.process.family,
+            "prediction": inputs.prediction,
+            "steps_of_process": inputs.process.steps,
+            "space": inputs.process.space,
+            "updates": config.steps,
+            "batch": config.batch,
+            "gap_max": config.gap_max,
+            "rollout": config.rollout,
+            "sides": list(inputs.encoded.data.clean.shape[-2:]),
+            "residual_left": unexplained,
+        }
+        dot.save_pretrained(out, record)
 
     # The report.
     metrics = {"residual left": [unexplained], "weights": [float(dot.own_parameters())]}

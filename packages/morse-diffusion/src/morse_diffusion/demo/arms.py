@@ -73,6 +73,8 @@ def sample_arms(
     table: Table = {}
     grids: dict[tuple[str, int], Tensor] = {}
     cells = len(ARMS) * len(config.budgets) * config.seeds
+
+    # Every arm of a budget and a seed starts from the same noise.
     with RunLog(run) as log, log.progress("sampling", cells) as bar:
         for budget in config.budgets:
             for seed in range(1, config.seeds + 1):

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 def is_target(module: nn.Module) -> bool:
-    """Whether a layer gets a low-rank residual: every Linear, and every Conv2d without groups."""
+    """Return whether a layer gets a low-rank residual: every Linear, every Conv2d without groups."""
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def low_rank_delta(
     down: Float[Tensor, "r *inner"], up: Float[Tensor, "o *inner2"]
 ) -> Float[Tensor, "o *inner"]:
-    """The residual of one weight, ``B A``.
+    """Return the residual of one weight, ``B A``.
 
     Args:
         down: A, [r, in] for a Linear, [r, in, k, k] for a convolution (PEFT's form).
@@ -47,11 +47,12 @@ class LowRankResiduals(nn.Module):
         super().__init__()
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
-        # ParameterDict refuses dots in names; the paths are kept beside it.
         self.paths = [path for path, _, _ in iterate_targets(roots)]
+
+        # A is random and B zero, so that the residual starts at zero.
         down, up = {}, {}
         for path, _, layer in iterate_targets(roots):
-            weight, key = layer.weight, path.replace(".", "/")
+            weight, key = layer.weight, parameter_key(path)
             ones = (1,) * (weight.ndim - 2)
             shape = (rank, *weight.shape[1:])
             down[key] = nn.Parameter(weight.new_empty(shape, dtype=torch.float32))
@@ -67,25 +68,25 @@ class LowRankResiduals(nn.Module):
         return self.alpha / self.rank
 
     def folded_weights(self, root: str, module: nn.Module) -> dict[str, Tensor]:
-        """Weights of one root with the residual added, by their name inside that root."""
+        """Return the weights of one root with the residual added, by their name inside that root."""
         weights = {}
         for path, name, layer in iterate_targets({root: module}):
-            key = path.replace(".", "/")
+            key = parameter_key(path)
             delta = low_rank_delta(self.down[key], self.up[key]) * self.scale
             weights[f"{name}.weight" if name else "weight"] = layer.weight + delta.to(layer.weight)
         return weights
 
     def peft_state(self) -> dict[str, Tensor]:
-        """Tensors under the names that PEFT gives them."""
+        """Return A and B of every layer under the names that PEFT gives them."""
         state = {}
         for path in self.paths:
-            key = path.replace(".", "/")
+            key = parameter_key(path)
             state[f"base_model.model.{path}.lora_A.weight"] = self.down[key].detach()
             state[f"base_model.model.{path}.lora_B.weight"] = self.up[key].detach()
         return state
 
     def load_peft_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take tensors that ``peft_state`` named.
+        """Load what ``peft_state`` returned.
 
         Raises:
             KeyError: If a layer is missing.
@@ -93,7 +94,7 @@ class LowRankResiduals(nn.Module):
         """
         with torch.no_grad():
             for path in self.paths:
-                key = path.replace(".", "/")
+                key = parameter_key(path)
                 self.down[key].copy_(state[f"base_model.model.{path}.lora_A.weight"])
                 self.up[key].copy_(state[f"base_model.model.{path}.lora_B.weight"])
 
@@ -101,9 +102,15 @@ class LowRankResiduals(nn.Module):
 def iterate_targets(
     roots: Mapping[str, nn.Module],
 ) -> Iterator[tuple[str, str, nn.Linear | nn.Conv2d]]:
-    """Every layer below ``roots`` that gets a residual: its full path, its name in the root, itself.
+    """Yield every layer below ``roots`` that gets a residual.
 
     A LoRA of the user's own, as PEFT puts it in, changes names but not paths.
+
+    Args:
+        roots: See ``LowRankResiduals``.
+
+    Yields:
+        The layer's full path, its name inside the root, and the layer.
     """
     for root, module in roots.items():
         for name, layer in module.named_modules():
@@ -112,8 +119,13 @@ def iterate_targets(
                 yield (f"{root}.{path}" if path else root), name, layer
 
 
+def parameter_key(path: str) -> str:
+    """Return a layer's path as a name that ``ParameterDict`` takes: it refuses dots."""
+    return path.replace(".", "/")
+
+
 def path_without_adapters(name: str) -> str | None:
-    """The name that PEFT found before it wrapped a layer; None for the layers it added."""
+    """Return the name that PEFT found before it wrapped a layer; None for the layers it added."""
     parts = name.split(".")
     if any(part.startswith("lora_") for part in parts):
         return None

@@ -56,7 +56,7 @@ class Draws:
     w: Tensor | None
 
     def to(self, device: torch.device) -> "Draws":
-        """The same numbers on a device."""
+        """Return the same numbers on a device."""
         return Draws(**map_tensors(vars(self), lambda t: t.to(device)))
 
 
@@ -68,7 +68,7 @@ def draw(
     guidance: tuple[float, float] | None = None,
     gap_max: float = 1.0,
 ) -> Draws:
-    """Draw the random numbers of one update, on the CPU, so that a step can be drawn again.
+    """Draw the random numbers of one update, on the CPU, so that a step can be repeated.
 
     Args:
         process: Noise schedule and jump.
@@ -106,27 +106,32 @@ def make_pair(
         cond: Passed to ``dash`` and the Dot.
         middle: A Dot. Then the jump stops half way for one Dot step, as sampling does; t_o stays.
     """
+    # The Dash on noised data.
     t_s, t_o, fresh, w = draws.t_s, draws.t_o, draws.fresh, draws.w
     if w is not None:
         cond = {**(cond or {}), "w": w}
-    x_s = process.noised(clean, draws.noise, t_s)
+    x_s = process.add_noise(clean, draws.noise, t_s)
     z_s = dash(x_s, t_s, cond, w)
+
+    # Half of the way by the Dash's estimate, and the other half by the Dot's.
     x, z, t = x_s, z_s, t_s
     if middle is not None:
         t_m = (t_s + t_o) / 2
-        if process.family not in ("flow", "edm"):
+        if process.has_whole_times:
             t_m = t_m.ceil()  # never t_o itself; where it is t_s the jump is empty
         x = process.jump(x_s, z_s, t_s, t_m, fresh)
         z, t = z_s + middle(x_s, x, z_s, t_s, t_m, cond), t_m
+
+    # The Dash where the sampler lands.
     x_o = process.jump(x, z, t, t_o, fresh)
     z_o = dash(x_o, t_o, cond, w)
     return Pair(x_s=x_s, x_o=x_o, z_s=z_s, z_o=z_o, t_s=t_s, t_o=t_o, cond=cond)
 
 
 def residual_losses(dot: Callable[..., Tensor], pair: Pair) -> tuple[Tensor, Tensor]:
-    """Squared error of the Dot, and of repeating ``z_s``, each a mean per sample.
+    """Return the squared error of the Dot, and of repeating ``z_s``, each a mean per sample.
 
-    Their ratio is the part of the residual that is left: 1 at the zero initialisation.
+    Their ratio is the share of the residual that is unexplained: 1 at the zero initialisation.
 
     Args:
         dot: ``(x_s, x_o, z_s, t_s, t_o, cond) -> residual``.
@@ -141,10 +146,15 @@ def residual_losses(dot: Callable[..., Tensor], pair: Pair) -> tuple[Tensor, Ten
 
 
 def min_snr_weight(process: Process, t: Tensor, gamma: float = 5.0) -> Float[Tensor, " b"]:
-    """min(SNR, gamma) / SNR: what an error in the noise is worth at ``t``, at most 1.
+    """Return min(SNR, gamma) / SNR: what an error in the noise is worth at ``t``, at most 1.
 
     Not in the paper. Near t = 0 the residual of the noise is large and cannot be predicted, yet it
     hardly moves the sample; the plain loss is spent there.
+
+    Args:
+        process: Noise schedule; SNR is (alpha / sigma)^2.
+        t: Times, float [b].
+        gamma: Signal-to-noise ratio above which errors count less.
     """
     alpha, sigma = process.scales(t, 1)
     snr = (alpha / sigma) ** 2

@@ -12,7 +12,9 @@ from typing import Any
 from effml_common.logging import warn
 from morse_diffusion.errors import PlanError
 
-LARGEST_SHARE = 0.7
+LARGEST_SHARE = 0.7  # of the budget for Dot steps, past which the paper saw no gain
+PAPER_EXPANSION = 2.5  # steps per LSD; the paper has 2 to 3
+ROUNDING = 1e-9  # a hair of tolerance, or 0.7 * 10 would lose a step to rounding
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class MorsePlan:
     Raises:
         PlanError: If the indices are empty, unsorted, repeated, out of range or do not begin at 0,
             or N is not above 1.
+
+    >>> plan = MorsePlan.uniform(2, 4, speed_ratio=4)
+    >>> plan.pattern, plan.lsd, plan.expansion
+    ('DddDdd', 3.0, 2.0)
     """
 
     n_total: int
@@ -36,6 +42,7 @@ class MorsePlan:
     early: float = 1.0
 
     def __post_init__(self) -> None:
+        # The order: the first step is the Dash's, for the Dot corrects an estimate of the Dash.
         indices = self.dash_indices
         if not indices:
             raise PlanError("a plan without a Dash step has no estimate to build on; add index 0")
@@ -48,6 +55,7 @@ class MorsePlan:
                 f"dash index {indices[-1]} is outside of {self.n_total} steps; "
                 f"use 0 to {self.n_total - 1}"
             )
+
         if not self.speed_ratio > 1:
             raise PlanError(
                 f"N is {self.speed_ratio}: the Dot is no faster than the Dash; "
@@ -67,6 +75,15 @@ class MorsePlan:
 
         Warns when more than 0.7 of the Dash steps that the same time would buy are given up for Dot
         steps: past that the paper saw no gain.
+
+        Args:
+            dash_steps: 1 or more.
+            dot_steps: 0 or more.
+            speed_ratio: N; infinite if unknown.
+            early: See ``spread_indices``.
+
+        Raises:
+            PlanError: If a count or ``early`` is out of range, or N is not above 1.
         """
         if dash_steps < 1 or dot_steps < 0:
             raise PlanError(
@@ -101,6 +118,7 @@ class MorsePlan:
             t_dash, t_dot = (profile[key] for key in ("t_dash", "t_dot"))
         except KeyError as error:
             raise PlanError(f"the profile lacks {error}; give t_dash, t_dot and t_sched") from None
+
         rest = profile.get("t_sched", 0.0)
         if not (t_dash > 0 and t_dot > 0 and rest >= 0):
             raise PlanError(f"times must be positive, got {dict(profile)}; measure them again")
@@ -139,7 +157,7 @@ class MorsePlan:
         return "".join("D" if i in dash else "d" for i in range(self.n_total))
 
     def rescaled(self, n_total: int) -> "MorsePlan":
-        """The same share of Dash steps over another number of steps, at least one of them Dash."""
+        """Return the same share of Dash steps, but at least one, over another number of steps."""
         if n_total == self.n_total:
             return self
         dash = min(n_total, max(1, round(self.dash_steps * n_total / self.n_total)))
@@ -147,7 +165,7 @@ class MorsePlan:
         return MorsePlan(n_total, indices, self.speed_ratio, self.early)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; N is null when unknown."""
+        """Return plain JSON types; N is null when unknown."""
         known = math.isfinite(self.speed_ratio)
         return {
             "n_total": self.n_total,
@@ -158,7 +176,7 @@ class MorsePlan:
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> "MorsePlan":
-        """What ``to_json`` wrote."""
+        """Read what ``to_json`` returned."""
         ratio = document.get("speed_ratio")
         return MorsePlan(
             int(document["n_total"]),
@@ -169,7 +187,7 @@ class MorsePlan:
 
 
 def spread_indices(dash_steps: int, n_total: int, early: float = 1.0) -> tuple[int, ...]:
-    """Where d Dash steps go among n_total: floor(n_total (j / d)^early), each after the last.
+    """Place d Dash steps among n_total: floor(n_total (j / d)^early), each after the last.
 
     Args:
         dash_steps: d, 1 to ``n_total``.
@@ -184,8 +202,7 @@ def spread_indices(dash_steps: int, n_total: int, early: float = 1.0) -> tuple[i
         raise PlanError(f"early is {early:g}; give 1 for an even spread, or more, such as 1.5")
     indices = [0]
     for j in range(1, dash_steps):
-        # A hair of tolerance, or 0.7 * 10 would lose a step to rounding.
-        wanted = math.floor(n_total * (j / dash_steps) ** early + 1e-9)
+        wanted = math.floor(n_total * (j / dash_steps) ** early + ROUNDING)
         indices.append(max(indices[-1] + 1, wanted))
     return tuple(indices)
 
@@ -202,7 +219,7 @@ def make_plan(
     k = n (r - 1) / (N - 1), so that the run has r n steps in all.
 
     Args:
-        budget: n, in LSD; need not be whole.
+        budget: n, in LSD; need not be a whole number.
         speed_ratio: N, measured on the device at hand.
         r: Steps per LSD. Default 2.5 (the paper: 2 to 3), less when N is small, so that at most half
             of the budget goes to Dot steps.
@@ -211,13 +228,17 @@ def make_plan(
 
     Raises:
         PlanError: If the budget is below one LSD, or N is not above 1.
+
+    >>> make_plan(10, speed_ratio=6).pattern
+    'DddDdddDddDdddDddDdddDddd'
     """
+    # What can be asked for with this N.
     if not speed_ratio > 1 or not math.isfinite(speed_ratio):
         raise PlanError(f"N is {speed_ratio}; it must be finite and above 1, so measure it")
     if not min_dash <= budget < math.inf:
         raise PlanError(f"a budget of {budget:g} LSD is too small; give at least {min_dash} LSD")
     if r is None:
-        r = min(2.5, 1 + (speed_ratio - 1) / 2)
+        r = min(PAPER_EXPANSION, 1 + (speed_ratio - 1) / 2)
     if not 1 <= r <= speed_ratio:
         raise PlanError(f"r is {r:g}; give 1 (no Dot step) to N = {speed_ratio:g}")
     if r > 1 and budget < 1 + 1 / speed_ratio:
@@ -225,12 +246,15 @@ def make_plan(
             f"{budget:g} LSD leave no time for a Dot step; give at least "
             f"{1 + 1 / speed_ratio:.3g} LSD, or r=1 for Dash steps alone"
         )
+
+    # Dash steps: n - k, rounded; one less where a large N makes k round to nothing.
     k = budget * (r - 1) / (speed_ratio - 1)
     dash = max(min_dash, math.floor(budget - k + 0.5))
     if r > 1 and (budget - dash) * speed_ratio < 1 and dash > min_dash:
-        dash -= 1  # a large N makes k round to nothing
-    # A hair of tolerance, or 0.1 * 30 would lose a step to rounding.
-    affordable = math.floor((budget - dash) * speed_ratio + 1e-9)
-    wanted = math.floor(r * budget + 1e-9) - dash
+        dash -= 1
+
+    # Dot steps: what r asks for, as far as the rest of the budget pays for it.
+    affordable = math.floor((budget - dash) * speed_ratio + ROUNDING)
+    wanted = math.floor(r * budget + ROUNDING) - dash
     dots = max(0, min(affordable, wanted))
     return MorsePlan.spread(dash, dots, speed_ratio, early)

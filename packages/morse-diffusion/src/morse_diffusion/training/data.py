@@ -13,8 +13,8 @@ from torch import Tensor
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.logging import progress
-from morse_diffusion.adapters.images import image_files, read_captions, read_images
-from morse_diffusion.adapters.pixels import PixelPipeline, sample_sides
+from morse_diffusion.adapters.images import ImageFolder, read_image_folder
+from morse_diffusion.adapters.pixels import RGB, PixelPipeline, sample_sides
 from morse_diffusion.errors import UnsupportedDenoiserError
 from morse_diffusion.method.objective import map_tensors
 
@@ -28,6 +28,10 @@ class TrainingData:
     Args:
         clean: Images or latents, [n, ...].
         cond: Nested dict of tensors [n, ...]: the Dash's other inputs per sample.
+
+    >>> data = TrainingData(clean=torch.arange(6.0).view(3, 2), cond={"class_labels": torch.arange(3)})
+    >>> data.batch(torch.tensor([2]), torch.device("cpu"))
+    (tensor([[4., 5.]]), {'class_labels': tensor([2])})
     """
 
     clean: Tensor
@@ -68,20 +72,47 @@ def encode_folder(
         InputError: If the folder cannot be used.
         UnsupportedDenoiserError: If there is no way to encode data for the pipeline.
     """
-    files = image_files(folder)
-    if isinstance(pipe, PixelPipeline):
-        return EncodedData(data=_read_pixels(pipe, files, folder))
-    if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
+    in_pixels = isinstance(pipe, PixelPipeline)
+    if not in_pixels and not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
         raise UnsupportedDenoiserError(
             f"train-dot knows no way to encode data for {type(pipe).__name__}; "
             "use DotTrainer with your own TrainingData"
         )
 
-    # Latents, and the text that belongs to each.
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    images, files = read_images(files, (side, side), 3)
-    clean = _encode_images(pipe, images, cache)
-    cond, negative = _encode_captions(pipe, read_captions(files, folder), (side, side))
+    # Images at the size that the pipeline makes them in.
+    config: Any = pipe.unet.config
+    height, width = sample_sides(pipe.unet)
+    factor, channels = (1, config.in_channels) if in_pixels else (pipe.vae_scale_factor, RGB)
+    sides = (height * factor, width * factor)
+    pictures = read_image_folder(folder, sides, channels, with_captions=not in_pixels)
+
+    # As the network sees them.
+    if in_pixels:
+        return EncodedData(data=_pixel_data(pictures, config.num_class_embeds))
+    return _latent_data(pipe, pictures, guidance, cache)
+
+
+def _pixel_data(folder: ImageFolder, known_classes: int | None) -> TrainingData:
+    """Return images with a class each, where the network knows classes: the sub-folders' names."""
+    if known_classes is None:
+        return TrainingData(clean=folder.images)
+    numbers = {name: i for i, name in enumerate(sorted(set(folder.classes)))}
+    if len(numbers) > known_classes:
+        raise InputError(
+            f"{len(numbers)} class folders for a network of {known_classes} classes; "
+            "put each image into the folder of its class"
+        )
+    labels = torch.tensor([numbers[name] for name in folder.classes])
+    return TrainingData(clean=folder.images, cond={"class_labels": labels})
+
+
+def _latent_data(
+    pipe: Any, folder: ImageFolder, guidance: Sequence[float], cache: Path | None
+) -> EncodedData:
+    """Return latents, and the text that belongs to each."""
+    sides = (folder.images.shape[-2], folder.images.shape[-1])
+    cond, negative = _encode_captions(pipe, folder.captions, sides)
+    clean = _encode_images(pipe, folder.images, cache)
     if pipe.unet.config.time_cond_proj_dim is None:
         data = TrainingData(clean=clean, cond=cond)
         return EncodedData(data=data, negative=negative, guidance=(guidance[0], guidance[-1]))
@@ -92,25 +123,6 @@ def encode_folder(
         scale, embedding_dim=pipe.unet.config.time_cond_proj_dim
     )
     return EncodedData(data=TrainingData(clean=clean, cond=cond))
-
-
-def _read_pixels(pipe: PixelPipeline, files: list[Path], folder: str) -> TrainingData:
-    """Return images at the network's own size, with a class each where it knows classes."""
-    config: Any = pipe.unet.config
-    images, files = read_images(files, sample_sides(pipe.unet), config.in_channels)
-    if config.num_class_embeds is None:
-        return TrainingData(clean=images)
-
-    # A class is the name of the sub-folder.
-    names = [path.relative_to(folder).parts[0] for path in files]
-    numbers = {name: i for i, name in enumerate(sorted(set(names)))}
-    if len(numbers) > config.num_class_embeds:
-        raise InputError(
-            f"{len(numbers)} class folders for a network of {config.num_class_embeds} classes; "
-            "put each image into the folder of its class"
-        )
-    labels = torch.tensor([numbers[name] for name in names])
-    return TrainingData(clean=images, cond={"class_labels": labels})
 
 
 @torch.no_grad()

@@ -208,6 +208,7 @@ class MorseDot(nn.Module, ABC):
         Raises:
             OSError: If the folder cannot be written.
         """
+        # What the two JSON files say.
         config = {
             "dash_class": type(self.dash).__name__,
             "dash_fingerprint": fingerprint(self.dash),
@@ -222,6 +223,8 @@ class MorseDot(nn.Module, ABC):
             "bias": "none",
             "inference_mode": True,
         }
+
+        # The weights, residuals apart from the rest.
         blocks = {
             name: tensor
             for name, tensor in self.state_dict().items()
