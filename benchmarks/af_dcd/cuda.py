@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from af_dcd import PRESETS, omni_contrastive_loss
-from af_dcd.adapters.mmseg.checkpoints import read_config
+from af_dcd.adapters.mmseg.config_builder import replace_sync_bn, without_downloads
+from af_dcd.adapters.mmseg.config_files import read_config
 from af_dcd.adapters.mmseg.optimizer_wrappers import AfDCDOptimWrapper
-from af_dcd.adapters.mmseg.runner import without_sync_bn
 from af_dcd.adapters.mmseg.segmentors import distill_step
 from af_dcd.adapters.mmseg.shims import build_model, quiet
-from af_dcd.adapters.mmseg.teacher import without_downloads
 from af_dcd.method.mimicking import MaskedGeneration, feature_loss
 from benchmarks.hot_path_timing import main
 from benchmarks.hot_paths import HotPath, Kit, Step
@@ -63,7 +62,7 @@ class Autocast(AfDCDOptimWrapper):
 def segmenter(name: str, tiny: bool, **changes: Any) -> dict[str, Any]:
     """Model of a shipped config for batches that are normalised already; narrow if tiny."""
     model = without_downloads(read_config(f"af-dcd::cityscapes/deeplabv3_{name}.py").model)
-    without_sync_bn(model)  # as mmengine does in one process
+    replace_sync_bn(model)  # as mmengine does in one process
     model.data_preprocessor = {"type": "SegDataPreProcessor", "size": SIZE[tiny]}
     if tiny:
         model.backbone.update(depth=18, base_channels=8, stem_channels=8)

@@ -67,14 +67,14 @@ def test_images_for_a_teacher_of_another_preprocessor_are_converted_on_the_devic
             self.register_buffer("mean", torch.full((3, 1, 1), mean))
             self.register_buffer("std", torch.full((3, 1, 1), 2.0))
 
-    with Counter("cuda:0", {"teacher.py:_norm": 1.0}) as counter:
+    with Counter("cuda:0", {"teacher.py:_normalisation": 1.0}) as counter:
         teacher = Teacher.__new__(Teacher)
-        teacher._same_norm = False
+        teacher._same_normalisation = False
         teacher.model, student = torch.nn.Module(), torch.nn.Module()
         for model, mean in ((teacher.model, 1.0), (student, 3.0)):
             model.data_preprocessor = counter.module(lambda mean=mean: Model(mean))
         images = torch.empty(2, 3, 8, 8, device="cuda:0")
         with counter.counting() as cost:
-            teacher._prepared(images, student)
+            teacher._convert_images(images, student)
     assert not cost.waits
     assert not cost.copies

@@ -84,7 +84,7 @@ def write_images(
 
 def save_weights(config: Path, target: Path, seed: int = 0, **meta: object) -> Path:
     """Random weights of a config, as mmengine keeps them."""
-    from af_dcd.adapters.mmseg.checkpoints import read_config
+    from af_dcd.adapters.mmseg.config_files import read_config
     from af_dcd.adapters.mmseg.shims import build_model
 
     torch.manual_seed(seed)

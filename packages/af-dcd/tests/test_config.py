@@ -5,7 +5,7 @@ import pytest
 from af_dcd import (
     DistillConfig,
 )
-from af_dcd.config import options
+from af_dcd.config import parse_options
 from effml_common.errors import ConfigError
 
 
@@ -23,8 +23,8 @@ def test_settings_out_of_range_are_refused(wrong) -> None:
 
 
 def test_words_become_settings() -> None:
-    found = options(("groups=8", "patch=none", "enhanced=true", "mask=center", "tau=0.5"))
+    found = parse_options(("groups=8", "patch=none", "enhanced=true", "mask=center", "tau=0.5"))
     expected = {"groups": 8, "patch": None, "enhanced": True, "mask": "center", "tau": 0.5}
     assert found == expected
     with pytest.raises(ConfigError, match="write name=value"):
-        options(("groups",))
+        parse_options(("groups",))

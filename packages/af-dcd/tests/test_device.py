@@ -7,6 +7,7 @@ from torch import nn
 import af_dcd.commands.bench
 from af_dcd import omni_contrastive_loss
 from af_dcd.cli import COMMANDS
+from af_dcd.commands._peak_memory import extra_bytes
 from af_dcd.config import BenchConfig, DistillConfig, PairConfig, TrainConfig
 from af_dcd.method.contrast import pair_mask
 from af_dcd.method.distillation import AfDCDLoss
@@ -78,15 +79,14 @@ def test_mmengine_computes_on_the_chosen_kind_of_device(monkeypatch) -> None:
 
 def test_mixed_precision_and_cluster_launchers_ask_the_chosen_device(pair, tmp_path) -> None:
     pytest.importorskip("mmseg")
-    from af_dcd.adapters.mmseg.config_builder import compose
-    from af_dcd.adapters.mmseg.runner import check_device
+    from af_dcd.adapters.mmseg.config_builder import build_config, fit_to_device
 
     given = {"student": str(pair.student), "teacher": str(pair.teacher)}
     for change, message in (({"amp": "bf16"}, "amp"), ({"launcher": "slurm"}, "launcher slurm")):
-        whole = compose(TrainConfig(**given, **change), tmp_path)
-        check_device(whole, CUDA_1)
+        config = build_config(TrainConfig(**given, **change), tmp_path)
+        fit_to_device(config, CUDA_1)
         with pytest.raises(InputError, match=f"{message} needs a CUDA device, not cpu"):
-            check_device(whole, torch.device("cpu"))
+            fit_to_device(config, torch.device("cpu"))
 
 
 class CardCounters:
@@ -116,27 +116,28 @@ def test_bench_reads_the_peak_memory_of_the_card_that_it_used(monkeypatch) -> No
     def run() -> None:
         counters.peak = [9000, 450]
 
-    assert af_dcd.commands.bench.extra_bytes(run, CUDA_1) == 400
+    assert extra_bytes(run, CUDA_1) == 400
 
 
 @pytest.mark.parametrize(("device", "warm_up"), [("cpu", 0), ("cuda:1", 1)])
 def test_bench_warms_a_card_up_before_it_reads_the_clock(
     device, warm_up, tmp_path, monkeypatch
 ) -> None:
-    parts = {name: lambda: None for name in ("contrast, chunked", "contrast, naive")}
-    parts[af_dcd.commands.bench.GENERATOR] = lambda: None
+    workloads = {name: lambda: None for name in ("contrast, chunked", "contrast, naive")}
+    workloads[af_dcd.commands.bench.GENERATOR] = lambda: None
     calls: list[torch.device] = []
 
-    def timed(run, where) -> float:
+    def time_run(run, where) -> float:
         calls.append(where)
-        return 1.0 if len(calls) > warm_up * len(parts) else 100.0
+        return 1.0 if len(calls) > warm_up * len(workloads) else 100.0
 
     replaced = {
-        "resolve_device": torch.device, "device_name": str, "timed": timed,
-        "parts_of": lambda config, where: parts, "peak_of": lambda *args: 1.0,
+        "resolve_device": torch.device, "time_run": time_run,
+        "build_workloads": lambda *args: workloads, "measure_peak_bytes": lambda case: 1.0,
     }  # fmt: skip
     for name, value in replaced.items():
         monkeypatch.setattr(af_dcd.commands.bench, name, value)
+    monkeypatch.setattr("effml_common.report.device_name", str)
     report = af_dcd.commands.bench.bench(BenchConfig(device=device, repeats=2, out=str(tmp_path)))
     assert set(calls) == {torch.device(device)}
     assert {v for row in report.rows for v in row.metrics["seconds"]} == {1.0}
@@ -175,13 +176,13 @@ def test_autocast_reaches_the_generator_and_the_losses_stay_in_float32(monkeypat
 def test_an_arm_of_the_demo_trains_where_its_scenes_lie() -> None:
     pytest.importorskip("mmseg")
     from af_dcd.demo.arms import ARMS
-    from af_dcd.demo.data import draw
+    from af_dcd.demo.data import draw_scenes
     from af_dcd.demo.models import Segmenter
-    from af_dcd.demo.training import Training
+    from af_dcd.demo.training import LabelledPair, Training
 
-    pair = PairConfig(student_width=4, teacher_width=4, batch=2)
-    scenes = draw(2, 0).to(torch.device("meta"))
-    training = Training(ARMS[-1], pair, Segmenter(4).to("meta"), scenes, 0, 1e-3, 4)
+    config = PairConfig(student_width=4, teacher_width=4, batch=2)
+    scenes = draw_scenes(2, 0).to(torch.device("meta"))
+    training = Training(ARMS[-1], LabelledPair(config, Segmenter(4).to("meta"), scenes), 0, 4)
     groups = training.optimizer.param_groups
     assert {p.device.type for group in groups for p in group["params"]} == {"meta"}
     assert {p.device.type for p in training.student.parameters()} == {"meta"}
@@ -189,11 +190,11 @@ def test_an_arm_of_the_demo_trains_where_its_scenes_lie() -> None:
 
 def test_what_the_demo_trains_once_is_kept_apart_for_each_kind_of_device() -> None:
     pytest.importorskip("mmseg")
-    from af_dcd.demo.models import key_of
+    from af_dcd.demo.models import teacher_key
 
-    keys = {key_of(PairConfig(), torch.device(kind)) for kind in ("cpu", "cuda", "mps")}
+    keys = {teacher_key(PairConfig(), torch.device(kind)) for kind in ("cpu", "cuda", "mps")}
     assert len(keys) == 3
-    assert key_of(PairConfig(), torch.device("cuda", 0)) == key_of(PairConfig(), CUDA_1)
+    assert teacher_key(PairConfig(), torch.device("cuda", 0)) == teacher_key(PairConfig(), CUDA_1)
 
 
 def test_the_step_takes_a_batch_as_it_is_and_gives_the_terms(pair) -> None:
@@ -201,7 +202,7 @@ def test_the_step_takes_a_batch_as_it_is_and_gives_the_terms(pair) -> None:
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
-    from af_dcd.adapters.mmseg.config_builder import compose
+    from af_dcd.adapters.mmseg.config_builder import build_config
     from af_dcd.adapters.mmseg.optimizer_wrappers import AfDCDOptimWrapper
     from af_dcd.adapters.mmseg.segmentors import distill_step
     from af_dcd.adapters.mmseg.shims import build_model
@@ -210,7 +211,7 @@ def test_the_step_takes_a_batch_as_it_is_and_gives_the_terms(pair) -> None:
     given = {"student": str(pair.student), "teacher": str(pair.teacher), "method": method}
     config = TrainConfig(**given, allow_untrained_teacher=True)
     torch.manual_seed(0)
-    model = build_model(compose(config, pair.student.parent).model).train()
+    model = build_model(build_config(config, pair.student.parent).model).train()
     model.data_preprocessor = nn.Module()  # would raise if it were called
     labels = torch.randint(3, (2, 1, 32, 32))
     samples = [SegDataSample(gt_sem_seg=PixelData(data=each)) for each in labels]
@@ -269,7 +270,7 @@ def test_a_card_trains_and_measures_a_pair(amp, pair, tmp_path, capsys) -> None:
 def test_a_card_runs_the_demo_and_bench(tmp_path, monkeypatch) -> None:
     pytest.importorskip("mmseg")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("af_dcd.demo.report.GATE", -100.0)
+    monkeypatch.setattr("af_dcd.demo.report.LEAST_TEACHER_LEAD", -100.0)
     small = "--teacher-steps 4 --teacher-scenes 4 --teacher-width 4 --student-width 4 --scenes 3"
     words = ["demo", *small.split(), "--steps", "3", "--tests", "4", "--batch", "2"]
     words += ["--device", "cuda", "--out", str(tmp_path / "demo"), "--quiet"]

@@ -5,27 +5,32 @@ mimicked through a mask and contrasted, vector by vector, inside local patches; 
 it is left in the student.
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "PRESETS": "method.presets",
-    "AfDCDLoss": "method.distillation",
-    "DistillConfig": "config",
-    "Distiller": "method.distiller",
-    "MaskedGeneration": "method.mimicking",
-    "cwd_loss": "demo.arms",
-    "feature_mse_loss": "demo.arms",
-    "logits_kd_loss": "method.logits_kd",
-    "omni_contrastive_loss": "method.contrast",
-}
-__all__ = list(_HOMES)
+from effml_common.exports import lazy_exports
 
+if TYPE_CHECKING:
+    from af_dcd.config import DistillConfig as DistillConfig
+    from af_dcd.demo.arms import cwd_loss as cwd_loss
+    from af_dcd.demo.arms import feature_mse_loss as feature_mse_loss
+    from af_dcd.method.contrast import omni_contrastive_loss as omni_contrastive_loss
+    from af_dcd.method.distillation import AfDCDLoss as AfDCDLoss
+    from af_dcd.method.distiller import Distiller as Distiller
+    from af_dcd.method.logits_kd import logits_kd_loss as logits_kd_loss
+    from af_dcd.method.mimicking import MaskedGeneration as MaskedGeneration
+    from af_dcd.method.presets import PRESETS as PRESETS
 
-def __getattr__(name: str) -> Any:
-    # Resolved at first use: --help must not wait for torch.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'af_dcd' has no attribute {name!r}")
-    value = getattr(import_module(f"af_dcd.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+lazy_exports(
+    __name__,
+    {
+        "PRESETS": "method.presets",
+        "AfDCDLoss": "method.distillation",
+        "DistillConfig": "config",
+        "Distiller": "method.distiller",
+        "MaskedGeneration": "method.mimicking",
+        "cwd_loss": "demo.arms",
+        "feature_mse_loss": "demo.arms",
+        "logits_kd_loss": "method.logits_kd",
+        "omni_contrastive_loss": "method.contrast",
+    },
+)

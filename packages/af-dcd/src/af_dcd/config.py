@@ -20,6 +20,9 @@ class DistillConfig:
 
     Raises:
         ConfigError: If a value is out of range.
+
+    >>> DistillConfig(groups=8, tau=0.5).contrast_settings()["groups"]
+    8
     """
 
     lambda_kd: float = setting(1.0, "weight of logits distillation")
@@ -47,6 +50,7 @@ class DistillConfig:
     impl: Literal["chunked", "naive"] = setting("chunked", "how the contrast is computed")
 
     def __post_init__(self) -> None:
+        # Each number in its range.
         for name in ("lambda_kd", "lambda_fd", "lambda_ctr"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"{name} is {value}", "give 0 or more")
@@ -61,6 +65,8 @@ class DistillConfig:
         for name in ("groups", "pool", "patch", "hidden"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} is {value}", "give 1 or more")
+
+        # Each word is one of the choices that its annotation names.
         for name, hint in get_type_hints(DistillConfig).items():
             choices, value = get_args(hint), getattr(self, name)
             if choices and isinstance(choices[0], str):
@@ -68,19 +74,22 @@ class DistillConfig:
 
     @property
     def has_branch(self) -> bool:
-        """Whether a generator is trained beside the student."""
+        """Whether a branch, alignment and generator, is trained beside the student."""
         return self.lambda_fd > 0 or self.lambda_ctr > 0
 
     def contrast_settings(self) -> dict[str, Any]:
-        """Arguments of ``omni_contrastive_loss``; spatial and channel contrast are cases of it."""
-        form: dict[str, Any] = {
+        """Give the arguments of ``omni_contrastive_loss``.
+
+        Spatial and channel contrast are cases of it: one group, and patches of one pixel.
+        """
+        settings: dict[str, Any] = {
             "groups": self.groups, "patch": self.patch, "pool": self.pool, "tau": self.tau,
             "p": self.p, "negatives": self.negatives, "crop_to_fit": self.crop_to_fit,
             "impl": self.impl,
         }  # fmt: skip
         if self.contrast == "spatial":
-            return {**form, "groups": 1, "negatives": "all"}
-        return {**form, "patch": 1} if self.contrast == "channel" else form
+            return {**settings, "groups": 1, "negatives": "all"}
+        return {**settings, "patch": 1} if self.contrast == "channel" else settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +157,7 @@ class TrainConfig:
     out: str | None = setting(None, "folder; default runs/train-<time>")
 
     def __post_init__(self) -> None:
+        # Each setting by itself.
         require(self.student is not None, "no student is given", "add --student CONFIG")
         require(self.save_every >= 1, f"save_every is {self.save_every}", "give 1 or more")
         require(self.iters is None or self.iters >= 1, f"iters is {self.iters}", "give 1 or more")
@@ -156,6 +166,8 @@ class TrainConfig:
             require(
                 value is None or 0 <= value < float("inf"), f"{name} is {value}", "give 0 or more"
             )
+
+        # Settings that exclude each other.
         require(
             self.launcher == "none" or self.device in ("auto", "cpu", "cuda"),
             f"device {self.device} does not go with launcher {self.launcher}, which gives every "
@@ -226,20 +238,20 @@ class BenchConfig:
             require(value >= 1, f"{name} is {value}", "give 1 or more")
 
 
-def options(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """Values of ``name=value`` words: Python literals, or else text.
+def parse_options(words: tuple[str, ...]) -> dict[str, Any]:
+    """Read ``name=value`` words; values are Python literals, true, false, none, or else text.
 
     Raises:
         ConfigError: If a word has no ``=``.
     """
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
+    constants = {"true": True, "false": False, "none": None}
+    settings: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
         if not equals or not name:
-            raise ConfigError(f"{pair!r} is no setting; write name=value")
-        words = {"true": True, "false": False, "none": None}
+            raise ConfigError(f"{word!r} is no setting; write name=value")
         try:
-            found[name] = words[value] if value in words else literal_eval(value)
+            settings[name] = constants[value] if value in constants else literal_eval(value)
         except (ValueError, SyntaxError):
-            found[name] = value
-    return found
+            settings[name] = value
+    return settings

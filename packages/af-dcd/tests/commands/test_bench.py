@@ -3,9 +3,10 @@
 import json
 
 import pytest
-import torch
 
+from af_dcd import PRESETS
 from af_dcd.cli import COMMANDS
+from af_dcd.commands._peak_memory import ContrastCase, measure_peak_bytes
 from effml_common.cli import main
 
 
@@ -22,8 +23,9 @@ def test_bench_measures_both_forms_and_says_where_the_time_goes(tmp_path, capsys
 
 @pytest.mark.slow
 def test_at_cityscapes_shape_the_chunked_contrast_takes_under_a_fifth_of_the_memory() -> None:
-    from af_dcd.commands.bench import peak_of
-    from af_dcd.config import BenchConfig
-
-    config, device = BenchConfig(), torch.device("cpu")
-    assert peak_of(config, "chunked", device) < peak_of(config, "naive", device) / 5
+    shape, settings = (1, 2048, 64, 128), PRESETS["cityscapes"].contrast_settings()
+    chunked, naive = (
+        measure_peak_bytes(ContrastCase(shape, {**settings, "impl": form}, "cpu"))
+        for form in ("chunked", "naive")
+    )
+    assert chunked < naive / 5

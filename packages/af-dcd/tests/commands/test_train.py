@@ -117,7 +117,8 @@ def test_plain_mmseg_loads_the_student_without_us(trained, tmp_path) -> None:
     assert "missing keys" not in done.stdout + done.stderr
     import numpy as np
 
-    from af_dcd.adapters.mmseg.checkpoints import load_weights, read_config
+    from af_dcd.adapters.mmseg.checkpoints import load_weights
+    from af_dcd.adapters.mmseg.config_files import read_config
     from af_dcd.adapters.mmseg.shims import build_model
 
     model = build_model(read_config(str(trained / "student.py")).model).eval()
@@ -180,7 +181,7 @@ def test_resuming_with_other_settings_is_refused(pair, trained, capsys) -> None:
 def test_a_folder_with_a_run_is_not_overwritten(pair, trained, capsys) -> None:
     before = (trained / "student.pth").read_bytes()
     train(pair, trained, code=2)
-    assert "holds a run" in capsys.readouterr().err
+    assert "of an earlier run" in capsys.readouterr().err
     assert (trained / "student.pth").read_bytes() == before
 
 

@@ -19,7 +19,7 @@ def toy(tmp_path, monkeypatch):
 
 
 def test_the_demo_compares_and_reports(toy, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("af_dcd.demo.report.GATE", -100.0)
+    monkeypatch.setattr("af_dcd.demo.report.LEAST_TEACHER_LEAD", -100.0)
     words = ["demo", *SMALL, "--out", str(toy / "out"), "--json", "--quiet"]
     assert main("af-dcd", "af-dcd", COMMANDS, words) == 0
     report = json.loads(capsys.readouterr().out)

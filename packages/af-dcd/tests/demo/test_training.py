@@ -1,9 +1,11 @@
 """Arms of one seed differ in their terms alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from af_dcd.demo.data import draw
+from af_dcd.demo.data import draw_scenes
 
 
 @pytest.fixture
@@ -17,13 +19,13 @@ def test_equal_seeds_train_equal_students_and_arms_start_from_one_student(toy) -
     from af_dcd.config import PairConfig
     from af_dcd.demo.arms import ARMS
     from af_dcd.demo.models import Segmenter
-    from af_dcd.demo.training import Training
+    from af_dcd.demo.training import LabelledPair, Training
 
-    pair = PairConfig(student_width=4, teacher_width=4, batch=2)
-    teacher, scenes = Segmenter(4).eval(), draw(2, 0)
+    config = PairConfig(student_width=4, teacher_width=4, batch=2)
+    pair = LabelledPair(config, Segmenter(4).eval(), draw_scenes(2, 0))
 
     def run(arm, seed: int) -> Training:
-        return Training(arm, pair, teacher, scenes, seed, 1e-3, 4)
+        return Training(replace(arm, rate=1e-3), pair, seed, 4)
 
     starts = [run(arm, 1).student.state_dict() for arm in ARMS]
     assert all(torch.equal(starts[0][k], s[k]) for s in starts for k in s)

@@ -87,7 +87,7 @@ def test_features_are_max_pooled_before_the_patches_are_cut() -> None:
 def test_chunked_equals_naive_in_value_and_gradient(
     shape, groups, patch, negatives, p, budget, monkeypatch
 ) -> None:
-    monkeypatch.setattr(af_dcd.method.contrast, "BUDGET", budget)
+    monkeypatch.setattr(af_dcd.method.contrast, "BLOCK_BYTES", budget)
     s, t = maps(*shape, seed=budget)
     settings = {"groups": groups, "patch": patch, "pool": 1, "p": p, "negatives": negatives}
     results = []

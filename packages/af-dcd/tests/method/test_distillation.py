@@ -8,7 +8,7 @@ from af_dcd import (
     DistillConfig,
     omni_contrastive_loss,
 )
-from af_dcd.method.distillation import kd_term, same_size
+from af_dcd.method.distillation import kd_term, resize_to_match
 from af_dcd.method.mimicking import feature_loss
 from effml_common.errors import InputError
 
@@ -63,10 +63,10 @@ def test_the_contrast_falls_when_it_is_followed() -> None:
 
 def test_maps_of_two_sizes_need_a_side_to_resize() -> None:
     a, b = noise(1, 2, 4, 4), noise(1, 2, 8, 8)
-    assert same_size(a, b, "student")[0].shape == b.shape
-    assert same_size(a, b, "teacher")[1].shape == a.shape
+    assert resize_to_match(a, b, "student")[0].shape == b.shape
+    assert resize_to_match(a, b, "teacher")[1].shape == a.shape
     with pytest.raises(InputError, match=r"4x4 and the teacher's 8x8; .*resize"):
-        same_size(a, b, "none")
+        resize_to_match(a, b, "none")
 
 
 def test_class_counts_that_differ_are_refused_unless_kd_is_off() -> None:

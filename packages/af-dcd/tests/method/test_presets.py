@@ -6,7 +6,7 @@ from af_dcd import (
     PRESETS,
     DistillConfig,
 )
-from af_dcd.method.presets import changed
+from af_dcd.method.presets import replace_settings
 from effml_common.errors import ConfigError
 
 
@@ -26,4 +26,4 @@ def test_presets_are_the_released_scripts(name, kd, fd, ctr) -> None:
 
 def test_unknown_settings_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean groups"):
-        changed(DistillConfig(), {"group": 4})
+        replace_settings(DistillConfig(), {"group": 4})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from af_dcd.method.taps import Tap, as_map, find_module, recording
+from af_dcd.method.taps import Tap, feature_map, find_module, record_outputs
 from effml_common.errors import InputError
 
 
@@ -39,21 +39,21 @@ def test_a_module_that_is_not_there_is_answered_with_near_ones() -> None:
 
 def test_collections_need_an_entry_and_maps_four_dimensions() -> None:
     a, b = noise(1, 2, 3, 3), noise(1, 2, 4, 4)
-    assert as_map((a, b), Tap.parse("module:x:1")) is b
-    assert as_map({"low": a, "high": b}, Tap.parse("module:x:high")) is b
+    assert feature_map((a, b), Tap.parse("module:x:1")) is b
+    assert feature_map({"low": a, "high": b}, Tap.parse("module:x:high")) is b
     with pytest.raises(InputError, match="append :<entry>, of 0 to 1"):
-        as_map((a, b), Tap.parse("module:x"))
+        feature_map((a, b), Tap.parse("module:x"))
     with pytest.raises(InputError, match="no entry 5; it has 0 to 1"):
-        as_map((a, b), Tap.parse("module:x:5"))
+        feature_map((a, b), Tap.parse("module:x:5"))
     with pytest.raises(InputError, match="no entry mid; it has low, high"):
-        as_map({"low": a, "high": b}, Tap.parse("module:x:mid"))
+        feature_map({"low": a, "high": b}, Tap.parse("module:x:mid"))
     with pytest.raises(InputError, match=r"gives \(1, 2\); tap a module"):
-        as_map(a[:, :, 0, 0], Tap.parse("module:x"))
+        feature_map(a[:, :, 0, 0], Tap.parse("module:x"))
 
 
 def test_recording_leaves_no_hook_behind() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 1))
-    with recording(model, Tap.parse("module:0")) as seen:
+    with record_outputs(model, Tap.parse("module:0")) as seen:
         model(torch.zeros(1, 1, 2, 2))
     assert len(seen) == 1
     assert not model[0]._forward_hooks

@@ -1,14 +1,12 @@
 """The ``eval`` command: mmseg's own test loop on a plain or distilled checkpoint."""
 
-import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 from af_dcd.commands.train import LIBRARIES
 from af_dcd.config import EvalConfig
-from effml_common.device import device_name, resolve_device
-from effml_common.report import Report, Row, environment, write_report
+from effml_common.device import resolve_device
+from effml_common.folders import run_folder
+from effml_common.report import Report, ReportBuilder, Row
 
 
 def evaluate(config: EvalConfig) -> Report:
@@ -17,23 +15,12 @@ def evaluate(config: EvalConfig) -> Report:
     Raises:
         InputError: If config, checkpoint and data do not fit together.
     """
-    began = time.monotonic()
+    # A missing device is refused before mmsegmentation is imported, which takes seconds.
+    builder = ReportBuilder("af-dcd", LIBRARIES)
     device = resolve_device(config.device)
-    from af_dcd.adapters.mmseg.evaluation import test
+    from af_dcd.adapters.mmseg.evaluation import run_test_loop
 
-    out = Path(config.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
-    metrics = test(config, out / "run", device)
-    report = Report(
-        package="af-dcd",
-        version=version("af-dcd"),
-        command=sys.argv,
-        seeds=[],
-        seconds=time.monotonic() - began,
-        rows=[
-            Row(Path(config.checkpoint).name, config.model, {k: [v] for k, v in metrics.items()})
-        ],
-        environment=environment(LIBRARIES, device_name(device)),
-    )
-    (out / "run").mkdir(parents=True, exist_ok=True)
-    write_report(report, out / "run")
-    return report
+    run_dir = run_folder(config.out, "eval") / "run"
+    metrics = run_test_loop(config, run_dir, device)
+    row = Row(Path(config.checkpoint).name, config.model, {k: [v] for k, v in metrics.items()})
+    return builder.write(run_dir, [row], device=device)

@@ -1,42 +1,24 @@
-"""The ``inspect`` command."""
+"""The ``inspect`` command: what a pair is and what a step of it costs."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from af_dcd.config import InspectConfig, TrainConfig
+from effml_common.summary import Summary
+
+SHOWN_IN_MILLIONS_FROM = 10_000
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Named facts, as a table or as JSON."""
-
-    facts: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """The facts."""
-        return self.facts
-
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table("", "", show_header=False)
-        for name, value in self.facts.items():
-            big = isinstance(value, int) and value > 10_000
-            table.add_row(name, f"{value / 1e6:,.2f}M" if big else str(value))
-        return table
-
-
-def inspect(config: InspectConfig) -> Facts:
-    """Shapes, weights, memory and cost of a pair; nothing is computed and no weight is read.
+def inspect(config: InspectConfig) -> Summary:
+    """Tell shapes, weights, memory and cost of a pair; nothing is computed and no weight is read.
 
     Raises:
         InputError: If the pair does not fit, as ``train`` would say.
     """
-    from af_dcd.adapters.mmseg.config_builder import compose
-    from af_dcd.adapters.mmseg.summary import describe
+    from af_dcd.adapters.mmseg.config_builder import build_config
+    from af_dcd.adapters.mmseg.summary import summarize_pair
 
-    asked = TrainConfig(
+    # The run that train would begin, with a teacher that needs no weights.
+    settings = TrainConfig(
         student=config.student,
         teacher=config.teacher,
         preset=config.preset,
@@ -45,4 +27,12 @@ def inspect(config: InspectConfig) -> Facts:
         method=config.method,
         allow_untrained_teacher=True,
     )
-    return Facts(describe(compose(asked, Path("runs") / "inspect")))
+    values = summarize_pair(build_config(settings, Path("runs") / "inspect"))
+
+    # Counts of weights and bytes are easier to read in millions.
+    millions = {
+        name: f"{value / 1e6:,.2f}M"
+        for name, value in values.items()
+        if isinstance(value, int) and value > SHOWN_IN_MILLIONS_FROM
+    }
+    return Summary(values, shown=millions)

@@ -16,8 +16,9 @@ CLASSES = (
     *(f"stripes {angle} deg, {width}" for width in ("fine", "coarse") for angle in (0, 45, 90, 135)),
     "wire", "dot",
 )  # fmt: skip
-PERIODS = (4.0, 7.0)
-IGNORED = 255
+STRIPE_PERIODS = (4.0, 7.0)  # pixels, fine and coarse
+STRIPED_CLASSES = 8  # 4 orientations, each fine and coarse
+IGNORED = 255  # label of pixels that do not count
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,12 @@ class Scenes:
         return len(self.images)
 
     def to(self, device: torch.device) -> "Scenes":
-        """The scenes on a device, where what is trained on them computes."""
+        """Move the scenes to a device, where what is trained on them computes."""
         return Scenes(self.images.to(device), self.labels.to(device))
 
     def crops(self, count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random square crops of random scenes."""
+        """Cut ``count`` random square crops of ``size`` pixels out of random scenes."""
+        # Scenes and corners are drawn on the host, so that every device sees the same crops.
         side = self.labels.shape[-1]
         picks = torch.randint(len(self), (count,), generator=generator)
         corners = torch.randint(side - size + 1, (count, 2), generator=generator)
@@ -43,40 +45,49 @@ class Scenes:
             (int(n), slice(int(y), int(y) + size), slice(int(x), int(x) + size))
             for n, (y, x) in zip(picks, corners, strict=True)
         ]
+
+        # Image and labels are cut at the same place.
         images = torch.stack([self.images[n, :, y, x] for n, y, x in windows])
         return images, torch.stack([self.labels[n, y, x] for n, y, x in windows])
 
 
-def draw(count: int, seed: int, side: int = 96) -> Scenes:
-    """Draw scenes; equal seeds give equal scenes."""
+def draw_scenes(count: int, seed: int, side: int = 96) -> Scenes:
+    """Draw scenes of ``side`` x ``side`` pixels; equal seeds give equal scenes."""
     rng = np.random.default_rng(seed)
-    scenes = [_scene(rng, side) for _ in range(count)]
+    scenes = [_draw_scene(rng, side) for _ in range(count)]
     images = torch.from_numpy(np.stack([image for image, _ in scenes]))
     return Scenes(images, torch.from_numpy(np.stack([label for _, label in scenes])))
 
 
-def _scene(rng: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray]:
+def _draw_scene(rng: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray]:
+    # The ground: two textures of different grain, parted by a straight line.
     y, x = np.mgrid[:side, :side].astype(np.float32)
     angle, offset = rng.uniform(0, np.pi), rng.uniform(0.3, 0.7) * side
     split = (x - offset) * np.cos(angle) + (y - offset) * np.sin(angle) > 0
     label = split.astype(np.int64)
     grains = [_smooth(rng.normal(size=(side, side)), width) for width in (1, 2)]
     image = np.where(split, *grains[::-1]) * 0.7
-    weights = 0.75 ** np.arange(8)  # class imbalance
+
+    # Striped shapes over one another, each kind rarer than the one before it.
+    weights = 0.75 ** np.arange(STRIPED_CLASSES)
     for _ in range(rng.integers(5, 11)):
         inside = _blob(rng, x, y, side)
-        kind = rng.choice(8, p=weights / weights.sum())
+        kind = rng.choice(STRIPED_CLASSES, p=weights / weights.sum())
         image = np.where(inside, _stripes(rng, x, y, kind), image)
-        label = np.where(inside, 2 + kind, label)
+        label = np.where(inside, CLASSES.index("stripes 0 deg, fine") + kind, label)
+
+    # Wires and dots in front, brighter or darker than what is behind them.
     for _ in range(rng.integers(1, 4)):
         inside = _wire(rng, x, y, side)
         image = np.where(inside, rng.choice([-1.0, 1.0]) * rng.uniform(0.8, 1.6), image)
-        label = np.where(inside, 10, label)
+        label = np.where(inside, CLASSES.index("wire"), label)
     for _ in range(rng.integers(1, 6)):
         cy, cx = rng.uniform(4, side - 4, 2)
         inside = (x - cx) ** 2 + (y - cy) ** 2 < rng.uniform(2.2, 3.5) ** 2
         image = np.where(inside, rng.choice([-1.0, 1.0]) * rng.uniform(1.2, 2.0), image)
-        label = np.where(inside, 11, label)
+        label = np.where(inside, CLASSES.index("dot"), label)
+
+    # Color and brightness of the picture, and noise as strong as the texture.
     tint = rng.uniform(0.7, 1.3, size=(3, 1, 1)) * rng.uniform(0.7, 1.3)
     noise = rng.normal(scale=0.6, size=(3, side, side))
     return (tint * image[None] + noise).astype(np.float32), label
@@ -97,7 +108,7 @@ def _blob(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, side: int) -> 
 
 
 def _stripes(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, kind: int) -> np.ndarray:
-    angle, period = kind % 4 * np.pi / 4, PERIODS[kind // 4]
+    angle, period = kind % 4 * np.pi / 4, STRIPE_PERIODS[kind // 4]
     phase = rng.uniform(0, 2 * np.pi)
     wave = np.sin(2 * np.pi / period * (x * np.cos(angle) + y * np.sin(angle)) + phase)
     return rng.uniform(0.6, 1.3) * wave + rng.uniform(-0.5, 0.5)

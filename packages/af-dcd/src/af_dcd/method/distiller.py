@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from af_dcd.config import DistillConfig
-from af_dcd.method.distillation import AfDCDLoss, check_fit, kd_term
-from af_dcd.method.taps import Tap, as_map, find_module, recording
+from af_dcd.method.distillation import AfDCDLoss, check_contrast_fits, kd_term
+from af_dcd.method.taps import Tap, feature_map, find_module, record_outputs
 from effml_common.errors import InputError, NonFiniteError
 
 
 @dataclass(frozen=True)
-class Distilled:
-    """What one call gives.
+class DistillationOutput:
+    """What one call of a ``Distiller`` gives.
 
     Attributes:
         output: Of the student, as it returned it.
@@ -31,6 +31,15 @@ class Distilled:
         return sum(self.losses.values(), start=0.0)
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """One model's run on a batch: what it returned, and the maps [b, c, h, w] that are compared."""
+
+    output: Any
+    features: Tensor
+    scores: Tensor
+
+
 class Distiller(nn.Module):
     """A student, a frozen teacher and the branch between them.
 
@@ -44,6 +53,20 @@ class Distiller(nn.Module):
         teacher: The same, with the same classes.
         taps: Tap of the student and of the teacher, ``module:...`` (see ``taps``).
         config: Settings of the method.
+
+    Raises:
+        InputError: If a tap is none, or names a module that a model does not have.
+
+    >>> import torch
+    >>> def segmenter(width):
+    ...     return nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 5, 1))
+    >>> config = DistillConfig(groups=4, pool=1)
+    >>> distiller = Distiller(segmenter(4), segmenter(8), ("module:1", "module:1"), config)
+    >>> images = torch.randn(2, 3, 16, 16)
+    >>> result = distiller.prepare(images).train()(images)
+    >>> sorted(result.losses)
+    ['loss_ctr', 'loss_fd', 'loss_kd']
+    >>> result.total.backward()  # beside the task loss, in a training loop
     """
 
     def __init__(
@@ -74,19 +97,23 @@ class Distiller(nn.Module):
         Raises:
             InputError: If taps, sizes or settings do not fit.
         """
+        # In eval mode, so that running statistics stay as they are.
         training = self.student.training
         self.student.eval()
         with torch.no_grad():
-            _, fs, _ = self._run(self.student, 0, *args, **kwargs)
-            _, ft, _ = self._run(self.teacher, 1, *args, **kwargs)
+            student = self._run_student(*args, **kwargs).features
+            teacher = self._run_teacher(*args, **kwargs).features
         self.student.train(training)
-        side = fs if self.config.resize == "teacher" else ft
-        check_fit((ft.shape[1], *side.shape[2:]), self.config)
+
+        # Channels come from the maps; whether patches fit depends on the size that is compared.
+        compared = student if self.config.resize == "teacher" else teacher
+        check_contrast_fits((teacher.shape[1], *compared.shape[2:]), self.config)
         if self.config.has_branch:
-            self.branch = AfDCDLoss(fs.shape[1], ft.shape[1], self.config).to(fs.device)
+            branch = AfDCDLoss(student.shape[1], teacher.shape[1], self.config)
+            self.branch = branch.to(student.device)
         return self
 
-    def forward(self, *args: Any, **kwargs: Any) -> Distilled:
+    def forward(self, *args: Any, **kwargs: Any) -> DistillationOutput:
         """Run both models on the same inputs; ``labels`` are for the student alone.
 
         Raises:
@@ -94,29 +121,28 @@ class Distiller(nn.Module):
         """
         if self.branch is None and self.config.has_branch:
             self.prepare(*args, **kwargs)
-        output, fs, zs = self._run(self.student, 0, *args, **kwargs)
-        with torch.no_grad():
-            _, ft, zt = self._run(self.teacher, 1, *args, **kwargs)
-        if not torch.isfinite(ft).all():
-            raise NonFiniteError(
-                "the teacher's features are not finite; check its weights, or bf16"
-            )
-        losses = kd_term(zs, zt, self.config)
-        if self.branch is not None:
-            losses |= self.branch(fs, ft)
-        return Distilled(output, losses)
 
-    def _run(
-        self, model: nn.Module, side: int, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Tensor, Tensor]:
-        tap = self.taps[side]
-        if side == 1:
-            kwargs.pop("labels", None)
-        with recording(model, tap) as seen:
-            output = model(*args, **kwargs)
-        if not seen:
-            raise InputError(f"module {tap.path} did not run; tap one on the path to the output")
-        return output, as_map(seen[-1], tap), scores(output)
+        # The teacher computes without a gradient.
+        student = self._run_student(*args, **kwargs)
+        with torch.no_grad():
+            teacher = self._run_teacher(*args, **kwargs)
+        if not torch.isfinite(teacher.features).all():
+            raise NonFiniteError(
+                "the teacher's features are not finite; check its weights, or use bf16"
+            )
+
+        # The terms of the method; the task loss is the caller's.
+        losses = kd_term(student.scores, teacher.scores, self.config)
+        if self.branch is not None:
+            losses |= self.branch(student.features, teacher.features)
+        return DistillationOutput(student.output, losses)
+
+    def _run_student(self, *args: Any, **kwargs: Any) -> _Pass:
+        return _run_tapped(self.student, self.taps[0], *args, **kwargs)
+
+    def _run_teacher(self, *args: Any, **kwargs: Any) -> _Pass:
+        kwargs.pop("labels", None)
+        return _run_tapped(self.teacher, self.taps[1], *args, **kwargs)
 
     def train(self, mode: bool = True) -> "Distiller":
         """Train the student and the branch; the teacher stays in eval mode."""
@@ -129,16 +155,24 @@ class Distiller(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def scores(output: Any) -> Tensor:
-    """Class scores [b, k, h, w] in what a segmenter returned.
+def _run_tapped(model: nn.Module, tap: Tap, *args: Any, **kwargs: Any) -> _Pass:
+    with record_outputs(model, tap) as recorded:
+        output = model(*args, **kwargs)
+    if not recorded:
+        raise InputError(f"module {tap.path} did not run; tap one on the path to the output")
+    return _Pass(output, feature_map(recorded[-1], tap), class_scores(output))
+
+
+def class_scores(output: Any) -> Tensor:
+    """Take the class scores [b, k, h, w] out of what a segmenter returned.
 
     Raises:
         InputError: If there are none.
     """
-    found = output["out"] if isinstance(output, Mapping) and "out" in output else output
-    found = getattr(found, "logits", found)
-    if isinstance(found, Tensor) and found.dim() == 4:
-        return found
+    scores = output["out"] if isinstance(output, Mapping) and "out" in output else output
+    scores = getattr(scores, "logits", scores)
+    if isinstance(scores, Tensor) and scores.dim() == 4:
+        return scores
     raise InputError(
         f"the model returned {type(output).__name__} without class scores [b, k, h, w]; "
         "wrap it so that it returns them"

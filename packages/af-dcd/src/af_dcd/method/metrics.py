@@ -5,51 +5,77 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-TOLERANCE = 1  # pixels that an outline may be off
+OUTLINE_TOLERANCE_PIXELS = 1  # that an outline may be off
 
 
 class Scores:
-    """Counts over images; ``classes`` K, labels of ``ignored`` are left out."""
+    """Counts over images, from which IoU and boundary F follow.
+
+    Args:
+        classes: K, number of classes.
+        ignored: Label of pixels that do not count.
+
+    >>> import torch
+    >>> scores = Scores(2)
+    >>> scores.add(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 0, 1]]]))
+    >>> scores.mean_iou()
+    50.0
+    """
 
     def __init__(self, classes: int, ignored: int = 255) -> None:
         self.classes, self.ignored = classes, ignored
-        self.confusion = torch.zeros(classes, classes)
+        self.confusion = torch.zeros(classes, classes)  # truth by prediction
+        # Pixels for each class: predicted outline near a true one, predicted outline, true outline
+        # near a predicted one, true outline.
         self.outlines = torch.zeros(classes, 4)
 
     def add(self, predicted: Int[Tensor, "b h w"], truth: Int[Tensor, "b h w"]) -> None:
         """Count a batch of label maps, on any device; the counts stay on the host."""
+        # The confusion matrix, from numbers that stand for a pair of classes.
         predicted, truth = predicted.cpu(), truth.cpu()
-        seen = truth != self.ignored
-        pairs = truth[seen] * self.classes + predicted[seen]
+        counted = truth != self.ignored
+        pairs = truth[counted] * self.classes + predicted[counted]
         counts = torch.bincount(pairs, minlength=self.classes**2)
         self.confusion += counts.reshape(self.classes, self.classes)
+
+        # Pixels of each outline, and how many of them have the other one near.
         for k in range(self.classes):
-            ours, theirs = (outline((x == k).float()) * seen for x in (predicted, truth))
-            near_theirs, near_ours = (_widened(x) for x in (theirs, ours))
-            met = [(ours * near_theirs).sum(), ours.sum(), (theirs * near_ours).sum(), theirs.sum()]
-            self.outlines[k] += torch.stack(met)
+            predicted_outline, true_outline = (
+                outline((labels == k).float()) * counted for labels in (predicted, truth)
+            )
+            counts = [
+                (predicted_outline * _dilate(true_outline)).sum(),
+                predicted_outline.sum(),
+                (true_outline * _dilate(predicted_outline)).sum(),
+                true_outline.sum(),
+            ]
+            self.outlines[k] += torch.stack(counts)
 
     def iou(self) -> Float[Tensor, " k"]:
-        """Intersection over union, NaN for a class that is nowhere."""
-        hit = self.confusion.diagonal()
-        return hit / (self.confusion.sum(0) + self.confusion.sum(1) - hit)
+        """Compute intersection over union, NaN for a class that is nowhere."""
+        hits = self.confusion.diagonal()
+        return hits / (self.confusion.sum(0) + self.confusion.sum(1) - hits)
 
     def mean_iou(self) -> float:
-        """Mean over the classes that occur, in per cent."""
+        """Average IoU over the classes that occur, in per cent."""
         return 100 * float(self.iou().nanmean())
 
     def boundary_f(self) -> float:
-        """Mean over classes of the F-score of outline pixels within the tolerance, in per cent."""
-        right, ours, found, theirs = self.outlines.T
-        precision, recall = right / ours.clamp(min=1), found / theirs.clamp(min=1)
-        f = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
-        return 100 * float(f[theirs > 0].mean())
+        """Average over classes the F-score of outline pixels within the tolerance, in per cent."""
+        correct, predicted, recalled, true = self.outlines.T
+        precision, recall = correct / predicted.clamp(min=1), recalled / true.clamp(min=1)
+        f_score = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
+        return 100 * float(f_score[true > 0].mean())
 
 
 def outline(mask: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
-    """Pixels of a mask with a pixel of their 3x3 surroundings, inside the image, outside the mask."""
+    """Mark the pixels of a mask that touch a pixel outside the mask, corners included.
+
+    The border of the image is no outline.
+    """
     return mask * F.max_pool2d(1 - mask[:, None], 3, 1, 1)[:, 0]
 
 
-def _widened(mask: Tensor) -> Tensor:
-    return F.max_pool2d(mask[:, None].float(), 2 * TOLERANCE + 1, 1, TOLERANCE)[:, 0]
+def _dilate(mask: Tensor) -> Tensor:
+    side = 2 * OUTLINE_TOLERANCE_PIXELS + 1
+    return F.max_pool2d(mask[:, None].float(), side, 1, OUTLINE_TOLERANCE_PIXELS)[:, 0]

@@ -16,14 +16,14 @@ from effml_common.settings import require
 
 
 def random_mask(like: Float[Tensor, "b c h w"], ratio: float) -> Float[Tensor, "b 1 h w"]:
-    """One for each position that is kept, zero for a share ``ratio``; drawn per image and position."""
+    """Draw one for each position that is kept and zero for a share ``ratio``, image by image."""
     b, _, h, w = like.shape
     draw = torch.rand((b, 1, h, w), device=like.device)
     return (draw <= 1 - ratio).to(like.dtype)
 
 
 def center_mask(like: Float[Tensor, "b c h w"]) -> Float[Tensor, "1 1 h w"]:
-    """Zero in the middle third of both sides, one elsewhere."""
+    """Make a mask that is zero in the middle third of both sides and one elsewhere."""
     h, w = like.shape[2:]
     mask = torch.ones((1, 1, h, w), device=like.device, dtype=like.dtype)
     mask[..., h // 3 : 2 * h // 3, w // 3 : 2 * w // 3] = 0
@@ -31,7 +31,10 @@ def center_mask(like: Float[Tensor, "b c h w"]) -> Float[Tensor, "1 1 h w"]:
 
 
 class Generator(nn.Module):
-    """Two 3x3 convolutions, a ReLU between; a ``hidden`` below ``channels`` makes it cheap (ours)."""
+    """Two 3x3 convolutions with a ReLU between them.
+
+    A ``hidden`` below ``channels`` makes it cheap; the paper has none.
+    """
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -68,6 +71,13 @@ class MaskedGeneration(nn.Module):
         mask: ``random`` draws anew at each call, ``center`` always zeroes the middle third.
         enhanced: The two-depth generator.
         hidden: Inner channels of the generator; None for ``c_t``, as in the paper.
+
+    Raises:
+        ConfigError: If ``mask_ratio`` or ``mask`` is out of range.
+
+    >>> import torch
+    >>> MaskedGeneration(4, 8, mask_ratio=0.5)(torch.randn(2, 4, 6, 6)).shape
+    torch.Size([2, 8, 6, 6])
     """
 
     def __init__(
@@ -81,12 +91,11 @@ class MaskedGeneration(nn.Module):
         hidden: int | None = None,
     ) -> None:
         super().__init__()
-        require(
-            0 <= mask_ratio < 1,
-            f"mask_ratio is {mask_ratio}, and 1 would zero everything",
-            "give a share in [0, 1)",
-        )
+        problem = f"mask_ratio is {mask_ratio}, and 1 would zero everything"
+        require(0 <= mask_ratio < 1, problem, "give a share in [0, 1)")
         require(mask in ("random", "center"), f"mask is {mask!r}", "give random or center")
+
+        # Equal widths need no alignment.
         self.mask_ratio, self.mask = mask_ratio, mask
         self.align = nn.Identity() if c_s == c_t else nn.Conv2d(c_s, c_t, 1)
         self.generator = (EnhancedGenerator if enhanced else Generator)(c_t, hidden or c_t)
@@ -104,7 +113,7 @@ def feature_loss(
     teacher: Float[Tensor, "b c h w"],
     reduction: Literal["sum", "mean"] = "sum",
 ) -> Float[Tensor, ""]:
-    """Squared error over the whole map, masked or not.
+    """Add up the squared error over the whole map, at masked positions and at others.
 
     Args:
         generated: The student's side; the gradient flows here only.
@@ -112,5 +121,5 @@ def feature_loss(
         reduction: ``sum`` over c, h and w and mean over images (the paper's weights belong to it), or
             ``mean`` over everything.
     """
-    squares = (generated - teacher.detach()).square()
-    return squares.sum() / len(generated) if reduction == "sum" else squares.mean()
+    squared_error = (generated - teacher.detach()).square()
+    return squared_error.sum() / len(generated) if reduction == "sum" else squared_error.mean()

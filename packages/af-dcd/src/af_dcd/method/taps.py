@@ -1,4 +1,4 @@
-"""Where features are read: the tap grammar.
+"""Where features are read: the tap grammar, and what is read there.
 
 feat:<i>         entry i of the list of feature maps (mmsegmentation); feat:-1 is the last stage
 pre_cls          what enters the classifier of the last head (mmsegmentation)
@@ -20,7 +20,11 @@ from effml_common.errors import InputError
 
 @dataclass(frozen=True)
 class Tap:
-    """A parsed tap: ``kind`` is feat, pre_cls or module."""
+    """A parsed tap: ``kind`` is feat, pre_cls or module.
+
+    >>> Tap.parse("module:backbone:high")
+    Tap(kind='module', path='backbone', entry='high')
+    """
 
     kind: str
     path: str = ""
@@ -35,10 +39,10 @@ class Tap:
         """
         if text == "pre_cls":
             return cls("pre_cls")
-        if found := re.fullmatch(r"feat:(-?\d+)", text):
-            return cls("feat", entry=found[1])
-        if found := re.fullmatch(r"module:([\w.]+)(?::(-?\w+))?", text):
-            return cls("module", found[1], found[2])
+        if match := re.fullmatch(r"feat:(-?\d+)", text):
+            return cls("feat", entry=match[1])
+        if match := re.fullmatch(r"module:([\w.]+)(?::(-?\w+))?", text):
+            return cls("module", match[1], match[2])
         raise InputError(
             f"{text!r} is no tap; write feat:-1, feat:<i>, pre_cls, module:<path> or "
             "module:<path>:<entry>"
@@ -46,7 +50,7 @@ class Tap:
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
-    """The submodule at a dotted path.
+    """Find the submodule at a dotted path.
 
     Raises:
         InputError: If there is none; the nearest paths are named.
@@ -59,50 +63,65 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     raise InputError(f"the model has no module {path!r}; try {', '.join(near)}")
 
 
-def as_map(value: Any, tap: Tap, what: str = "") -> Tensor:
-    """The [b, c, h, w] map in what a tapped module returned.
+@contextmanager
+def record_outputs(model: nn.Module, tap: Tap) -> Iterator[list[Any]]:
+    """Collect what the tapped module returns inside the block; the model is untouched afterwards."""
+    outputs: list[Any] = []
+    if tap.kind != "module":
+        yield outputs
+        return
+
+    # A hook sees every call of the module, however deep in the model it is made.
+    module = find_module(model, tap.path)
+    handle = module.register_forward_hook(lambda _m, _inputs, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def feature_map(output: Any, tap: Tap, place: str = "") -> Tensor:
+    """Take the [b, c, h, w] map out of what a tapped module returned.
+
+    Args:
+        output: A tensor, or a tuple, list or mapping of them.
+        tap: Names the entry of a collection.
+        place: What the output belongs to, for messages; default the tapped module.
 
     Raises:
         InputError: If it is a collection and no entry was named, or no such map.
     """
-    where = what or f"module:{tap.path}"
-    if tap.entry is not None and not isinstance(value, Tensor):
-        try:
-            value = value[tap.entry] if isinstance(value, Mapping) and not _number(tap.entry) else (
-                list(value.values()) if isinstance(value, Mapping) else value
-            )[int(tap.entry)]  # fmt: skip
-        except (KeyError, IndexError, ValueError, TypeError) as error:
-            raise InputError(
-                f"{where} has no entry {tap.entry}; it has {_entries(value)}"
-            ) from error
-    if isinstance(value, Mapping | list | tuple):
-        raise InputError(f"{where} returns several things; append :<entry>, of {_entries(value)}")
-    if not isinstance(value, Tensor) or value.dim() != 4:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"{where} gives {shape}; tap a module whose output is [b, c, h, w]")
-    return value
+    # The entry that the tap names.
+    place = place or f"module:{tap.path}"
+    if tap.entry is not None and not isinstance(output, Tensor):
+        output = _entry(output, tap.entry, place)
+
+    # Exactly one map must be left.
+    if isinstance(output, Mapping | list | tuple):
+        raise InputError(
+            f"{place} returns several things; append :<entry>, of {_entry_names(output)}"
+        )
+    if not isinstance(output, Tensor) or output.dim() != 4:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(f"{place} gives {shape}; tap a module whose output is [b, c, h, w]")
+    return output
 
 
-def _number(entry: str) -> bool:
-    return entry.lstrip("-").isdecimal()
-
-
-def _entries(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(map(str, value))
-    return f"0 to {len(value) - 1}" if hasattr(value, "__len__") else type(value).__name__
-
-
-@contextmanager
-def recording(model: nn.Module, tap: Tap) -> Iterator[list[Any]]:
-    """Collect what the tapped module returns inside the block; the model is untouched afterwards."""
-    seen: list[Any] = []
-    if tap.kind != "module":
-        yield seen
-        return
-    module = find_module(model, tap.path)
-    handle = module.register_forward_hook(lambda _m, _inputs, output: seen.append(output))
+def _entry(collection: Any, entry: str, place: str) -> Any:
     try:
-        yield seen
-    finally:
-        handle.remove()
+        if isinstance(collection, Mapping):
+            by_number = entry.lstrip("-").isdecimal()
+            return list(collection.values())[int(entry)] if by_number else collection[entry]
+        return collection[int(entry)]
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{place} has no entry {entry}; it has {_entry_names(collection)}"
+        ) from error
+
+
+def _entry_names(collection: Any) -> str:
+    if isinstance(collection, Mapping):
+        return ", ".join(map(str, collection))
+    if hasattr(collection, "__len__"):
+        return f"0 to {len(collection) - 1}"
+    return type(collection).__name__

@@ -9,7 +9,7 @@ pytest.importorskip("mmseg")
 
 from PIL import Image
 
-from af_dcd.adapters.mmseg.checkpoints import CONFIGS, read_config
+from af_dcd.adapters.mmseg.config_files import CONFIGS, read_config
 
 SIZE = (700, 900)  # of each image: height, width
 LEAVES = sorted(p for p in CONFIGS.rglob("*.py") if p.parent.name != "_base_")
@@ -151,7 +151,7 @@ def test_every_shipped_pair_fits_the_papers_preset() -> None:
             continue
         told = inspect(
             InspectConfig(student=str(path), teacher=str(path.with_name("deeplabv3_r101.py")))
-        ).facts
+        ).values
         assert told["teacher map"][0] == 2048
         stride = told["crop"][0] / told["teacher map"][1]
         assert 7.9 < stride <= 8

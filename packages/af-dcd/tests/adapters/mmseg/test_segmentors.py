@@ -157,21 +157,21 @@ def test_the_task_loss_is_exactly_that_of_the_plain_model() -> None:
 
 
 def test_the_tapped_features_are_those_of_the_backbone_and_before_the_classifier() -> None:
-    from af_dcd.adapters.mmseg.feature_recorder import forward, watching
+    from af_dcd.adapters.mmseg.feature_recorder import record_features, run_heads
     from af_dcd.method.taps import Tap
 
     net = build_model(PAIRS["HRNet to HRNet"][0]).eval()
     x = batch()[0]
-    with torch.no_grad(), watching(net, Tap.parse("pre_cls")) as seen:
-        scores = forward(net, x)
+    with torch.no_grad(), record_features(net, Tap.parse("pre_cls")) as seen:
+        scores = run_heads(net, x)
     assert torch.equal(scores, seen.scores())
     with torch.no_grad():
         torch.testing.assert_close(net.decode_head.conv_seg(seen.feature()), scores)
-        with watching(net, Tap.parse("feat:1")) as seen:
-            forward(net, x)
+        with record_features(net, Tap.parse("feat:1")) as seen:
+            run_heads(net, x)
         assert torch.equal(seen.feature(), net.extract_feat(x)[1])
-        with watching(net, Tap.parse("module:backbone.conv2")) as seen:
-            forward(net, x)
+        with record_features(net, Tap.parse("module:backbone.conv2")) as seen:
+            run_heads(net, x)
         assert seen.feature().shape == (2, 64, 16, 16)
 
 
@@ -184,8 +184,10 @@ def test_images_are_handed_to_the_teacher_as_its_own_preprocessor_would(capsys) 
     data = {"inputs": [raw], "data_samples": batch()[1][:1]}
     ours = pair.data_preprocessor(dict(data), True)["inputs"]
     theirs = pair.teacher.model.data_preprocessor(dict(data), True)["inputs"]
-    torch.testing.assert_close(pair.teacher._prepared(ours, pair), theirs, atol=1e-4, rtol=1e-4)
-    pair.teacher._prepared(ours, pair)
+    torch.testing.assert_close(
+        pair.teacher._convert_images(ours, pair), theirs, atol=1e-4, rtol=1e-4
+    )
+    pair.teacher._convert_images(ours, pair)
     assert capsys.readouterr().err.count("normalise images differently") == 1
 
 

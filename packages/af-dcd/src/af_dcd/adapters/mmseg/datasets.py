@@ -38,20 +38,28 @@ class CamVidDataset(BaseSegDataset):
 
     @classmethod
     def get_label_map(cls, new_classes: Any = None) -> dict[int, int]:
-        """Old label to new: what a choice of classes asks for, and 11 to what is ignored."""
+        """Map old labels to new: what a choice of classes asks for, and 11 to what is ignored."""
         return {**(super().get_label_map(new_classes) or {}), 11: 255}
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """Pairs of the list file, or of the two folders."""
+        """List the pairs of the list file, or of the two folders."""
+        # A list of names alone is mmseg's own form.
         if not self.ann_file:
             return super().load_data_list()
-        root, listed = Path(self.data_root or ""), Path(self.ann_file)
-        lines = (listed if listed.is_file() else root / listed).read_text().splitlines()
+        root, list_file = Path(self.data_root or ""), Path(self.ann_file)
+        lines = (list_file if list_file.is_file() else root / list_file).read_text().splitlines()
         pairs = [line.split() for line in lines if line.strip()]
         if any(len(pair) != 2 for pair in pairs):
             return super().load_data_list()
+
+        # Two paths a line, in the form that mmseg's transforms expect.
         common = {"label_map": self.label_map, "reduce_zero_label": False}
         return [
-            {"img_path": str(root / a), "seg_map_path": str(root / b), **common, "seg_fields": []}
-            for a, b in pairs
+            {
+                "img_path": str(root / image),
+                "seg_map_path": str(root / labels),
+                **common,
+                "seg_fields": [],
+            }
+            for image, labels in pairs
         ]

@@ -9,8 +9,13 @@ from torch import nn
 from effml_common.finite import check_finite
 
 
-class BranchClip:
-    """Adds ``branch_clip``, arguments of ``clip_grad_norm_`` for the weights of ``afdcd``."""
+class BranchClipMixin:
+    """Adds a clip for the gradient of the distillation branch, the weights of ``afdcd``, alone.
+
+    Args:
+        branch_clip: Arguments of ``clip_grad_norm_``; None for no clip.
+        args, kwargs: Of the optimizer wrapper.
+    """
 
     def __init__(
         self, *args: Any, branch_clip: dict[str, Any] | None = None, **kwargs: Any
@@ -31,7 +36,7 @@ class BranchClip:
 
 
 @OPTIM_WRAPPERS.register_module()
-class AfDCDOptimWrapper(BranchClip, OptimWrapper):
+class AfDCDOptimWrapper(BranchClipMixin, OptimWrapper):
     """``OptimWrapper`` with ``branch_clip``; refuses a gradient that is not finite."""
 
     def step(self, **kwargs: Any) -> None:
@@ -40,17 +45,18 @@ class AfDCDOptimWrapper(BranchClip, OptimWrapper):
         Raises:
             NonFiniteError: If a gradient is NaN or infinite; nothing is updated then.
         """
-        gradients = [
-            p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
-        ]
-        norm = nn.utils.get_total_norm(gradients)
-        check_finite(0.0, norm, step=self._inner_count, term="total")
+        # Student and branch together; a norm that is not finite has a gradient that is not.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradient_norm = nn.utils.get_total_norm(gradients)
+        check_finite(0.0, gradient_norm, step=self._inner_count, term="total")
+
         self._clip_branch()
         super().step(**kwargs)
 
 
 @OPTIM_WRAPPERS.register_module()
-class AfDCDAmpOptimWrapper(BranchClip, AmpOptimWrapper):
+class AfDCDAmpOptimWrapper(BranchClipMixin, AmpOptimWrapper):
     """``AmpOptimWrapper`` with ``branch_clip``; its scaler skips updates that are not finite."""
 
     def step(self, **kwargs: Any) -> None:

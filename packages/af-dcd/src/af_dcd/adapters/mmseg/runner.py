@@ -1,8 +1,9 @@
-"""mmengine's Runner, made and run so that what goes wrong is one line."""
+"""mmengine's Runner, built and run so that what goes wrong is one line."""
 
-import itertools
 import logging
 import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -14,55 +15,107 @@ from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
 from af_dcd.adapters.mmseg.checkpoints import load_weights
-from af_dcd.adapters.mmseg.config_builder import one_error_line
+from af_dcd.adapters.mmseg.config_builder import TrainingPlan
 from af_dcd.adapters.mmseg.shims import quiet
-from af_dcd.adapters.mmseg.training_loop import bare
-from effml_common.errors import InputError, NonFiniteError
-from effml_common.files import atomic_write
-from effml_common.logging import rank
-
-_RUNS = itertools.count()
+from af_dcd.adapters.mmseg.training_loop import unwrap_model
+from effml_common.errors import ConfigError, InputError, NonFiniteError
+from effml_common.parsing import one_line
 
 
-def check_device(whole: Config, device: torch.device) -> None:
-    """See that a device can do what a composed config asks for.
+@dataclass(frozen=True)
+class TrainedStudent:
+    """What a finished run has found.
+
+    Attributes:
+        weights: State dict of the model, averaged if the config averages; the branch is in it.
+        metainfo: Classes and palette of the data set.
+        metrics: Of the last validation.
+        iterations: Finished ones.
+        notes: Sentences for the report.
+    """
+
+    weights: dict[str, Any]
+    metainfo: dict[str, Any]
+    metrics: dict[str, float]
+    iterations: int
+    notes: tuple[str, ...]
+
+
+def prepare_run(plan: TrainingPlan, out: Path, student_init: str | None) -> Runner:
+    """Create the out folder and build everything that the plan names.
+
+    Args:
+        plan: What to build.
+        out: Folder of the run; it is removed again if it is new and building fails.
+        student_init: Weights that the student starts from.
 
     Raises:
-        InputError: If mixed precision or the launcher needs a card.
+        ConfigError: If the folder cannot be created.
+        InputError: If something cannot be built: a module, a file of the data, the weights.
     """
-    if "Amp" in whole.optim_wrapper.type and device.type != "cuda":
-        raise InputError(f"amp needs a CUDA device, not {device}; leave --amp at no")
-    if whole.launcher not in ("none", "pytorch") and device.type != "cuda":
-        raise InputError(
-            f"launcher {whole.launcher} needs a CUDA device, not {device}; use --launcher pytorch"
-        )
+    # mmengine opens its log before it looks at the models.
+    is_new = not out.exists()
+    try:
+        (out / "run").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be made: {error.strerror}; choose another --out"
+        ) from error
+    try:
+        if plan.config.launcher == "pytorch" and plan.device.type != "cuda":
+            _join_gloo_group()
+        runner = build_runner(plan.config, plan.device)
+    except InputError:
+        if is_new:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+    if student_init is not None:
+        _start_from(runner, student_init)
+    return runner
 
 
-def make_runner(whole: Config, device: torch.device) -> Runner:
-    """Build everything that a config names, on a device.
+def _join_gloo_group() -> None:
+    """Connect processes on CPUs: mmengine's launcher asks for a GPU, so this comes before it."""
+    import torch.distributed as dist
+
+    if "RANK" not in os.environ:
+        raise InputError("launcher pytorch without torchrun; start it as torchrun ... or drop it")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def build_runner(config: Config, device: torch.device) -> Runner:
+    """Build a Runner and everything that a config names, on a device.
+
+    Its name must be its own, see ``name_experiment``.
 
     Raises:
-        InputError: If something cannot be built: a module, a file of the data, a pretrained backbone.
+        InputError: If something cannot be built.
     """
-    if whole.launcher == "pytorch" and device.type != "cuda":
-        _gloo(whole)
-    if device.type != "cuda":
-        # SyncBatchNorm runs on CUDA alone; one process on a CPU has nothing to synchronise.
-        without_sync_bn(whole.model)
-    return build(whole, device)
+    use_device(device)
+    try:
+        with quiet():
+            runner = TerseRunner.from_cfg(config)
+    except InputError:
+        raise
+    except Exception as error:  # registries wrap any error of a constructor
+        raise _own_error(error) or mmseg_refusal(error) from error
+    _set_console_level(runner.logger, logging.INFO)
+    return runner
 
 
 class TerseRunner(Runner):
     """Lists the machine, the config and the hooks in its log file, not on the console."""
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
-        """The logger, with its console muted until everything is built."""
+        """Build the logger, with its console muted until everything is built."""
         logger = super().build_logger(*args, **kwargs)
-        _console(logger, logging.WARNING)
+        _set_console_level(logger, logging.WARNING)
         return logger
 
 
-def _console(logger: MMLogger, level: int) -> None:
+def _set_console_level(logger: MMLogger, level: int) -> None:
     for handler in logger.handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.setLevel(level)
@@ -73,6 +126,9 @@ def use_device(device: torch.device) -> None:
 
     mmengine asks ``get_device()`` for the kind ("cuda") wherever it moves a model or opens an autocast
     region, and torch's current device has the index; ``resolve_device`` has set that.
+
+    Raises:
+        InputError: If this mmengine decides in another way.
     """
     mmengine.device.utils.DEVICE = device.type
     # A newer mmengine may decide elsewhere: then another device must not be taken without a word.
@@ -83,62 +139,75 @@ def use_device(device: torch.device) -> None:
         )
 
 
-def build(whole: Config, device: torch.device) -> Runner:
-    """A Runner; see ``make_runner``."""
-    use_device(device)
-    # mmengine names a run by the second and shares loggers and visualizers by that name, so two
-    # runs begun within a second in one process would write into the first one's folder.
-    whole.setdefault("experiment_name", f"af-dcd-{os.getpid()}-{next(_RUNS)}")
-    try:
-        with quiet():
-            runner = TerseRunner.from_cfg(whole)
-    except InputError:
-        raise
-    except Exception as error:  # registries wrap any error of a constructor
-        raise _ours(error) or one_error_line(error) from error
-    _console(runner.logger, logging.INFO)
-    return runner
+def _start_from(runner: Runner, path: str) -> None:
+    """Load the student's first weights; surplus ones, of another head, are not allowed."""
+    model = unwrap_model(runner.model)
+    load_weights(model, path)
+    # Otherwise Runner.train would initialise the weights anew.
+    model._is_init = True
+    for module in model.modules():
+        if hasattr(module, "_is_init"):
+            module._is_init = True
 
 
-def train(runner: Runner) -> None:
-    """Run the loop.
+def run_training(runner: Runner, device: torch.device) -> TrainedStudent:
+    """Run the loop to its end and collect what it found.
 
     Raises:
         InputError: If the data cannot be read or a pretrained backbone cannot be fetched.
+        NonFiniteError: If a loss or a gradient becomes NaN or infinite.
+        Interrupted: If a signal stopped it; everything is saved.
     """
     try:
         with quiet():
             runner.train()
     except (InputError, NonFiniteError):
         raise
-    except URLError as error:
-        raise InputError(
-            f"the pretrained backbone cannot be fetched ({error.reason}); give --student-init FILE, "
-            "or --no-pretrained"
-        ) from error
-    except (
-        FileNotFoundError,
-        KeyError,
-        AssertionError,
-        ValueError,
-        RuntimeError,
-        TypeError,
-    ) as error:
-        if ours := _ours(error):
-            raise ours from error
-        text = str(error)
-        if ("size" in text and "1 value per channel" in text) or "more than 1 value" in text:
-            raise InputError(
-                "batch normalisation over a pooled map of one image has nothing to average; "
-                "use a batch size of 2 or more (mmseg's image pooling in ASPP and PSP needs it)"
-            ) from error
-        if isinstance(error, FileNotFoundError | AssertionError):
-            raise one_error_line(error) from error
+    except Exception as error:
+        if refusal := _explain_training_error(error):
+            raise refusal from error
         raise
 
+    # The hook puts averaged weights in the place of the last ones, where the config averages.
+    model = unwrap_model(runner.model)
+    content: dict[str, Any] = {"state_dict": dict(model.state_dict())}
+    runner.call_hook("before_save_checkpoint", checkpoint=content)
+    loop: Any = runner.train_loop
+    metainfo = getattr(loop.dataloader.dataset, "metainfo", {})
+    notes = _describe_run(model, device)
+    return TrainedStudent(content["state_dict"], metainfo, loop.metrics, loop.iter, notes)
 
-def _ours(error: BaseException | None) -> Exception | None:
-    """An error of ours inside what a registry or a worker wrapped around it."""
+
+def _explain_training_error(error: Exception) -> Exception | None:
+    """Find the error of ours, or say what the user can do; None for a fault of the program."""
+    if isinstance(error, URLError):
+        return InputError(
+            f"the pretrained backbone cannot be fetched ({error.reason}); give --student-init FILE, "
+            "or --no-pretrained"
+        )
+    expected = (FileNotFoundError, KeyError, AssertionError, ValueError, RuntimeError, TypeError)
+    if not isinstance(error, expected):
+        return None
+    if own := _own_error(error):
+        return own
+
+    # torch's two wordings of batch normalisation over a single value.
+    text = str(error)
+    if ("size" in text and "1 value per channel" in text) or "more than 1 value" in text:
+        return InputError(
+            "batch normalisation over a pooled map of one image has nothing to average; "
+            "use a batch size of 2 or more (mmseg's image pooling in ASPP and PSP needs it)"
+        )
+    return mmseg_refusal(error) if isinstance(error, FileNotFoundError | AssertionError) else None
+
+
+def mmseg_refusal(error: Exception) -> InputError:
+    """Say in one line what mmengine says about a config or data set that it cannot build."""
+    return InputError(f"mmseg refuses this: {one_line(str(error))[:400]}; see the config")
+
+
+def _own_error(error: BaseException | None) -> Exception | None:
+    """Find an error of ours inside what a registry or a worker wrapped around it."""
     while error is not None:
         if isinstance(error, InputError | NonFiniteError):
             return error
@@ -146,42 +215,10 @@ def _ours(error: BaseException | None) -> Exception | None:
     return None
 
 
-def start_from(runner: Runner, path: str) -> None:
-    """Load the student's first weights; surplus ones, of another head, are not allowed."""
-    load_weights(bare(runner.model), path)
-    # Otherwise Runner.train would initialise the weights anew.
-    bare(runner.model)._is_init = True
-    for module in bare(runner.model).modules():
-        if hasattr(module, "_is_init"):
-            module._is_init = True
-
-
-def save_student(runner: Runner, path: Path) -> None:
-    """Write ``{"state_dict", "meta"}`` as mmseg reads it, without the branch; EMA's weights if any."""
-    content: dict[str, Any] = {"state_dict": dict(bare(runner.model).state_dict())}
-    runner.call_hook("before_save_checkpoint", checkpoint=content)
-    dataset: Any = runner.train_loop.dataloader.dataset  # type: ignore[union-attr]
-    write_student(content["state_dict"], getattr(dataset, "metainfo", {}), path)
-
-
-def write_student(weights: dict[str, Any], metainfo: dict[str, Any], path: Path) -> None:
-    """Write the weights that are the student's own, atomically, on rank 0."""
-    if rank() > 0:
-        return
-    import io
-
-    own = {k: v.detach().cpu() for k, v in weights.items() if not k.startswith("afdcd.")}
-    meta = {k: metainfo[k] for k in ("classes", "palette") if k in metainfo}
-    buffer = io.BytesIO()
-    torch.save({"state_dict": own, "meta": {"dataset_meta": meta} if meta else {}}, buffer)
-    atomic_write(path, buffer.getvalue())
-
-
-def facts(runner: Runner, device: torch.device) -> tuple[str, ...]:
-    """Lines for the report: taps, weights of the terms, teacher, memory."""
-    model = bare(runner.model)
+def _describe_run(model: Any, device: torch.device) -> tuple[str, ...]:
+    """Describe taps, weights of the terms, teacher and memory, for the report."""
     config = model.distill
-    lines = [
+    notes = [
         f"student map {model.tapped_shapes['student']}, teacher map {model.tapped_shapes['teacher']}",
         f"weights kd {config.lambda_kd}, fd {config.lambda_fd} ({config.fd_reduction}), "
         f"ctr {config.lambda_ctr}",
@@ -189,41 +226,5 @@ def facts(runner: Runner, device: torch.device) -> tuple[str, ...]:
     ]
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-        lines.append(f"peak CUDA memory {peak / 2**30:.2f} GiB")
-    return tuple(lines)
-
-
-def _gloo(whole: Config) -> None:
-    """Processes on CPUs: mmengine's launcher asks for a GPU, so the group is made before it."""
-    import torch.distributed as dist
-
-    if "RANK" not in os.environ:
-        raise InputError("launcher pytorch without torchrun; start it as torchrun ... or drop it")
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    whole.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
-
-
-def without_sync_bn(node: Any) -> None:
-    """Turn SyncBN into BN in a config, in place."""
-    if isinstance(node, dict):
-        if node.get("type") == "SyncBN":
-            node["type"] = "BN"
-        for value in node.values():
-            without_sync_bn(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            without_sync_bn(value)
-
-
-def metainfo_of(path: Path) -> dict[str, Any]:
-    """Classes and palette of the data set that a config trains on, without reading its files."""
-    from mmseg.registry import DATASETS
-
-    config = Config.fromfile(path)
-    dataset = config.train_dataloader.dataset
-    while "dataset" in dataset:
-        dataset = dataset.dataset
-    kind: Any = DATASETS.get(str(dataset.type))
-    own = dict(getattr(kind, "METAINFO", {}) or {})
-    return {**own, **dict(dataset.get("metainfo") or {})}
+        notes.append(f"peak CUDA memory {peak / 2**30:.2f} GiB")
+    return tuple(notes)

@@ -4,6 +4,7 @@ The weights keep mmseg's names, so a checkpoint loads without this package; only
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,16 +13,24 @@ from mmseg.models.segmentors import CascadeEncoderDecoder, EncoderDecoder
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from af_dcd.adapters.mmseg.feature_recorder import default_tap, last_head, shapes, watching
+from af_dcd.adapters.mmseg.feature_recorder import (
+    default_tap,
+    last_head,
+    record_features,
+    tapped_shapes,
+)
 from af_dcd.adapters.mmseg.teacher import Teacher
-from af_dcd.method.distillation import AfDCDLoss, check_fit, kd_term
-from af_dcd.method.presets import PRESETS, changed
+from af_dcd.config import DistillConfig
+from af_dcd.method.distillation import AfDCDLoss, check_contrast_fits, kd_term
+from af_dcd.method.presets import PRESETS, replace_settings
 from af_dcd.method.taps import Tap
 from effml_common.errors import ConfigError, InputError
 from effml_common.finite import check_finite
 from effml_common.logging import warn
 
-DOMINATES = 10  # times the task loss: measured to be harmful on small data
+HARMFUL_CONTRAST_RATIO = 10  # of contrast to task loss; measured to be harmful on small data
+DEFAULT_CROP = (512, 512)  # height and width where neither config nor preprocessor names one
+ADVICE = "lower the weight of what is largest, raise tau, or use bf16 instead of fp16"
 
 
 class AfDCDMixin:
@@ -45,48 +54,51 @@ class AfDCDMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        given = dict(distill or {})
-        preset, size = given.pop("preset", "cityscapes"), given.pop("size", None)
-        taps = given.pop("student_tap", None), given.pop("teacher_tap", None)
+
+        # Settings of the method: a preset, and what the config changes in it.
+        settings = dict(distill or {})
+        preset, size = settings.pop("preset", "cityscapes"), settings.pop("size", None)
+        taps = settings.pop("student_tap", None), settings.pop("teacher_tap", None)
         if preset not in PRESETS:
             raise ConfigError(f"there is no preset {preset!r}; use one of {', '.join(PRESETS)}")
-        self.distill = changed(PRESETS[preset], given)
+        self.distill = replace_settings(PRESETS[preset], settings)
+
+        # The teacher, and the branch between the two models.
         last_head(self)  # type: ignore[arg-type]
         self.teacher = Teacher(**teacher)
-        height, width = size or getattr(self.data_preprocessor, "size", None) or (512, 512)  # type: ignore[attr-defined]
-        self.taps = self._join((height, width), *taps)
-        self._first = True
+        height, width = size or getattr(self.data_preprocessor, "size", None) or DEFAULT_CROP  # type: ignore[attr-defined]
+        self.crop = int(height), int(width)  # of training
+        self.taps = self._join_models(taps)
+        self._first_batch = True
 
-    def _join(self, size: tuple[int, int], *taps: str | None) -> tuple[Tap, Tap]:
+    def _join_models(self, taps: Sequence[str | None]) -> tuple[Tap, Tap]:
         """See that the pair fits, and build the branch; returns the parsed taps."""
-        models = self, self.teacher.model
-        texts = [t or default_tap(m, size) for m, t in zip(models, taps, strict=True)]  # type: ignore[arg-type]
-        parsed = Tap.parse(texts[0]), Tap.parse(texts[1])
-        (fs, zs), (ft, zt) = (
-            shapes(m, t, size)  # type: ignore[arg-type]
-            for m, t in zip(models, parsed, strict=True)
+        # Shapes at the size of a training crop, on meta tensors.
+        models: Any = self, self.teacher.model
+        crop, config = self.crop, self.distill
+        student_tap, teacher_tap = (
+            Tap.parse(tap or default_tap(model, crop))
+            for model, tap in zip(models, taps, strict=True)
         )
-        config = self.distill
-        for what, ours, theirs in (("feature", fs, ft), ("score", zs, zt)):
-            used = config.has_branch if what == "feature" else config.lambda_kd > 0
-            if used and config.resize == "none" and ours[2:] != theirs[2:]:
-                raise InputError(
-                    f"the student's {what} map is {ours[2]}x{ours[3]} and the teacher's "
-                    f"{theirs[2]}x{theirs[3]} at crops of {size[0]}x{size[1]}; "
-                    "tap layers of one stride, or set resize=teacher (or student)"
-                )
-        if config.lambda_kd > 0 and zs[1] != zt[1]:
-            raise InputError(
-                f"the student has {zs[1]} classes and the teacher {zt[1]}; "
-                "give a teacher of the same classes, or lambda_kd=0"
-            )
-        self.tapped_shapes = {"student": tuple(fs), "teacher": tuple(ft), "scores": tuple(zs)}
+        student_map, student_scores = tapped_shapes(models[0], student_tap, crop)
+        teacher_map, teacher_scores = tapped_shapes(models[1], teacher_tap, crop)
         if config.has_branch:
-            map_size = fs[2:] if config.resize == "teacher" else ft[2:]
-            check_fit((ft[1], *map_size), config)
-            # No "head", "norm" or "backbone" in these names: mmengine's rules match parts of them.
-            self.afdcd = AfDCDLoss(fs[1], ft[1], config)
-        return parsed
+            _check_same_size("feature", student_map, teacher_map, config, crop)
+        if config.lambda_kd > 0:
+            _check_same_size("score", student_scores, teacher_scores, config, crop)
+            _check_same_classes(student_scores[1], teacher_scores[1])
+        self.tapped_shapes = {
+            "student": tuple(student_map),
+            "teacher": tuple(teacher_map),
+            "scores": tuple(student_scores),
+        }
+
+        # No "head", "norm" or "backbone" in these names: mmengine's rules match parts of them.
+        if config.has_branch:
+            compared = student_map if config.resize == "teacher" else teacher_map
+            check_contrast_fits((teacher_map[1], *compared[2:]), config)
+            self.afdcd = AfDCDLoss(student_map[1], teacher_map[1], config)
+        return student_tap, teacher_tap
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
         """Move a batch of the data loader to the device, prepare it and distil one step."""
@@ -94,18 +106,25 @@ class AfDCDMixin:
         return distill_step(self, batch, optim_wrapper)
 
     def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Any]:
-        """The segmenter's losses and the distillation terms."""
+        """Compute the segmenter's losses and the distillation terms.
+
+        Raises:
+            InputError: If a label is out of range.
+        """
+        # The student, as mmseg trains it, with its features recorded on the way.
         self._check_labels(data_samples)
-        with watching(self, self.taps[0]) as seen:
+        with record_features(self, self.taps[0]) as student:
             losses = super().loss(inputs, data_samples)  # type: ignore[misc]
         config = self.distill
         if config.lambda_kd == 0 and not config.has_branch:
             return losses
+
+        # The teacher on the same images, and the terms between the two.
         features, scores = self.teacher.observe(inputs, self.taps[1], self)  # type: ignore[arg-type]
-        self._teacher_sound = torch.isfinite(features).all()
-        losses.update(kd_term(seen.scores(), scores, config))
+        self._teacher_is_finite = torch.isfinite(features).all()
+        losses.update(kd_term(student.scores(), scores, config))
         if config.has_branch:
-            losses.update(self.afdcd(seen.feature(), features))
+            losses.update(self.afdcd(student.feature(), features))
         return losses
 
     def parse_losses(self, losses: dict[str, Any]) -> Any:
@@ -114,31 +133,27 @@ class AfDCDMixin:
         Raises:
             NonFiniteError: With the iteration, every weighted term, and advice.
         """
+        # All terms are read together: each number that is read alone waits for the device.
         total, logged = super().parse_losses(losses)  # type: ignore[misc]
-        names = [k for k in logged if "loss" in k and k != "loss"]
-        # Read together: each number that is read alone waits for the device.
-        read = torch.stack([total.detach(), *(logged[name].detach() for name in names)]).tolist()
-        terms = dict(zip(names, read[1:], strict=True))
+        names = [name for name in logged if "loss" in name and name != "loss"]
+        values = torch.stack([total.detach(), *(logged[n].detach() for n in names)]).tolist()
+        terms = dict(zip(names, values[1:], strict=True))
+
+        # Name every term, and the teacher where it is the cause.
         step = int(MessageHub.get_current_instance().get_info("iter", 0) or 0) + 1
         words = " + ".join(f"{name} {value:.4g}" for name, value in terms.items())
-        broken = not math.isfinite(read[0]) and not self._sound()
-        source = "the teacher's features are not finite: " if broken else ""
-        advice = "lower the weight of what is largest, raise tau, or use bf16 instead of fp16"
-        check_finite(read[0], step=step, term=f"total ({source}{words}; {advice})")
-        if self._first:
-            self._first = False
-            task = sum(value for name, value in terms.items() if name.startswith("decode"))
-            contrast = terms.get("loss_ctr", 0.0)
-            if contrast > DOMINATES * task:
-                warn(
-                    f"the weighted contrast starts at {contrast:.3g}, the task loss at {task:.3g}; "
-                    "a contrast that dominates was measured to be harmful: lower lambda_ctr"
-                )
+        teacher_broke = not math.isfinite(values[0]) and not self._teacher_was_finite()
+        cause = "the teacher's features are not finite: " if teacher_broke else ""
+        check_finite(values[0], step=step, term=f"total ({cause}{words}; {ADVICE})")
+
+        if self._first_batch:
+            self._first_batch = False
+            _warn_if_contrast_dominates(terms)
         return total, logged
 
-    def _sound(self) -> bool:
-        sound = getattr(self, "_teacher_sound", None)
-        return sound is None or bool(sound)
+    def _teacher_was_finite(self) -> bool:
+        finite = getattr(self, "_teacher_is_finite", None)
+        return finite is None or bool(finite)
 
     def _check_labels(self, data_samples: Any) -> None:
         head = last_head(self)  # type: ignore[arg-type]
@@ -151,6 +166,8 @@ class AfDCDMixin:
         maps = [sample.gt_sem_seg.data for sample in data_samples]
         if not torch.stack([outside(labels).any() for labels in maps]).any():
             return
+
+        # Only now is it worth asking which image it was.
         for sample, labels in zip(data_samples, maps, strict=True):
             wrong = labels[outside(labels)]
             if len(wrong):
@@ -167,8 +184,41 @@ class AfDCDMixin:
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
 
+def _check_same_size(
+    kind: str,
+    student: torch.Size,
+    teacher: torch.Size,
+    config: DistillConfig,
+    crop: tuple[int, int],
+) -> None:
+    if config.resize == "none" and student[2:] != teacher[2:]:
+        raise InputError(
+            f"the student's {kind} map is {student[2]}x{student[3]} and the teacher's "
+            f"{teacher[2]}x{teacher[3]} at crops of {crop[0]}x{crop[1]}; "
+            "tap layers of one stride, or set resize=teacher (or student)"
+        )
+
+
+def _check_same_classes(student: int, teacher: int) -> None:
+    if student != teacher:
+        raise InputError(
+            f"the student has {student} classes and the teacher {teacher}; "
+            "give a teacher of the same classes, or lambda_kd=0"
+        )
+
+
+def _warn_if_contrast_dominates(terms: dict[str, float]) -> None:
+    task = sum(value for name, value in terms.items() if name.startswith("decode"))
+    contrast = terms.get("loss_ctr", 0.0)
+    if contrast > HARMFUL_CONTRAST_RATIO * task:
+        warn(
+            f"the weighted contrast starts at {contrast:.3g}, the task loss at {task:.3g}; "
+            "a contrast that dominates was measured to be harmful: lower lambda_ctr"
+        )
+
+
 def distill_step(model: Any, batch: dict[str, Any], optim_wrapper: Any) -> dict[str, Tensor]:
-    """One update of the student and the branch; moves no data and logs nothing.
+    """Make one update of the student and the branch; moves no data and logs nothing.
 
     Args:
         model: A segmenter with ``AfDCDMixin``.

@@ -16,18 +16,18 @@ from typing import Any
 
 from effml_common.errors import InputError
 
-EXTENSION = "mmcv._ext"
-NEEDED = {"mmcv": "mmcv-lite", "mmengine": "mmengine", "mmseg": "mmsegmentation"}
-_UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+OPERATORS_MODULE = "mmcv._ext"
+DISTRIBUTIONS = {"mmcv": "mmcv-lite", "mmengine": "mmengine", "mmseg": "mmsegmentation"}
+_UNSAFE_LOADING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class MissingOperators(ModuleType):
     """Module whose every function says that it needs the compiled mmcv."""
 
     def __init__(self) -> None:
-        super().__init__(EXTENSION)
+        super().__init__(OPERATORS_MODULE)
         # A spec without a loader: mmengine's question whether operators are there is answered no.
-        self.__spec__ = ModuleSpec(EXTENSION, None)
+        self.__spec__ = ModuleSpec(OPERATORS_MODULE, None)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -56,11 +56,14 @@ def prepare() -> None:
     Raises:
         InputError: If mmseg is not installed, or the environment turns safe loading off.
     """
-    for module, distribution in NEEDED.items():
+    # What must be installed, and what must not be switched on.
+    for module, distribution in DISTRIBUTIONS.items():
         if importlib.util.find_spec(module) is None:
             raise InputError(f'{distribution} is not installed; pip install "af-dcd[mmseg]"')
-    if os.environ.get(_UNSAFE, "").lower() in ("1", "y", "yes", "true"):
-        raise InputError(f"{_UNSAFE} lets checkpoints run code; unset it")
+    if os.environ.get(_UNSAFE_LOADING, "").lower() in ("1", "y", "yes", "true"):
+        raise InputError(f"{_UNSAFE_LOADING} lets checkpoints run code; unset it")
+
+    # The stand-in comes before mmseg, which imports the operators.
     install_stub()
     with quiet():  # pkg_resources announces its end whenever mmengine imports it
         import mmengine.config
@@ -72,21 +75,25 @@ def prepare() -> None:
 
 
 def install_stub() -> bool:
-    """Put the stand-in in place if there are no compiled operators; True if it is there."""
-    if isinstance(sys.modules.get(EXTENSION), MissingOperators):
+    """Put the stand-in in place if there are no compiled operators.
+
+    Returns:
+        Whether it is in place, now or from an earlier call.
+    """
+    if isinstance(sys.modules.get(OPERATORS_MODULE), MissingOperators):
         return True
-    if importlib.util.find_spec(EXTENSION) is not None:
+    if importlib.util.find_spec(OPERATORS_MODULE) is not None:
         return False
     import mmcv
 
     stub = MissingOperators()
-    sys.modules[EXTENSION] = stub
+    sys.modules[OPERATORS_MODULE] = stub
     mmcv._ext = stub  # type: ignore[attr-defined]
     return True
 
 
 def build_model(config: dict[str, Any]) -> Any:
-    """An mmseg model from its config, with the announcements of mmseg's constructors left out."""
+    """Build an mmseg model from its config, with the announcements of its constructors left out."""
     prepare()
     from mmseg.registry import MODELS
 

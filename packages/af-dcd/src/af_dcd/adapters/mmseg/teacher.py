@@ -1,16 +1,17 @@
 """The frozen teacher of an mmseg model, kept out of its weights, its optimizer and its DDP buckets."""
 
-import copy
 import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from torch import Tensor, nn
 
-from af_dcd.adapters.mmseg.checkpoints import load_weights, read_config
-from af_dcd.adapters.mmseg.feature_recorder import forward, last_head, watching
+from af_dcd.adapters.mmseg.checkpoints import load_weights
+from af_dcd.adapters.mmseg.config_builder import plain_model, without_downloads
+from af_dcd.adapters.mmseg.config_files import read_config
+from af_dcd.adapters.mmseg.feature_recorder import last_head, record_features, run_heads
 from af_dcd.adapters.mmseg.shims import build_model
 from af_dcd.method.taps import Tap
 from effml_common.errors import CheckpointError
@@ -38,9 +39,12 @@ class Teacher:
         strict: bool = True,
         allow_untrained: bool = False,
     ) -> None:
-        whole = read_config(config) if isinstance(config, str) else Config(dict(config))
-        self.model: Any = build_model(without_downloads(plain(whole.model)))
+        # The plain segmenter of the config, also where that distils itself.
+        mmseg_config = read_config(config) if isinstance(config, str) else Config(dict(config))
+        self.model: Any = build_model(without_downloads(plain_model(mmseg_config.model)))
         last_head(self.model)
+
+        # Its weights, and what the checkpoint says of its classes.
         self.classes: Any = None
         self.sha256 = None
         if checkpoint is not None:
@@ -53,74 +57,56 @@ class Teacher:
                 "the teacher has no checkpoint; give --teacher-checkpoint (a random teacher teaches "
                 "nothing; --allow-untrained-teacher takes one for a dry run)"
             )
+
+        # It never learns; how it normalises images is compared at the first batch.
         self.model.eval().requires_grad_(False)
-        self._same_norm: bool | None = None
+        self._same_normalisation: bool | None = None
 
     def __deepcopy__(self, memo: Any) -> "Teacher":
         return self
 
     @torch.no_grad()
     def observe(self, images: Tensor, tap: Tap, student: nn.Module) -> tuple[Tensor, Tensor]:
-        """Tapped map and class scores of images that the student's preprocessor has prepared."""
-        with watching(self.model, tap) as seen:
-            forward(self.model, self._prepared(images, student))
-        return seen.feature(), seen.scores()
+        """Compute the tapped map and the class scores of images of the student's preprocessor."""
+        with record_features(self.model, tap) as record:
+            run_heads(self.model, self._convert_images(images, student))
+        return record.feature(), record.scores()
 
-    def _prepared(self, images: Tensor, student: nn.Module) -> Tensor:
-        """The images as the teacher's own preprocessor would have made them; padding comes along."""
-        ours: Any = student.data_preprocessor
-        theirs: Any = self.model.data_preprocessor
-        if self._same_norm is None:
-            # Once: the numbers lie on the device, and comparing them waits for it.
-            self._same_norm = _norm(ours) == _norm(theirs)
-            if not self._same_norm:
+    def _convert_images(self, images: Tensor, student: nn.Module) -> Tensor:
+        """Prepare the images as the teacher's own preprocessor would have; padding comes along."""
+        # Compared once: the numbers lie on the device, and comparing them waits for it.
+        student_side: Any = student.data_preprocessor
+        teacher_side: Any = self.model.data_preprocessor
+        if self._same_normalisation is None:
+            normalisations = _normalisation(student_side), _normalisation(teacher_side)
+            self._same_normalisation = normalisations[0] == normalisations[1]
+            if not self._same_normalisation:
                 warn("teacher and student normalise images differently; converted between the two")
-        if self._same_norm:
+        if self._same_normalisation:
             return images
-        if _normalises(ours):
-            images = images * ours.std + ours.mean
-        if _turns(ours) != _turns(theirs):
+
+        # Undo the student's normalisation, match the order of channels, apply the teacher's.
+        if _normalises(student_side):
+            images = images * student_side.std + student_side.mean
+        if _swaps_channels(student_side) != _swaps_channels(teacher_side):
             images = images.flip(1)
-        return (images - theirs.mean) / theirs.std if _normalises(theirs) else images
+        if _normalises(teacher_side):
+            images = (images - teacher_side.mean) / teacher_side.std
+        return images
 
 
-def _norm(preprocessor: Any) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
-    """Mean, standard deviation, and whether the channels are turned round."""
+def _normalisation(preprocessor: Any) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
+    """Read mean, standard deviation, and whether BGR and RGB are swapped."""
     if not _normalises(preprocessor):
-        return (0.0,) * 3, (1.0,) * 3, _turns(preprocessor)
-    numbers = [tuple(getattr(preprocessor, name).flatten().tolist()) for name in ("mean", "std")]
-    return numbers[0], numbers[1], _turns(preprocessor)
+        return (0.0,) * 3, (1.0,) * 3, _swaps_channels(preprocessor)
+    mean = tuple(preprocessor.mean.flatten().tolist())
+    std = tuple(preprocessor.std.flatten().tolist())
+    return mean, std, _swaps_channels(preprocessor)
 
 
 def _normalises(preprocessor: Any) -> bool:
     return bool(getattr(preprocessor, "_enable_normalize", False))
 
 
-def _turns(preprocessor: Any) -> bool:
+def _swaps_channels(preprocessor: Any) -> bool:
     return bool(getattr(preprocessor, "channel_conversion", False))
-
-
-def plain(model: ConfigDict) -> ConfigDict:
-    """The config of the segmenter itself, without what distilling it added."""
-    model = ConfigDict({k: v for k, v in model.items() if k not in ("teacher", "distill")})
-    model["type"] = str(model["type"]).removeprefix("AfDCD")
-    return model
-
-
-def without_downloads(model: ConfigDict) -> ConfigDict:
-    """A copy that fetches no pretrained weights, for models that get a checkpoint."""
-
-    def strip(node: Any) -> None:
-        if isinstance(node, dict):
-            for name in ("pretrained", "init_cfg"):
-                if node.get(name):
-                    node[name] = None
-            for value in node.values():
-                strip(value)
-        elif isinstance(node, list | tuple):
-            for value in node:
-                strip(value)
-
-    model = copy.deepcopy(model)
-    strip(model)
-    return model

@@ -1,4 +1,7 @@
-"""mmengine's iteration loop with our checkpoints: exact resuming, clean stops, metrics.jsonl."""
+"""mmengine's iteration loop with our checkpoints: exact resuming, clean stops, metrics.jsonl.
+
+A stop signal (Ctrl-C, SIGTERM) is handled in ``AfDCDTrainLoop.run``, between two iterations.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -40,8 +43,8 @@ class AfDCDTrainLoop(IterBasedTrainLoop):
     ) -> None:
         super().__init__(runner, dataloader, max_iters, **kwargs)
         self.run_dir, self.save_every, self.resume = Path(run_dir), save_every, resume
-        self.metrics: dict[str, float] = {}
-        self.taught = getattr(bare(runner.model), "teacher", None)
+        self.metrics: dict[str, float] = {}  # of the last validation
+        self.teacher = getattr(unwrap_model(runner.model), "teacher", None)
 
     def run(self) -> Any:
         """Train to the end, or to a signal.
@@ -50,16 +53,14 @@ class AfDCDTrainLoop(IterBasedTrainLoop):
             Interrupted: If a signal asked to stop; everything is saved then.
             CheckpointError: If there is nothing usable to resume, or it belongs to another run.
         """
-        self._compare_classes()
-        found = self._restore() if self.resume else None
+        # Put back what an earlier run saved, and skip the batches that it has seen.
+        self._warn_of_other_classes()
+        saved = self._restore() if self.resume else None
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
-        for _ in range(
-            self._iter
-        ):  # the sampler's order is replayed, the random states put back after
-            next(self.dataloader_iterator)
-        if found is not None and get_world_size() == 1:
-            set_rng_state(found.state["rng"])
+        self._skip_seen_batches(saved)
+
+        # Iterate. Inside StopSignal a signal only raises a flag, so that no update is cut in two.
         with (
             StopSignal() as stop,
             RunLog(self.run_dir, resume_step=self._iter) as log,
@@ -67,101 +68,125 @@ class AfDCDTrainLoop(IterBasedTrainLoop):
         ):
             bar.advance(self._iter)
             while self._iter < self._max_iters and not self.stop_training:
+                # One update; run_iter counts it.
                 self.runner.model.train()
                 self.run_iter(next(self.dataloader_iterator))
                 log.log(self._iter, self._logged)
                 bar.advance()
-                self._decide_current_val_interval()
-                done = self._iter == self._max_iters
-                if done or stop.requested or self._iter % self.save_every == 0:
+
+                # A stop signal is obeyed here: save first, then leave with Interrupted.
+                is_last = self._iter == self._max_iters
+                if is_last or stop.requested or self._iter % self.save_every == 0:
                     self._save()
                 stop.check()
-                self._validate(done)
+
+                self._validate_if_due(is_last)
+
         self.runner.call_hook("after_train_epoch")
         self.runner.call_hook("after_train")
         return self.runner.model
 
     def run_iter(self, data_batch: Any) -> None:
-        """One iteration; keeps what the model logged."""
+        """Make one iteration, and keep what the model logged."""
+        # The update itself, between mmengine's hooks.
         self.runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=data_batch)
         outputs = self.runner.model.train_step(data_batch, optim_wrapper=self.runner.optim_wrapper)
         self.runner.call_hook(
             "after_train_iter", batch_idx=self._iter, data_batch=data_batch, outputs=outputs
         )
+
         self._logged = {
             name: float(torch.as_tensor(value).detach()) for name, value in outputs.items()
         }
         self._iter += 1
 
-    def _validate(self, done: bool) -> None:
+    def _skip_seen_batches(self, saved: checkpoint.Checkpoint | None) -> None:
+        # The sampler's order is replayed, and the random states are put back after that.
+        for _ in range(self._iter):
+            next(self.dataloader_iterator)
+        if saved is not None and get_world_size() == 1:
+            set_rng_state(saved.state["rng"])
+
+    def _validate_if_due(self, is_last: bool) -> None:
+        self._decide_current_val_interval()
         due = self._iter >= self.val_begin and self._iter % self.val_interval == 0
-        if self.runner.val_loop is not None and (done or due):
-            # What validation draws must not depend on whether it ran.
+        if self.runner.val_loop is not None and (is_last or due):
+            # What training draws next must not depend on whether validation ran.
             before = rng_state()
             metrics = self.runner.val_loop.run()
             set_rng_state(before)
             self.metrics = {name: float(value) for name, value in metrics.items()}
 
     def _save(self) -> None:
-        content = {"state_dict": dict(bare(self.runner.model).state_dict())}
-        self.runner.call_hook("before_save_checkpoint", checkpoint=content)  # EMA adds its own
+        # Weights, and the averaged ones that the EMA hook puts in.
+        content = {"state_dict": dict(unwrap_model(self.runner.model).state_dict())}
+        self.runner.call_hook("before_save_checkpoint", checkpoint=content)
         tensors = {
             f"{part}/{name}": value
             for part in ("state_dict", "ema_state_dict")
             for name, value in content.get(part, {}).items()
         }
+
+        # Whatever else the next iteration depends on.
         state = {
             "optimizer": self.runner.optim_wrapper.state_dict(),
-            "schedulers": [each.state_dict() for each in self._schedulers()],
+            "schedulers": [scheduler.state_dict() for scheduler in self._schedulers()],
             "rng": rng_state(),
         }
         checkpoint.save(self.run_dir / "checkpoints", self._iter, tensors, state)
 
     def _restore(self) -> checkpoint.Checkpoint | None:
-        found = checkpoint.latest(self.run_dir / "checkpoints")
-        if found is None:
+        saved = checkpoint.latest(self.run_dir / "checkpoints")
+        if saved is None:
             say("no checkpoint to resume; starting anew")
             return None
+
+        # "state_dict/backbone.weight" is weight "backbone.weight" of part "state_dict".
         content: dict[str, Any] = {}
-        for name, value in found.tensors.items():
-            part, _, name = name.partition("/")
+        for address, value in saved.tensors.items():
+            part, _, name = address.partition("/")
             content.setdefault(part, {})[name] = value
+
+        # Put everything back; mmengine counts iterations in the optimizer wrapper as well.
         try:
-            self.runner._resume = True  # EMAHook asks
-            self.runner.call_hook("after_load_checkpoint", checkpoint=content)
-            bare(self.runner.model).load_state_dict(content["state_dict"])
-            self.runner.optim_wrapper.load_state_dict(found.state["optimizer"])
-            schedulers = self._schedulers()
-            for each, saved in zip(schedulers, found.state["schedulers"], strict=True):
-                each.load_state_dict(saved)
+            self._load_state(content, saved.state)
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"{found.path} does not fit this run: {one_line(str(error))[:300]}; "
+                f"{saved.path} does not fit this run: {one_line(str(error))[:300]}; "
                 "resume with the settings it was made with, or choose another --out"
             ) from error
-        self._iter = found.step
+        self._iter = saved.step
         self.runner.optim_wrapper.initialize_count_status(
             self.runner.model, self._iter, self._max_iters
         )
-        say(f"resumed after iteration {found.step}")
-        return found
+        say(f"resumed after iteration {saved.step}")
+        return saved
+
+    def _load_state(self, content: dict[str, Any], state: dict[str, Any]) -> None:
+        self.runner._resume = True  # EMAHook asks whether this is a resumed run
+        self.runner.call_hook("after_load_checkpoint", checkpoint=content)
+        unwrap_model(self.runner.model).load_state_dict(content["state_dict"])
+        self.runner.optim_wrapper.load_state_dict(state["optimizer"])
+        for scheduler, saved in zip(self._schedulers(), state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved)
 
     def _schedulers(self) -> list[Any]:
-        found = self.runner.param_schedulers
-        if isinstance(found, dict):
-            return [each for group in found.values() for each in group]
-        return list(found or [])
+        schedulers = self.runner.param_schedulers
+        if isinstance(schedulers, dict):
+            return [scheduler for group in schedulers.values() for scheduler in group]
+        return list(schedulers or [])
 
-    def _compare_classes(self) -> None:
-        ours = (getattr(self.dataloader.dataset, "metainfo", None) or {}).get("classes")
-        theirs = getattr(self.taught, "classes", None)
-        if ours and theirs and list(map(str, ours)) != list(map(str, theirs)):
+    def _warn_of_other_classes(self) -> None:
+        metainfo = getattr(self.dataloader.dataset, "metainfo", None) or {}
+        data_classes = list(map(str, metainfo.get("classes") or []))
+        teacher_classes = list(map(str, getattr(self.teacher, "classes", None) or []))
+        if data_classes and teacher_classes and data_classes != teacher_classes:
             warn(
                 "the teacher's classes differ in name or order from the data's: "
-                f"{', '.join(map(str, theirs[:3]))} .. against {', '.join(map(str, ours[:3]))} .."
+                f"{', '.join(teacher_classes[:3])} .. against {', '.join(data_classes[:3])} .."
             )
 
 
-def bare(model: Any) -> Any:
-    """The model inside a DDP wrapper."""
+def unwrap_model(model: Any) -> Any:
+    """Give the model inside a DDP wrapper, or the model itself."""
     return getattr(model, "module", model)
