@@ -130,6 +130,7 @@ def quantize_here(config: MemoryConfig) -> dict[str, float]:
 
 def measure(config: MemoryConfig) -> dict[str, Any]:
     """Quantize a model of every depth in a process of its own and compare the peaks."""
+    # Memory is that of a process which does nothing else.
     rows = []
     for layers in config.layers:
         with tempfile.TemporaryDirectory(prefix="sliderquant-memory-") as folder:
@@ -140,19 +141,23 @@ def measure(config: MemoryConfig) -> dict[str, Any]:
                 "cache": config.cache, "schedule": config.schedule,
             }  # fmt: skip
             words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-            done = subprocess.run(
+            child = subprocess.run(
                 [sys.executable, "-m", "benchmarks.sliderquant.memory", *words],
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
             )
-            row = json.loads(done.stdout.splitlines()[-1])
+            row = json.loads(child.stdout.splitlines()[-1])
+
+        # The peak beside the size of the model in float32.
         row |= {"layers": layers, "float32_model_mib": round(4 * weights / 2**20, 1)}
         row["share_of_float32_model"] = round(
             row["peak_above_baseline_mib"] / row["float32_model_mib"], 3
         )
         say(json.dumps(row))
         rows.append(row)
+
+    # Depth must not matter.
     first, last = rows[0], rows[-1]
     growth = last["peak_above_baseline_mib"] / first["peak_above_baseline_mib"] - 1
     return {

@@ -104,11 +104,14 @@ WIDTH = 140  # of the table, in characters
 
 def run(config: PeersConfig) -> None:
     """Run every cell that is missing, one process after the other."""
+    # What is asked for.
     cells = peer_cells(config)
     if config.ablation:
         cells = ablation_cells(config)
     elif config.sensitivity:
         cells = sensitivity_cells(config)
+
+    # Models and tokens that all cells share.
     families = dict.fromkeys(family for family, _ in config.pairs)
     for family in families:
         path = material_path(config, family)
@@ -117,6 +120,7 @@ def run(config: PeersConfig) -> None:
             say(f"{family}: training and encoding, once; progress is in {log}")
             if apart(prepare, path, family, config, path):
                 raise InputError(f"{family} could not be made; see the end of {log}")
+
     with progress("cells", len(families) + count_of(config)) as bar:
         for cell in itertools.chain(map(full_cell, families), cells):
             run_cell(config, cell)
@@ -187,6 +191,7 @@ def texts(config: PeersConfig, material: Material) -> dict[str, list[Tensor]]:
 
 def quantized(config: PeersConfig, cell: Cell, material: Material) -> dict[str, Any]:
     """Quantize and measure one model."""
+    # The model as it is, or as a method leaves it.
     loaded = load_model(material.folder)
     model, facts = loaded.model, {}
     if cell.method != "full":
@@ -200,6 +205,7 @@ def quantized(config: PeersConfig, cell: Cell, material: Material) -> dict[str, 
             options=cell.options,
         )
         model, facts = timed(task, cell.method)
+
     logits = model_logits(model)
     measured = texts(config, material)
     return {"ppl": {name: perplexity(logits, t) for name, t in measured.items()}, **facts}
@@ -207,16 +213,20 @@ def quantized(config: PeersConfig, cell: Cell, material: Material) -> dict[str, 
 
 def timed(task: Task, method: str) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Quantize, and return the model with its seconds, memory (MiB), library and settings."""
+    # Imports and the choice of epochs are no part of the time.
     columns = columns_of(task.model)
     distribution, module = LIBRARIES[method]
     importlib.import_module(module)
     if "seconds" in task.options:
         task.options["config"]["epochs"] = epochs_in(task, task.options["seconds"])
+
+    # Wall time, CPU time and peak memory of the quantization alone.
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.perf_counter(), time.process_time()
     model, settings = METHODS[method](task)
     end = time.perf_counter(), time.process_time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
     check_rounded(model, columns, task.grid)
     return model, {
         "seconds": end[0] - begin[0],
@@ -235,8 +245,8 @@ def damages(config: PeersConfig, cell: Cell, material: Material) -> dict[str, An
     fmt = WeightFormat(bits=grid.bits, group_size=grid.group, sym=False, dtype=torch.float32)
     variants = [(f"block {b}", b, decoder.layout(b).linears) for b in range(decoder.depth)]
     text, batches = next(iter(texts(config, material).items()))
-    found = measure(decoder, torch.cat(batches), fmt, variants)
-    return {"damage": [asdict(each) for each in found], "text": text}
+    measured = measure(decoder, torch.cat(batches), fmt, variants)
+    return {"damage": [asdict(each) for each in measured], "text": text}
 
 
 def main() -> int:
@@ -252,10 +262,12 @@ def main() -> int:
             if Path(folder).is_file():
                 raise ConfigError(f"{folder} is a file; give a folder")
         Path(config.cells).mkdir(parents=True, exist_ok=True)
+
         # Nothing may look for a network, and processes inherit what is set here.
         os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
         os.environ["PYTHONPATH"] = sys.path[0]  # where the server finds our modules
+
         if not config.report:
             run(config)
         report = write(config, [PROG, *words])

@@ -202,6 +202,7 @@ def slider_settings(config: PeersConfig, grid: Grid, seed: int, **changes: Any) 
 
 def cell_of(config: PeersConfig, family: str, name: str, method: str, seed: int) -> Cell | None:
     """Return the cell of a method, or ``None`` where it waits for AutoRound's time."""
+    # What the method is asked for; variants of a method share its function.
     grid = GRIDS[name]
     options: dict[str, Any] = {}
     function = method.partition("-")[0] if method.startswith(("autoround", "slider")) else method
@@ -219,14 +220,17 @@ def cell_of(config: PeersConfig, family: str, name: str, method: str, seed: int)
         if method == "slider-compensated":
             changes = {"method": "compensated"}
         options = {"config": slider_settings(config, grid, seed, **changes)}
+
+    # Equal time is known only when AutoRound has run.
     if method == "slider-seconds":
-        rival = cell_of(config, family, name, "autoround", seed)
-        assert rival is not None
-        done = result_of(config, rival)
-        if done is None or "error" in done:
+        timed = cell_of(config, family, name, "autoround", seed)
+        assert timed is not None
+        result = result_of(config, timed)
+        if result is None or "error" in result:
             return None
         # CPU time: seconds on the wall would tell how busy the machine was with something else.
-        options["seconds"] = done["cpu_seconds"]
+        options["seconds"] = result["cpu_seconds"]
+
     return Cell(
         family=family, setting=name, method=function, label=method, seed=seed, options=options
     )

@@ -68,6 +68,8 @@ def subject(family: str, config: DemoModelConfig) -> Path:
 def _train_qwen(config: DemoModelConfig, corpus: Corpus, llama: Path) -> PreTrainedModel:
     """Train a Qwen3 with the Llama's tokenizer and budget."""
     say(f"training a {config.layers}-block Qwen3 once; it is kept in the user cache folder")
+
+    # The same sizes as the Llama.
     tokenizer = AutoTokenizer.from_pretrained(llama)
     torch.manual_seed(config.model_seed)
     model = Qwen3ForCausalLM(
@@ -85,6 +87,7 @@ def _train_qwen(config: DemoModelConfig, corpus: Corpus, llama: Path) -> PreTrai
             tie_word_embeddings=False,
         )
     )
+
     train_language_model_(model, config, encode_documents(tokenizer, corpus.train))
     return model
 
@@ -117,6 +120,8 @@ def add_outliers_(model: PreTrainedModel, generator: torch.Generator) -> None:
     """
     tokens = torch.randint(model.config.vocab_size, (4, 32), generator=generator)
     before = model(input_ids=tokens, use_cache=False).logits
+
+    # Gains and columns of the residual stream; rows and columns of the MLPs.
     channels = torch.randperm(model.config.hidden_size, generator=generator)[:OUTLIER_CHANNELS]
     for block in TransformersDecoder(model).blocks:
         for norm, readers in READERS.items():

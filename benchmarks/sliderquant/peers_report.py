@@ -91,23 +91,24 @@ class Entry:
 
 def entries(config: PeersConfig) -> list[Entry]:
     """Return all rows of the comparison for which something is known."""
-    found = []
-    for family in dict.fromkeys(family for family, _ in config.pairs):
-        found.append(_entry(config, [full_cell(family)]))
+    # Full precision of every model, then every method at every setting.
+    families = dict.fromkeys(family for family, _ in config.pairs)
+    rows = [_entry(config, [full_cell(family)]) for family in families]
     for family, name in config.pairs:
         for method in methods_of(config, name):
             reason = refusal(config, name, method)
             if reason is not None:
-                told = f"not supported: {reason}"
-                found.append(
-                    Entry(family=family, setting=name, label=method, runs={}, trouble=told)
+                trouble = f"not supported: {reason}"
+                rows.append(
+                    Entry(family=family, setting=name, label=method, runs={}, trouble=trouble)
                 )
                 continue
+
             cells = [
                 cell_of(config, family, name, method, seed) for seed in seeds_of(config, method)
             ]
-            found.append(_entry(config, [cell for cell in cells if cell is not None]))
-    return [entry for entry in found if entry is not None]
+            rows.append(_entry(config, [cell for cell in cells if cell is not None]))
+    return [entry for entry in rows if entry is not None]
 
 
 def ablations(config: PeersConfig) -> list[Entry]:
@@ -115,8 +116,8 @@ def ablations(config: PeersConfig) -> list[Entry]:
     arms: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in ablation_cells(config):
         arms.setdefault((cell.family, cell.setting, cell.label), []).append(cell)
-    found = [_entry(config, cells) for cells in arms.values()]
-    return [entry for entry in found if entry is not None]
+    rows = [_entry(config, cells) for cells in arms.values()]
+    return [entry for entry in rows if entry is not None]
 
 
 def _entry(config: PeersConfig, cells: Sequence[Cell]) -> Entry | None:
@@ -140,26 +141,31 @@ def write(config: PeersConfig, command: Sequence[str]) -> Report | None:
     Returns:
         The report that is written to ``--out`` as JSON, and with its pictures to ``--cells``.
     """
-    found, arms, damages = entries(config), ablations(config), _damages(config)
-    if not any(entry.runs for entry in (*found, *arms)) and not damages:
+    # What the cells hold so far.
+    peers, arms, damages = entries(config), ablations(config), _damages(config)
+    if not any(entry.runs for entry in (*peers, *arms)) and not damages:
         say("nothing to report yet")
         return None
+
+    # Pictures, rows and claims.
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    figures = _figures(out, found, arms, damages)
-    runs = [run for entry in (*found, *arms) for run in entry.runs.values()]
+    figures = _figures(out, peers, arms, damages)
+    runs = [run for entry in (*peers, *arms) for run in entry.runs.values()]
     report = Report(
         package="sliderquant",
         version=version("sliderquant"),
         command=command,
         seeds=config.seeds,
         seconds=sum(run.get("seconds", 0.0) for run in runs),
-        rows=[*map(_row, (*found, *arms)), *_damage_rows(damages)],
-        claims=[*_claims(config, found), *_ablation_claims(config, arms)],
+        rows=[*map(_row, (*peers, *arms)), *_damage_rows(damages)],
+        claims=[*_claims(config, peers), *_ablation_claims(config, arms)],
         notes=_notes(config),
         files=[path.name for path in figures],
         environment=environment(("transformers", *PEER_LIBRARIES)),
     )
+
+    # The page with its pictures stays with the cells; the JSON goes to the results.
     staging = Path(config.cells) / "report"
     staging.mkdir(parents=True, exist_ok=True)
     write_report(report, staging, figures=figures)
@@ -229,10 +235,12 @@ def _paired(config: PeersConfig, own: Entry, other: Entry) -> list[Claim]:
 
 
 def _notes(config: PeersConfig) -> list[str]:
+    # What equal visits mean for sliderquant.
     grid = GRIDS["W2g64"]
     settings = SliderConfig(**slider_settings(config, grid, 0))
     visits = make_plan(settings, None, config.layers).block_visits
     passes = config.iters * config.batch_size / config.nsamples
+
     return [
         f"every method gets the same {config.nsamples} samples of {config.context} tokens of the "
         "training text; a seed varies samples, batch order and initial values; embeddings and head "

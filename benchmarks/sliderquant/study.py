@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from effml_common.cli import parse
 from effml_common.errors import InputError
@@ -32,7 +34,7 @@ from sliderquant.adapters.text import calibration_samples, chunks, encode
 from sliderquant.commands.inspect import make_plan
 from sliderquant.config import DemoModelConfig, SliderConfig
 from sliderquant.demo.arms import calibrated_weights, measure
-from sliderquant.demo.data import library_corpus
+from sliderquant.demo.data import Corpus, library_corpus
 from sliderquant.demo.models import demo_model
 from sliderquant.method.round_to_nearest import rtn_weights
 
@@ -67,6 +69,7 @@ class StudyConfig(DemoModelConfig):
 
 def arm_config(config: StudyConfig, arm: str, rate: float, seed: int) -> SliderConfig:
     """Return the settings of one run, its epochs scaled to SliderQuant's block visits."""
+    # What all arms share.
     common = {
         "wbits": config.wbits,
         "group_size": config.group_size,
@@ -79,6 +82,8 @@ def arm_config(config: StudyConfig, arm: str, rate: float, seed: int) -> SliderC
         "lr_lora": rate,
         "lr_lwc": rate * config.lwc_factor,
     }
+
+    # As many epochs as cost what SliderQuant costs, in whole intra-layer stages.
     budget = make_plan(SliderConfig(**common), None, config.layers).block_visits * config.epochs
     visits = make_plan(SliderConfig(**common, **ARMS[arm]), None, config.layers).block_visits
     stages = round(1 / ARMS[arm]["gamma"])
@@ -92,45 +97,66 @@ def study(config: StudyConfig) -> list[dict[str, Any]]:
     if unknown:
         raise InputError(f"no arm {sorted(unknown)[0]!r}; use some of {', '.join(ARMS)}")
     torch.set_num_threads(config.threads)
+
+    # The model, text to calibrate on and text to measure on.
     corpus = library_corpus()
     loaded = load_model(demo_model(config, corpus))
     decoder = TransformersDecoder(loaded.model)
-    held_out = {"code": corpus.code, "prose": corpus.prose}
-    texts = held_out if config.text == "held-out" else {"development": corpus.development}
-    batches = {
-        name: list(
-            chunks(encode([text], loaded.tokenizer)[: config.eval_tokens], config.context, 32)
-        )
-        for name, text in texts.items()
-    }
     stream = encode(corpus.train, loaded.tokenizer)
+    batches = evaluation_batches(config, corpus, loaded.tokenizer)
+
+    # What every arm stands beside.
     fmt = weight_format(arm_config(config, "SliderQuant", 0.0, 0), torch.float32)
-    rounded = [rtn_weights(decoder, block, fmt) for block in range(decoder.depth)]
+    nearest = [rtn_weights(decoder, block, fmt) for block in range(decoder.depth)]
     results: list[dict[str, Any]] = [
         {"arm": "full precision", "perplexity": measure(decoder, None, batches)},
-        {"arm": "round-to-nearest", "perplexity": measure(decoder, rounded, batches)},
+        {"arm": "round-to-nearest", "perplexity": measure(decoder, nearest, batches)},
     ]
+
+    # Every run is on disk as soon as it is measured.
     for seed in config.seeds:
         samples = calibration_samples(stream, config.nsamples, config.context, seed)
         for rate in config.rates:
             for arm in config.arms:
-                run = arm_config(config, arm, rate, seed)
-                begin = time.monotonic()
-                weights = calibrated_weights(decoder, samples, run, f"{arm}, rate {rate:g}")
-                visits = make_plan(run, None, decoder.depth).block_visits * run.epochs
-                results.append(
-                    {
-                        "arm": arm,
-                        "rate": rate,
-                        "seed": seed,
-                        "visits": visits,
-                        "seconds": round(time.monotonic() - begin, 1),
-                        "perplexity": measure(decoder, weights, batches),
-                    }
-                )
+                results.append(run_arm(config, decoder, samples, batches, (arm, rate, seed)))
                 record = {"command": sys.argv[1:], "results": results}
                 atomic_write(Path(config.out), json.dumps(record, indent=1) + "\n")
     return results
+
+
+def evaluation_batches(
+    config: StudyConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Tensor]]:
+    """Return chunks of the texts to measure on, in batches, by the text's name."""
+    held_out = {"code": corpus.code, "prose": corpus.prose}
+    texts = held_out if config.text == "held-out" else {"development": corpus.development}
+    streams = {name: encode([text], tokenizer) for name, text in texts.items()}
+    return {
+        name: list(chunks(stream[: config.eval_tokens], config.context, 32))
+        for name, stream in streams.items()
+    }
+
+
+def run_arm(
+    config: StudyConfig,
+    decoder: TransformersDecoder,
+    samples: Tensor,
+    batches: dict[str, list[Tensor]],
+    place: tuple[str, float, int],
+) -> dict[str, Any]:
+    """Calibrate and measure one arm at one rate with one seed."""
+    arm, rate, seed = place
+    settings = arm_config(config, arm, rate, seed)
+    begin = time.monotonic()
+    weights = calibrated_weights(decoder, samples, settings, f"{arm}, rate {rate:g}")
+    return {
+        "arm": arm,
+        "rate": rate,
+        "seed": seed,
+        "visits": make_plan(settings, None, decoder.depth).block_visits * settings.epochs,
+        "seconds": round(time.monotonic() - begin, 1),
+        "perplexity": measure(decoder, weights, batches),
+    }
 
 
 def show(results: list[dict[str, Any]]) -> None:

@@ -158,7 +158,7 @@ def test_the_estimate_counts_the_column_loops(tiny, tokens, monkeypatch) -> None
     config = SliderConfig(**SETTINGS)
     job = SimpleNamespace(
         config=config,
-        opened=SimpleNamespace(decoder=decoder),
+        decoder=decoder,
         samples=tokens[:2],
         plan=make_plan(config, decoder_shape(decoder), decoder.depth),
         weights=WeightFormat(bits=4, group_size=8, sym=True, dtype=torch.float32),

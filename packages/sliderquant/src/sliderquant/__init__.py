@@ -5,27 +5,32 @@ one and ``load`` reads what only this package reads; the other commands are ``ev
 ``inspect`` and ``demo``; ``calibrate`` is the method itself.
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "QuantizeConfig": "config",
-    "SliderConfig": "config",
-    "calibrate": "method.calibration",
-    "evaluate": "commands.eval",
-    "export": "commands.export",
-    "inspect": "commands.inspect",
-    "load": "adapters.native",
-    "make_windows": "method.windows",
-    "quantize": "commands.quantize",
-}
-__all__ = list(_HOMES)
+from effml_common.exports import lazy_exports
 
+if TYPE_CHECKING:
+    from sliderquant.adapters.native import load as load
+    from sliderquant.commands.eval import evaluate as evaluate
+    from sliderquant.commands.export import export as export
+    from sliderquant.commands.inspect import inspect as inspect
+    from sliderquant.commands.quantize import quantize as quantize
+    from sliderquant.config import QuantizeConfig as QuantizeConfig
+    from sliderquant.config import SliderConfig as SliderConfig
+    from sliderquant.method.calibration import calibrate as calibrate
+    from sliderquant.method.windows import make_windows as make_windows
 
-def __getattr__(name: str) -> Any:
-    # Resolved at first use: --help must not wait for torch and transformers.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'sliderquant' has no attribute {name!r}")
-    value = getattr(import_module(f"sliderquant.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+lazy_exports(
+    __name__,
+    {
+        "QuantizeConfig": "config",
+        "SliderConfig": "config",
+        "calibrate": "method.calibration",
+        "evaluate": "commands.eval",
+        "export": "commands.export",
+        "inspect": "commands.inspect",
+        "load": "adapters.native",
+        "make_windows": "method.windows",
+        "quantize": "commands.quantize",
+    },
+)

@@ -2,6 +2,9 @@
 
 The symbols are those of the SliderQuant paper (arXiv 2603.25284): ``shallow`` and ``deep`` are L_s and
 L_d, ``window`` and ``stride`` are s and i of the middle windows, ``gamma`` is the intra-layer ratio.
+
+>>> QuantizeConfig(model="models/llama", calib=("notes.txt",), wbits=2, group_size=64).format
+'compressed-tensors'
 """
 
 from dataclasses import dataclass, field, fields
@@ -12,6 +15,8 @@ from effml_common.settings import require, setting
 
 SCHEDULES = ("slider", "fixed", "block")
 FULL_BITS = 16
+GROUP_HELP = "input columns that share a scale; none for one scale per output row"
+CONTAINER_HELP = "store the codes in this many bits, 4 or 8, for servers that read no fewer"
 # Settings that only ``method="slider"`` has: they say how windows are trained.
 SLIDER_SETTINGS = (
     *("schedule", "shallow", "deep", "window", "stride", "gamma", "intra_order", "lwc"),
@@ -20,15 +25,21 @@ SLIDER_SETTINGS = (
 )
 
 
-def _require_container(bits: int | None) -> None:
-    require(bits in (None, 4, 8), f"container_bits is {bits}", "give 4 or 8, or leave it out")
+def _required(text: str) -> Any:
+    """A field without a default, with the help that the command line shows."""
+    return field(metadata={"help": text})
 
 
-def _require_least(config: Any, least: float, *names: str) -> None:
+def _check(config: Any, name: str, holds: bool, remedy: str) -> None:
+    """Refuse one setting, which the message names with its value."""
+    require(holds, f"{name} is {getattr(config, name)}", remedy)
+
+
+def _check_least(config: Any, least: float, *names: str) -> None:
     """Refuse settings below a bound; those that are ``None`` pass."""
     for name in names:
         value = getattr(config, name)
-        require(value is None or value >= least, f"{name} is {value}", f"give {least} or more")
+        _check(config, name, value is None or value >= least, f"give {least} or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,38 +63,31 @@ class WindowConfig:
                 f"schedule {self.schedule!r} is not known",
                 f"use one of {', '.join(SCHEDULES)} or windows such as 0-3,2-5",
             )
-        _require_least(self, 0, "shallow", "deep")
-        _require_least(self, 1, "window")
-        require(
-            1 <= self.stride <= self.window,
-            f"stride is {self.stride}",
-            f"give 1 to window ({self.window}), because a larger one would leave blocks out",
-        )
+        _check_least(self, 0, "shallow", "deep")
+        _check_least(self, 1, "window")
+        remedy = f"give 1 to window ({self.window}), because a larger one would leave blocks out"
+        _check(self, "stride", 1 <= self.stride <= self.window, remedy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SliderConfig(WindowConfig):
-    """The method: weight format, windows, intra-layer stages and training of the parameters."""
+    """The method: weight format, windows, intra-layer stages and training of the parameters.
+
+    >>> SliderConfig(wbits=2, group_size=64, sym=False).method
+    'compensated'
+    >>> SliderConfig(method="slider", gamma=0.25).stages
+    4
+    """
 
     wbits: int = setting(4, "bits per weight, 2 to 8; 16 leaves weights as they are")
     abits: int = setting(
         16, "bits per activation, 4, 6 or 8, rounded per token at run time; 16 leaves them"
     )
-    act_sym: bool = setting(
-        True, "symmetric activation grid, which servers run; no-act-sym is the paper's"
-    )
-    quantize_attention: bool = setting(
-        False, "also round queries, keys and values to abits, as the paper does; no server does"
-    )
-    group_size: int | None = setting(
-        128, "input columns that share a scale; none for one scale per output row"
-    )
-    sym: bool = setting(
-        True, "signed codes without zero point, which servers can load; no-sym fits 2 bits better"
-    )
-    gamma: float = setting(
-        0.5, "intra-layer ratio: 0.5 quantizes half of every row first, then all; 1 turns it off"
-    )
+    act_sym: bool = setting(True, "symmetric activation grid, for servers; no-act-sym: the paper")
+    quantize_attention: bool = setting(False, "also round queries, keys and values (the paper)")
+    group_size: int | None = setting(128, GROUP_HELP)
+    sym: bool = setting(True, "signed codes without zero point; no-sym fits 2 bits better")
+    gamma: float = setting(0.5, "intra-layer ratio: 0.5 rounds half of every row first; 1: all")
     intra_order: Literal["network", "window"] = setting(
         "network",
         "network: one pass over all windows per intra stage (released code); window: all stages "
@@ -94,14 +98,12 @@ class SliderConfig(WindowConfig):
     )
     method: Literal["compensated", "slider"] = setting(
         "compensated",
-        "compensated: no windows and no training, each column's rounding error is carried into the "
-        "next; slider: the paper, windows train a correction and the clipping, and every weight goes "
-        "to its nearest code",
+        "compensated: nothing is trained, each column's rounding error is carried into the next; "
+        "slider: the paper, windows train a correction and the clipping, then codes are the nearest",
     )
     rounding: Literal["auto", "nearest", "compensated"] | None = setting(
         None,
-        "--method in files of earlier versions: nearest was slider; auto was compensated unless a "
-        "setting of slider was given",
+        "earlier name of method: nearest is slider, auto is slider if a setting of it is given",
     )
     lwc: bool = setting(True, "train the clipping range; no-lwc keeps it open")
     channel_scale: Literal["auto", "on", "off"] = setting(
@@ -112,97 +114,73 @@ class SliderConfig(WindowConfig):
     target_input: Literal["fp", "quant"] = setting(
         "fp", "what the full-precision target sees: its own input, or the quantized model's"
     )
-    min_expert_tokens: int = setting(
-        64, "experts that see fewer calibration tokens in a block are rounded without training"
-    )
+    min_expert_tokens: int = setting(64, "experts that see fewer tokens in a block stay untrained")
     epochs: int = setting(20, "passes over the samples per window, split over the intra stages")
     batch_size: int = setting(1, "samples per update")
     lr_lora: float = setting(1e-4, "learning rate of the low-rank weight correction")
     lr_lwc: float = setting(1e-2, "learning rate of the clipping range")
     lr_scale: float = setting(1e-3, "learning rate of the channel scaling")
-    lr_scale_by_batch: bool = setting(
-        False, "multiply all learning rates by the batch size, as the released code does"
-    )
+    lr_scale_by_batch: bool = setting(False, "multiply rates by the batch size (released code)")
     lora_rank: int = setting(4, "rank of the correction; it is merged before rounding")
     nsamples: int = setting(128, "calibration samples")
     seqlen: int = setting(2048, "tokens per calibration sample; capped at the model's limit")
     seed: int = setting(2, "seed of the sample choice, the batch order and the initial values")
 
     def __post_init__(self) -> None:
-        # Named class: zero-argument super() does not work in dataclasses with slots.
-        WindowConfig.__post_init__(self)
+        WindowConfig.__post_init__(self)  # zero-argument super() fails in dataclasses with slots
         self._check_format()
         self._check_training()
-
-        # The word of earlier versions is turned into today's, so that nothing else needs to know it.
         if self.rounding is not None:
-            method = self._method_of_rounding()
-            object.__setattr__(self, "method", method)
-            object.__setattr__(self, "rounding", None)
+            self._translate_rounding()
         self._check_method()
 
     def _check_format(self) -> None:
         """Refuse bits and groups that no format stores."""
-        require(
-            2 <= self.wbits <= 8 or self.wbits == FULL_BITS,
-            f"wbits is {self.wbits}",
-            "give 2 to 8, or 16 to leave weights as they are",
-        )
-        require(
-            self.abits in (4, 6, 8, FULL_BITS),
-            f"abits is {self.abits}",
-            "give 4, 6 or 8, or 16 to leave activations as they are",
-        )
+        weights, activations = (*range(2, 9), FULL_BITS), (4, 6, 8, FULL_BITS)
+        _check(self, "wbits", self.wbits in weights, "give 2 to 8, or 16 for weights as they are")
+        _check(self, "abits", self.abits in activations, "give 4, 6 or 8, or 16 to round none")
         require(
             not self.quantize_attention or self.abits < FULL_BITS,
             f"quantize_attention rounds to abits, and abits is {self.abits}",
             "set abits to 4, 6 or 8",
         )
-        require(
-            self.group_size is None or self.group_size >= 1,
-            f"group_size is {self.group_size}",
-            "give 64 or 128, or none for one scale per row",
-        )
+        _check_least(self, 1, "group_size")
 
     def _check_training(self) -> None:
         """Refuse counts and rates that no calibration can use."""
-        require(
-            0 < self.gamma <= 1 and abs(1 / self.gamma - round(1 / self.gamma)) < 1e-6,
-            f"gamma is {self.gamma}",
-            "give 1, 1/2, 1/3 ..., because 1/gamma is the number of intra-layer stages",
-        )
-        _require_least(self, 1, "batch_size", "lora_rank", "nsamples", "seqlen")
-        _require_least(self, 0, "min_expert_tokens", "seed")
+        whole = 0 < self.gamma <= 1 and abs(1 / self.gamma - round(1 / self.gamma)) < 1e-6
+        _check(self, "gamma", whole, "give 1, 1/2, 1/3 ...: 1/gamma is the number of stages")
+        _check_least(self, 1, "batch_size", "lora_rank", "nsamples", "seqlen")
+        _check_least(self, 0, "min_expert_tokens", "seed")
         require(
             self.epochs >= self.stages,
             f"epochs ({self.epochs}) are fewer than the {self.stages} intra-layer stages",
             "raise epochs or gamma",
         )
         for name in ("lr_lora", "lr_lwc", "lr_scale"):
-            rate = getattr(self, name)
-            require(0 <= rate < float("inf"), f"{name} is {rate}", "give 0 or more, such as 1e-3")
+            finite = 0 <= getattr(self, name) < float("inf")
+            _check(self, name, finite, "give 0 or more, such as 1e-3")
 
-    def _method_of_rounding(self) -> str:
-        """Return what ``rounding`` of earlier versions meant."""
+    def _translate_rounding(self) -> None:
+        """Turn the word of earlier versions into today's, so that nothing else needs to know it."""
         require(
-            self.method != "slider" or self.rounding != "compensated",
+            (self.method, self.rounding) != ("slider", "compensated"),
             "method slider and rounding compensated exclude each other",
             "leave rounding out",
         )
-        if self.rounding == "auto":
-            trained = self._slider_settings() or self.only_scales
-            return "slider" if trained else self.method
-        return "slider" if self.rounding == "nearest" else "compensated"
+        trained = self.rounding == "nearest" or self._slider_settings() or self.only_scales
+        if self.rounding != "compensated" and trained:
+            object.__setattr__(self, "method", "slider")
+        object.__setattr__(self, "rounding", None)
 
     def _check_method(self) -> None:
         """Refuse what the chosen method does not do."""
         if self.method != "compensated":
             return
-        given = self._slider_settings()
+        given = ", ".join(self._slider_settings())
         require(
             not given,
-            f"{', '.join(given)}: only the method slider has this setting, and the method is "
-            "compensated",
+            f"{given}: only the method slider has this setting, and the method is compensated",
             "add --method slider, or leave the setting out",
         )
         require(
@@ -219,9 +197,8 @@ class SliderConfig(WindowConfig):
     @property
     def scales_channels(self) -> bool:
         """Whether channels are scaled."""
-        if self.channel_scale == "auto":
-            return self.abits < FULL_BITS
-        return self.channel_scale == "on"
+        automatic = self.channel_scale == "auto" and self.abits < FULL_BITS
+        return automatic or self.channel_scale == "on"
 
     @property
     def only_scales(self) -> bool:
@@ -238,19 +215,17 @@ class SliderConfig(WindowConfig):
 class QuantizeConfig(SliderConfig):
     """Quantize a local model directory and write a directory that transformers loads."""
 
-    model: str = field(metadata={"help": "directory of a Hugging Face causal language model"})
-    calib: tuple[str, ...] = field(
-        metadata={
-            "help": "calibration files: text, or JSON lines with 'text' or chat 'messages'; "
-            "use text like what the model will read"
-        }
+    model: str = _required("directory of a Hugging Face causal language model")
+    calib: tuple[str, ...] = _required(
+        "calibration files: text, or JSON lines with 'text' or chat 'messages'; "
+        "use text like what the model will read"
     )
     out: str | None = setting(None, "folder to write; default runs/quantize-<time>")
     eval_text: tuple[str, ...] = setting(
         (), "files to report perplexity on: full precision, round-to-nearest and this result"
     )
     resume: Literal["never", "auto"] = setting(
-        "never", "auto continues an interrupted run in the same --out"
+        "never", "auto continues an interrupted run in --out"
     )
     device: str = setting("auto", DEVICE_HELP)
     format: Literal["compressed-tensors", "native", "dense", "pre-quant"] = setting(
@@ -258,9 +233,7 @@ class QuantizeConfig(SliderConfig):
         "compressed-tensors (packed; transformers, vLLM), native (packed; this package), dense "
         "(dequantized), pre-quant (calibrated but not rounded, for another quantizer)",
     )
-    container_bits: int | None = setting(
-        None, "store the codes in this many bits, 4 or 8, for servers that read no fewer"
-    )
+    container_bits: int | None = setting(None, CONTAINER_HELP)
     cache: Literal["memory", "disk"] = setting(
         "memory", "where hidden states of the calibration samples live; disk is memory-mapped"
     )
@@ -274,14 +247,14 @@ class QuantizeConfig(SliderConfig):
             "compensated rounding leaves nothing for another quantizer to round",
             "choose another --format, or add --method slider",
         )
-        _require_container(self.container_bits)
+        _check(self, "container_bits", self.container_bits in (None, 4, 8), "give 4, 8 or none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     """Perplexity on text files, and lm-eval tasks, of a model directory in any format."""
 
-    model: str = field(metadata={"help": "directory of a causal language model, quantized or not"})
+    model: str = _required("directory of a causal language model, quantized or not")
     text: tuple[str, ...] = setting((), "files: text, or JSON lines with 'text'")
     tasks: tuple[str, ...] = setting(
         (), "lm-eval task files (YAML, with local data files), or folders of them"
@@ -301,24 +274,18 @@ class EvalConfig:
         require(
             bool(self.text or self.tasks), "nothing to evaluate on", "give --text or --tasks files"
         )
-        _require_least(self, 1, "batch_size", "limit")
-        require(
-            self.seqlen is None or self.seqlen >= 2,
-            f"seqlen is {self.seqlen}",
-            "give 2 or more, because the first token of a chunk is never predicted",
-        )
+        _check_least(self, 1, "batch_size", "limit")
+        _check_least(self, 2, "seqlen")  # the first token of a chunk is never predicted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SensitivityConfig:
     """Round one block at a time to nearest, and measure what it does to the model."""
 
-    model: str = field(metadata={"help": "directory of a full-precision causal language model"})
-    text: tuple[str, ...] = field(metadata={"help": "files: text, or JSON lines with 'text'"})
+    model: str = _required("directory of a full-precision causal language model")
+    text: tuple[str, ...] = _required("files: text, or JSON lines with 'text'")
     wbits: int = setting(2, "bits per weight, 2 to 8")
-    group_size: int | None = setting(
-        128, "input columns that share a scale; none for one scale per output row"
-    )
+    group_size: int | None = setting(128, GROUP_HELP)
     sym: bool = setting(True, "signed codes without zero point")
     mode: Literal["single", "prefix"] = setting(
         "single", "single: one block rounded, the others not; prefix: all blocks up to it"
@@ -336,21 +303,21 @@ class SensitivityConfig:
 
     def __post_init__(self) -> None:
         require(len(self.text) > 0, "text names no file", "give one or more text files")
-        require(2 <= self.wbits <= 8, f"wbits is {self.wbits}", "give 2 to 8")
+        _check(self, "wbits", 2 <= self.wbits <= 8, "give 2 to 8")
         require(
             not (self.by == "linear" and self.mode == "prefix"),
             "prefix mode goes block by block",
             "use --by block, or --mode single",
         )
-        _require_least(self, 1, "nsamples", "group_size")
-        _require_least(self, 2, "seqlen")
+        _check_least(self, 1, "nsamples", "group_size")
+        _check_least(self, 2, "seqlen")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
     """Tokens per second of a native model and of its dense twin, on your device."""
 
-    model: str = field(metadata={"help": "directory that quantize wrote with --format native"})
+    model: str = _required("directory that quantize wrote with --format native")
     prompt: int = setting(128, "tokens of the prompt")
     tokens: int = setting(32, "tokens generated behind it")
     repeats: int = setting(3, "timed repetitions, after one to warm up")
@@ -358,25 +325,23 @@ class BenchConfig:
     device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
-        _require_least(self, 1, "prompt", "tokens", "repeats")
+        _check_least(self, 1, "prompt", "tokens", "repeats")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
     """Write a native quantized model in another format, without loss."""
 
-    model: str = field(metadata={"help": "directory that quantize wrote with --format native"})
+    model: str = _required("directory that quantize wrote with --format native")
     format: Literal["compressed-tensors", "dense", "native"] = setting(
         "compressed-tensors",
         "compressed-tensors (packed; transformers, vLLM), dense (dequantized), native (a copy)",
     )
     out: str | None = setting(None, "folder to write; default runs/export-<time>")
-    container_bits: int | None = setting(
-        None, "store the codes in this many bits, 4 or 8, for servers that read no fewer"
-    )
+    container_bits: int | None = setting(None, CONTAINER_HELP)
 
     def __post_init__(self) -> None:
-        _require_container(self.container_bits)
+        _check(self, "container_bits", self.container_bits in (None, 4, 8), "give 4, 8 or none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -393,7 +358,7 @@ class InspectConfig(SliderConfig):
             "inspect needs either a model directory or a number of layers",
             "give --model DIR or --layers N",
         )
-        _require_least(self, 1, "layers")
+        _check_least(self, 1, "layers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -410,13 +375,10 @@ class DemoModelConfig:
     model_seed: int = setting(0, "seed of the demo model")
 
     def __post_init__(self) -> None:
-        require(
-            self.hidden_size % 64 == 0 and self.hidden_size > 0,
-            f"hidden_size is {self.hidden_size}",
-            "give a positive multiple of 64, because the demo quantizes in groups of 64",
-        )
-        _require_least(self, 257, "vocab_size")
-        _require_least(self, 1, "layers", "context", "train_steps", "train_batch")
+        divides = self.hidden_size % 64 == 0 and self.hidden_size > 0
+        _check(self, "hidden_size", divides, "give a multiple of 64, the demo's group size")
+        _check_least(self, 257, "vocab_size")
+        _check_least(self, 1, "layers", "context", "train_steps", "train_batch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -432,10 +394,7 @@ class DemoConfig(DemoModelConfig):
 
     def __post_init__(self) -> None:
         DemoModelConfig.__post_init__(self)
-        _require_least(self, 1, "seeds", "nsamples")
-        _require_least(self, 2, "epochs")  # one for each intra-layer stage
-        require(
-            bool(self.bits) and all(2 <= bits <= 8 for bits in self.bits),
-            f"bits are {list(self.bits)}",
-            "give bits from 2 to 8, such as 4 3 2",
-        )
+        _check_least(self, 1, "seeds", "nsamples")
+        _check_least(self, 2, "epochs")  # one for each intra-layer stage
+        stored = bool(self.bits) and all(2 <= bits <= 8 for bits in self.bits)
+        _check(self, "bits", stored, "give bits from 2 to 8, such as 4 3 2")

@@ -66,7 +66,7 @@ class _BlockInputs(Exception):
         self.hidden = hidden
 
 
-class _SeenEnough(Exception):
+class _StopForward(Exception):
     """Ends the pass through a block."""
 
 
@@ -87,7 +87,7 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-class _Injected(nn.Module):
+class _GivenHiddenStates(nn.Module):
     """Stands in for all blocks: returns given hidden states."""
 
     def __init__(self, original: nn.Module, hidden: Tensor) -> None:
@@ -138,8 +138,12 @@ class TransformersDecoder:
         Raises:
             UnsupportedArchitectureError: If the block is not built as its family's entry says.
         """
-        shapes = {name: p.shape for name, p in self.blocks[block].named_parameters()}
+        shapes = self.shapes(block)
         return block_layout(self.model.config, shapes)
+
+    def shapes(self, block: int) -> dict[str, torch.Size]:
+        """Return the shapes of all parameters of one block by name; no weight is read."""
+        return {name: p.shape for name, p in self.blocks[block].named_parameters()}
 
     def hold(self, blocks: Sequence[int]) -> None:
         """Keep these blocks' parameters in memory once they have been read, and drop all others."""
@@ -237,7 +241,7 @@ class TransformersDecoder:
         def keep(name: str, args: tuple[Any, ...]) -> None:
             seen[name] = args[0]
             if len(seen) == len(modules):
-                raise _SeenEnough
+                raise _StopForward
 
         handles = [
             self.blocks[block]
@@ -248,7 +252,7 @@ class TransformersDecoder:
         ]
         try:
             seen[""] = self.run_block(block, hidden, weights, activations)
-        except _SeenEnough:
+        except _StopForward:
             pass
         finally:
             for handle in handles:
@@ -282,6 +286,10 @@ class TransformersDecoder:
             for block in [b for b, seen in counts.items() if not seen.any()]:
                 del counts[block]
 
+    def outside(self) -> dict[str, Tensor]:
+        """Return embedding, final norm and head, by their names in the model."""
+        return self.source.outside()
+
     @torch.no_grad()
     def logits(
         self, hidden: Float[Tensor, "n t h"], outside: dict[str, Tensor] | None = None
@@ -294,7 +302,7 @@ class TransformersDecoder:
         """
         outside = outside or self.source.outside()
         hidden = to_device(hidden, self.device)
-        stand_ins = nn.ModuleList(_Injected(block, hidden) for block in self.blocks)
+        stand_ins = nn.ModuleList(_GivenHiddenStates(block, hidden) for block in self.blocks)
         with self._instead_of_blocks(stand_ins):
             return self._whole_model(outside, inputs_embeds=hidden).logits
 

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from effml_common.errors import InputError
-from effml_common.settings import require
+from effml_common.errors import ConfigError, InputError
 from sliderquant.config import FULL_BITS, SliderConfig
 
 if TYPE_CHECKING:
@@ -50,11 +49,11 @@ def model_shape(directory: str) -> ModelShape:
 def decoder_shape(decoder: "TransformersDecoder") -> ModelShape:
     """Return the sizes of a model; its parameters may be on the meta device."""
     config = decoder.model.config
-    parameters = dict(decoder.blocks[0].named_parameters())
+    shapes = decoder.shapes(0)
     return ModelShape(
         layers=decoder.depth,
         hidden=config.hidden_size,
-        linears={name: tuple(parameters[name].shape) for name in decoder.layout(0).linears},
+        linears={name: tuple(shapes[name]) for name in decoder.layout(0).linears},
         embedding=decoder.model.get_input_embeddings().weight.numel(),
         context=config.max_position_embeddings,
     )
@@ -72,11 +71,11 @@ def check_linears(linears: dict[str, tuple[int, ...]], config: SliderConfig) -> 
         ShapeError: If the group size does not divide some layer.
     """
     fused = [name for name, shape in linears.items() if len(shape) > 2]
-    require(
-        config.method == "slider" or config.wbits == FULL_BITS or not fused,
-        f"fused experts ({', '.join(fused)}) cannot be rounded with compensation",
-        "add --method slider",
-    )
+    if fused and config.method == "compensated" and config.wbits != FULL_BITS:
+        raise ConfigError(
+            f"fused experts ({', '.join(fused)}) cannot be rounded with compensation; "
+            "add --method slider"
+        )
     check_group_size(linears, config.group_size)
 
 

@@ -7,10 +7,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.shapes import check_linears
 from sliderquant.config import FULL_BITS, SliderConfig
 from sliderquant.method.activations import ActivationFormat
+from sliderquant.method.decoder import Decoder
 from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.metrics import perplexity
 from sliderquant.method.quantizer import QuantizedWeight, WeightFormat, quantize_weight
@@ -30,7 +30,7 @@ def weight_format(config: SliderConfig, dtype: torch.dtype) -> WeightFormat:
 
 
 def fresh_learnables(
-    decoder: TransformersDecoder, config: SliderConfig, dtype: torch.dtype
+    decoder: Decoder, config: SliderConfig, dtype: torch.dtype
 ) -> list[BlockLearnables]:
     """Return untrained learnables for every block; reads no weight.
 
@@ -44,30 +44,35 @@ def fresh_learnables(
     fmt = weight_format(config, dtype)
     learnables = []
     for block in range(decoder.depth):
+        # The shapes say all that is needed, so no weight is read.
         layout = decoder.layout(block)
-        shapes = {n: p for n, p in decoder.blocks[block].named_parameters() if n in layout.linears}
-        check_linears({name: tuple(w.shape) for name, w in shapes.items()}, config)
-        weights = {name: shapes[name] for name in layout.linears}
+        shapes = decoder.shapes(block)
+        linears = {name: tuple(shapes[name]) for name in layout.linears}
+        check_linears(linears, config)
+        weights = {name: torch.empty(shape, device="meta") for name, shape in linears.items()}
+
+        # The initial values depend on seed and block alone.
         sites = layout.sites if config.scales_channels else ()
-        made = BlockLearnables(
-            weights, fmt, config.lora_rank, seeded((config.seed, block)), sites, config.lwc
+        generator = seeded((config.seed, block))
+        block_learnables = BlockLearnables(
+            weights, fmt, config.lora_rank, generator, sites, config.lwc
         )
-        trained = made if config.method == "slider" else made.factors
+        trained = block_learnables if config.method == "slider" else block_learnables.factors
         trained.to(decoder.device)
-        learnables.append(made)
+        learnables.append(block_learnables)
     return learnables
 
 
 @torch.no_grad()
 def simulated_weights(
-    decoder: TransformersDecoder, learnables: Sequence[BlockLearnables]
+    decoder: Decoder, learnables: Sequence[BlockLearnables]
 ) -> list[dict[str, Tensor]]:
     """Return the changed parameters of every block, dequantized: what a merged model holds."""
     return [learnables[block](decoder.tensors(block)) for block in range(decoder.depth)]
 
 
 def finished_block(
-    decoder: TransformersDecoder, learnables: BlockLearnables, block: int, rounded: bool = True
+    decoder: Decoder, learnables: BlockLearnables, block: int, rounded: bool = True
 ) -> dict[str, Tensor | QuantizedWeight]:
     """Return every parameter of a block as it is to be stored: codes, or floats in the stored type.
 
@@ -97,7 +102,7 @@ def model_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 def simulated_logits(
-    decoder: TransformersDecoder,
+    decoder: Decoder,
     weights: BlockWeights | None,
     activations: ActivationFormat | None = None,
 ) -> Callable[[Int[Tensor, "b t"]], Float[Tensor, "b t v"]]:
@@ -115,7 +120,7 @@ def simulated_logits(
 
 
 @torch.no_grad()
-def merge_(decoder: TransformersDecoder, weights: BlockWeights) -> None:
+def merge_(decoder: Decoder, weights: BlockWeights) -> None:
     """Copy simulated parameters into a model in memory, in place."""
     for block, replaced in enumerate(weights):
         tensors = decoder.tensors(block)
@@ -123,8 +128,8 @@ def merge_(decoder: TransformersDecoder, weights: BlockWeights) -> None:
             tensors[name].copy_(weight)
 
 
-def learned(decoder: TransformersDecoder, learnables: Sequence[BlockLearnables]) -> Replacement:
-    """Return the simulated parameters, made block by block."""
+def learned_parameters(decoder: Decoder, learnables: Sequence[BlockLearnables]) -> Replacement:
+    """Return the parameters that learnables simulate, computed block by block."""
 
     @torch.no_grad()
     def replaced(block: int) -> dict[str, Tensor]:
@@ -133,14 +138,14 @@ def learned(decoder: TransformersDecoder, learnables: Sequence[BlockLearnables])
     return replaced
 
 
-def rounded(decoder: TransformersDecoder, fmt: WeightFormat) -> Replacement:
-    """Return the round-to-nearest weights, made block by block."""
+def nearest_parameters(decoder: Decoder, fmt: WeightFormat) -> Replacement:
+    """Return the weights rounded to nearest, computed block by block."""
     return lambda block: rtn_weights(decoder, block, fmt)
 
 
 @torch.no_grad()
 def blockwise_perplexity(
-    decoder: TransformersDecoder,
+    decoder: Decoder,
     texts: Mapping[str, Sequence[Int[Tensor, "1 t"]]],
     replaced: Replacement,
     activations: ActivationFormat | None = None,
@@ -168,8 +173,8 @@ def blockwise_perplexity(
     return result
 
 
-def _heads(decoder: TransformersDecoder, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+def _heads(decoder: Decoder, hidden: Tensor) -> Callable[[Tensor], Tensor]:
     """Return logits of successive chunks; the head is read once."""
-    outside = decoder.source.outside()
+    outside = decoder.outside()
     parts: Iterator[Tensor] = iter(hidden.split(1))
     return lambda tokens: decoder.logits(next(parts), outside)

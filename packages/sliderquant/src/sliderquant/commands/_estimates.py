@@ -25,7 +25,7 @@ TIMED_COLUMNS, TIMED_ROWS = 32, 32
 
 def announce(job: Job) -> None:
     """Print the estimate of time, memory and disk."""
-    config, plan, depth = job.config, job.plan, job.opened.decoder.depth
+    config, plan, depth = job.config, job.plan, job.decoder.depth
 
     # A model too small for both ends of the schedule still runs.
     ends = config.shallow + config.deep
@@ -48,7 +48,7 @@ def announce(job: Job) -> None:
 def estimated_seconds(job: Job) -> float:
     """Return the seconds that a calibration will take on the decoder's device; block 0 is read."""
     # One block's forward pass for one batch is the unit of both methods.
-    decoder, batch_size = job.opened.decoder, job.config.batch_size
+    decoder, batch_size = job.decoder, job.config.batch_size
     decoder.hold([0])
     hidden = decoder.block_inputs(job.samples[:batch_size])
     forward = seconds_of(lambda: run_blocks(decoder, [0], hidden, batch_size), decoder.device)

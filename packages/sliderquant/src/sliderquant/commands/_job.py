@@ -19,6 +19,7 @@ from sliderquant.adapters.text import calibration_samples, chunks, default_seqle
 from sliderquant.commands.inspect import Plan, make_plan
 from sliderquant.config import FULL_BITS, QuantizeConfig
 from sliderquant.method.activations import ActivationFormat, activation_format
+from sliderquant.method.decoder import Decoder
 from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.quantizer import WeightFormat
 
@@ -31,7 +32,8 @@ class Job:
 
     Attributes:
         config: Settings of the command.
-        opened: The model, whose weights are read block by block.
+        opened: The model's folder: source of the weights, tokenizer and config.
+        decoder: The model, whose weights are read block by block.
         files: Its weight files.
         samples: Calibration samples, token ids [n, t].
         texts: Chunks of the texts to measure on, by the metric's name.
@@ -46,6 +48,7 @@ class Job:
 
     config: QuantizeConfig
     opened: StreamedModel
+    decoder: Decoder
     files: Sequence[Path]
     samples: Tensor
     texts: Texts
@@ -75,12 +78,12 @@ def prepare_job(
     }
 
     # Windows and formats follow from the settings and the shapes alone.
-    decoder = opened.decoder
-    shape = decoder_shape(decoder)
-    plan = make_plan(config, shape, decoder.depth)
-    weights, activations = weight_format(config, opened.dtype), activation_format(config)
+    shape = decoder_shape(opened.decoder)
+    plan = make_plan(config, shape, shape.layers)
+    activations = activation_format(config)
+    weights = weight_format(config, opened.dtype)
     rounded = config.wbits != FULL_BITS
-    learnables = fresh_learnables(decoder, config, opened.dtype)
+    learnables = fresh_learnables(opened.decoder, config, opened.dtype)
     formats = {
         f"model.layers.{block}.{name}": weights
         for block, learned in enumerate(learnables)
@@ -91,6 +94,7 @@ def prepare_job(
     return Job(
         config=config,
         opened=opened,
+        decoder=opened.decoder,
         files=weight_files(config.model),
         samples=samples,
         texts=texts,

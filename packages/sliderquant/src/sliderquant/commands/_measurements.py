@@ -1,7 +1,11 @@
 """The rows of ``quantize``'s report: the result, beside full precision and round-to-nearest."""
 
 from effml_common.report import Row
-from sliderquant.adapters.simulation import blockwise_perplexity, learned, rounded
+from sliderquant.adapters.simulation import (
+    blockwise_perplexity,
+    learned_parameters,
+    nearest_parameters,
+)
 from sliderquant.commands._job import Job
 from sliderquant.config import FULL_BITS, SliderConfig
 
@@ -11,16 +15,17 @@ def reference_rows(job: Job) -> list[Row]:
     if not job.texts:
         return []
 
-    # The model as it is.
-    decoder, dtype = job.opened.decoder, job.opened.dtype
+    # Perplexities of the model as it is, and of the baseline without calibration.
+    decoder, dtype = job.decoder, job.opened.dtype
     full = blockwise_perplexity(decoder, job.texts, lambda block: None, cache=job.cache)
-    rows = [_row("full precision", str(dtype), full, 8.0 * dtype.itemsize)]
-
-    # The baseline without calibration, in the same format.
+    nearest = None
     if job.config.wbits != FULL_BITS:
         nearest = blockwise_perplexity(
-            decoder, job.texts, rounded(decoder, job.weights), job.activations, job.cache
+            decoder, job.texts, nearest_parameters(decoder, job.weights), job.activations, job.cache
         )
+
+    rows = [_row("full precision", str(dtype), full, 8.0 * dtype.itemsize)]
+    if nearest is not None:
         setting = describe_setting(job.config)
         rows.append(_row("round-to-nearest", setting, nearest, job.bits_per_weight))
     return rows
@@ -28,9 +33,12 @@ def reference_rows(job: Job) -> list[Row]:
 
 def result_row(job: Job) -> Row:
     """Return the calibrated model's row."""
-    decoder = job.opened.decoder
     measured = blockwise_perplexity(
-        decoder, job.texts, learned(decoder, job.learnables), job.activations, job.cache
+        job.decoder,
+        job.texts,
+        learned_parameters(job.decoder, job.learnables),
+        job.activations,
+        job.cache,
     )
     way = f"SliderQuant ({job.config.schedule})" if job.plan.windows else "compensated rounding"
     return _row(way, describe_setting(job.config), measured, job.bits_per_weight)

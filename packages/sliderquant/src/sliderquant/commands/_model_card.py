@@ -11,8 +11,6 @@ from typing import Any
 from safetensors import safe_open
 
 from effml_common.errors import InputError
-from effml_common.files import atomic_write
-from effml_common.report import Report
 from sliderquant.adapters.formats import MARK
 from sliderquant.adapters.shards import tensor_bytes
 from sliderquant.commands._measurements import describe_setting
@@ -57,25 +55,17 @@ def file_hashes(paths: Sequence[str]) -> dict[str, str]:
     return hashes
 
 
-def write_card(config: QuantizeConfig, report: Report, out: Path) -> None:
-    """Write the card of a model that was just quantized.
+def history(config: QuantizeConfig, report: Mapping[str, Any]) -> str:
+    """Return the part of the card that stays the same in every format: how the model was made.
 
     Args:
-        config: Settings of the run.
-        report: Of the run; its rows are the figures.
-        out: Folder of the model.
+        config: Settings of the run that quantized the model.
+        report: Of that run, as JSON; its rows are the figures.
     """
-    atomic_write(
-        out / "README.md", model_card(out, Path(config.model).name, history(config, report))
-    )
-
-
-def history(config: QuantizeConfig, report: Report) -> str:
-    """Return the part of the card that stays the same in every format: how the model was made."""
     # What ran, with what, on what.
-    document = report.to_json()
-    libraries = {"python": document["environment"]["python"], "torch": report.environment["torch"]}
-    libraries |= document["environment"]["libraries"]
+    environment = report["environment"]
+    libraries = {"python": environment["python"], "torch": environment["torch"]}
+    libraries |= environment["libraries"]
     names = [field.name for field in fields(SliderConfig) if field.name != "rounding"]
     settings = {name: getattr(config, name) for name in names}
     data = file_hashes(config.calib)
@@ -87,9 +77,9 @@ def history(config: QuantizeConfig, report: Report) -> str:
     lines = [
         HISTORY_TITLE,
         "",
-        f"{way}, {report.package} {report.version}: {describe_setting(config)}.",
+        f"{way}, {report['package']} {report['version']}: {describe_setting(config)}.",
         "",
-        *_table(document["rows"]),
+        *_table(report["rows"]),
         "Calibration data:",
         "",
         *(f"- `{name}` (sha256 `{digest}`)" for name, digest in data.items()),

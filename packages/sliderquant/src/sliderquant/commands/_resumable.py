@@ -50,14 +50,14 @@ def calibrate_saved(job: Job) -> None:
     with (
         StopSignal() as stop,
         RunLog(run, resume_step=done) as log,
-        log.progress("calibrating", job.plan.updates or job.opened.decoder.depth) as bar,
+        log.progress("calibrating", job.plan.updates or job.decoder.depth) as bar,
     ):
         if done:
             bar.advance(done * job.plan.updates // (job.plan.stages * len(job.plan.windows)))
         save = partial(_save_window, job, settings, fingerprint)
         hooks = _Hooks(job, write_block, save, log, bar, stop, _WindowClock(job.plan, done))
         calibrate(
-            job.opened.decoder,
+            job.decoder,
             job.samples,
             job.plan.windows,
             job.learnables,
@@ -171,11 +171,11 @@ def _block_writer(job: Job, fingerprint: str) -> Callable[[int], None]:
 
     def write(block: int) -> None:
         finished = finished_block(
-            opened.decoder, job.learnables[block], block, config.format != "pre-quant"
+            job.decoder, job.learnables[block], block, config.format != "pre-quant"
         )
         writer.write({f"model.layers.{block}.{name}": value for name, value in finished.items()})
-        if block == opened.decoder.depth - 1:
-            opened.decoder.hold([])
+        if block == job.decoder.depth - 1:
+            job.decoder.hold([])
             for name in (EMBEDDING, NORM, HEAD):
                 writer.write({name: opened.source.outside_tensor(name).to(opened.dtype)})
             writer.publish()

@@ -147,6 +147,13 @@ def inspect(config: InspectConfig) -> Plan:
 
     Raises:
         InputError: If the model is not supported or the settings do not fit it.
+
+    >>> from sliderquant.config import InspectConfig
+    >>> plan = inspect(InspectConfig(layers=4, method="slider", shallow=2, deep=2))
+    >>> plan.windows
+    [[0], [0, 1], [1, 2], [2, 3], [3]]
+    >>> plan.block_visits
+    8
     """
     if config.model is None:
         assert config.layers is not None  # checked by the config

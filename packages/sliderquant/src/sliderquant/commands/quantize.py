@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from effml_common.errors import InputError
+from effml_common.files import atomic_write
 from effml_common.folders import run_folder
 from effml_common.logging import rank, say
 from effml_common.report import Report, ReportBuilder, write_report
@@ -11,9 +12,9 @@ from sliderquant.adapters.heap import return_large_blocks
 from sliderquant.adapters.processes import process_group
 from sliderquant.adapters.streaming import open_model
 from sliderquant.commands._estimates import announce
-from sliderquant.commands._job import Job, prepare_job
+from sliderquant.commands._job import prepare_job
 from sliderquant.commands._measurements import reference_rows, result_row
-from sliderquant.commands._model_card import write_card
+from sliderquant.commands._model_card import history, model_card
 from sliderquant.commands._resumable import calibrate_saved
 from sliderquant.config import QuantizeConfig
 
@@ -65,12 +66,15 @@ def quantize(config: QuantizeConfig) -> Report:
 
     # The figures are known only after the weights are written.
     files = sorted(path.name for path in out.iterdir() if path.is_file())
-    report = builder.build(
-        rows, device=str(device), seeds=[config.seed], notes=_notes(job), files=files
-    )
+    notes = [f"stored as {config.format}; bits per weight counts the packed size"]
+    if job.plan.windows:
+        notes.insert(0, f"intra_order={config.intra_order}, {INTRA_ORDERS[config.intra_order]}")
+    report = builder.build(rows, device=str(device), seeds=[config.seed], notes=notes, files=files)
+    document = report.to_json()
     write_report(report, out / "run")
     if rank() == 0:
-        write_card(config, report, out)
+        card = model_card(out, Path(config.model).name, history(config, document))
+        atomic_write(out / "README.md", card)
     loader = "sliderquant.load" if config.format == "native" else "from_pretrained of transformers"
     say(f"wrote {out}; load it with {loader}")
     return report
@@ -86,9 +90,3 @@ def _check_out(out: Path, resume: str) -> None:
         raise InputError(f"{out} is not empty; choose another --out or add --resume auto")
     if not (out / "run").is_dir():
         raise InputError(f"{out} holds no run to resume; choose another --out")
-
-
-def _notes(job: Job) -> list[str]:
-    order = job.config.intra_order
-    windows = [f"intra_order={order}, {INTRA_ORDERS[order]}"] if job.plan.windows else []
-    return [*windows, f"stored as {job.config.format}; bits per weight counts the packed size"]

@@ -186,7 +186,7 @@ def _damages(
 ) -> list[Damage]:
     """Compare every branch with the exact hidden states, sample by sample."""
     # Sums over samples of cross-entropy, divergence and squared error.
-    outside = decoder.source.outside()
+    outside = decoder.outside()
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in branches}
     base = 0.0
     for sample, row in enumerate(tokens):

@@ -62,6 +62,7 @@ def arms(config: DemoConfig, bits: int, seed: int) -> list[Arm]:
         bits: Bits per weight.
         seed: Of samples, batch order and initial values.
     """
+    # What all arms share.
     common = {
         "wbits": bits,
         "group_size": GROUP_SIZE,
@@ -72,6 +73,8 @@ def arms(config: DemoConfig, bits: int, seed: int) -> list[Arm]:
         "seed": seed,
     }
     rates = {name: {"lr_lora": lora, "lr_lwc": lwc} for name, (lora, lwc) in LEARNING_RATES.items()}
+
+    # SliderQuant sets the cost; block-wise reconstruction gets as many epochs as cost the same.
     slider = SliderConfig(**common, **rates["SliderQuant"], epochs=config.epochs, method="slider")
     visits = make_plan(slider, None, config.layers).block_visits
     epochs = round(config.epochs * visits / config.layers)
@@ -83,11 +86,12 @@ def arms(config: DemoConfig, bits: int, seed: int) -> list[Arm]:
         epochs=epochs,
         method="slider",
     )
-    feedback = SliderConfig(**common, method="compensated")
+
+    compensated = SliderConfig(**common, method="compensated")
     return [
         Arm(name="block-wise", config=block),
         Arm(name="SliderQuant", config=slider),
-        Arm(name="compensated", config=feedback),
+        Arm(name="compensated", config=compensated),
     ]
 
 

@@ -53,6 +53,7 @@ def library_corpus() -> Corpus:
     """
     from pydoc_data.topics import topics
 
+    # Every file goes into one part, by the package that it belongs to.
     root = Path(sysconfig.get_paths()["stdlib"])
     train: list[str] = []
     development: list[str] = []
@@ -68,6 +69,7 @@ def library_corpus() -> Corpus:
             development.append(text)
         else:
             train.append(text)
+
     prose = "\n\n".join(topics[key] for key in sorted(topics))
     return Corpus(
         train=tuple(train),

@@ -1,12 +1,9 @@
 """The demo's model: a small Llama trained on the text of Python's own standard library, once."""
 
-import hashlib
-import json
 import math
 import os
 import shutil
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,6 +17,7 @@ from transformers import (
 )
 
 from effml_common.finite import check_finite
+from effml_common.folders import cache_folder, cache_key
 from effml_common.logging import progress, say
 from sliderquant.config import DemoModelConfig
 from sliderquant.demo.data import Corpus
@@ -83,6 +81,7 @@ def train_llama(
     Raises:
         NonFiniteError: If the loss becomes NaN or infinite.
     """
+    # The seed decides the initial weights.
     torch.manual_seed(config.model_seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -98,6 +97,7 @@ def train_llama(
             tie_word_embeddings=False,
         )
     )
+
     train_language_model_(model.to(device), config, tokens)
     return model
 
@@ -117,6 +117,7 @@ def train_language_model_(
     Raises:
         NonFiniteError: If the loss becomes NaN or infinite.
     """
+    # AdamW; the rate rises over a twentieth of the steps and falls as a cosine.
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.train_lr, weight_decay=0.1)
     warmup = max(1, config.train_steps // 20)
@@ -127,6 +128,8 @@ def train_language_model_(
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.train_steps - warmup + 1)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+    # Random crops of the stream.
     generator = torch.Generator().manual_seed(config.model_seed)
     offsets = torch.arange(config.context)
     with progress("training the demo model", config.train_steps) as bar:
@@ -135,6 +138,8 @@ def train_language_model_(
                 len(tokens) - config.context, (config.train_batch, 1), generator=generator
             )
             batch = tokens[starts + offsets].to(model.device)
+
+            # Nothing is changed when a value is not finite.
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             optimizer.zero_grad()
             loss.backward()
@@ -144,11 +149,6 @@ def train_language_model_(
             schedule.step()
             bar.advance(loss=f"{loss.item():.3f}")
     model.eval()
-
-
-def cache_root() -> Path:
-    """Return the folder for what demos train once (``$XDG_CACHE_HOME/effml/sliderquant``)."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "effml" / "sliderquant"
 
 
 def demo_model(config: DemoModelConfig, corpus: Corpus, device: torch.device | str = "cpu") -> Path:
@@ -166,17 +166,21 @@ def demo_model(config: DemoModelConfig, corpus: Corpus, device: torch.device | s
     Raises:
         NonFiniteError: If training diverges.
     """
-    libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    # The name of the folder says what the model depends on.
     settings = {field.name: getattr(config, field.name) for field in fields(DemoModelConfig)}
-    identity = {"config": settings, "data": corpus.digest(), "libraries": libraries}
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    target = cache_root() / f"llama-{key}"
+    key = cache_key(
+        {"config": settings, "data": corpus.digest()}, ("torch", "transformers", "tokenizers")
+    )
+    target = cache_folder("sliderquant") / f"llama-{key}"
     if (target / "config.json").exists():
         return target
+
     say(f"training a {config.layers}-block Llama once; it is kept in the user cache folder")
     tokenizer = train_tokenizer(corpus, config.vocab_size)
     stream = encode_documents(tokenizer, corpus.train)
     model = train_llama(config, stream, len(tokenizer), device)
+
+    # Written beside its place and renamed, so that a folder of that name is complete.
     staging = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)

@@ -3,18 +3,18 @@
 The ways are in ``arms``, the text in ``data``, the model in ``models``.
 """
 
-import sys
-import time
-from collections.abc import Mapping
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from effml_common.device import resolve_device
+from effml_common.folders import run_folder
 from effml_common.logging import RunLog, say
-from effml_common.report import Claim, Report, Row, environment, write_report
+from effml_common.report import Claim, Report, ReportBuilder, Row
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
 from sliderquant.adapters.simulation import (
@@ -42,6 +42,21 @@ from sliderquant.method.round_to_nearest import rtn_weights
 Results = dict[tuple[str, int], list[dict[str, float]]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What every arm works on.
+
+    Attributes:
+        decoder: The trained model.
+        stream: Token ids to draw calibration samples from.
+        texts: Held-out chunks to measure on, in batches, by name.
+    """
+
+    decoder: TransformersDecoder
+    stream: Tensor
+    texts: Texts
+
+
 def demo(config: DemoConfig) -> Report:
     """Train the small model once, quantize it in every arm and seed, and write the comparison.
 
@@ -51,63 +66,79 @@ def demo(config: DemoConfig) -> Report:
     Raises:
         NonFiniteError: If the training or a calibration diverges.
     """
-    started = time.monotonic()
+    builder = ReportBuilder("sliderquant", ("transformers", "tokenizers"))
     device = resolve_device(config.device, float64=True)
     say("estimate: 9 min to train the model on the first run, then 3 min per seed; under 2 GiB")
     # Matrices this small gain nothing from a second thread, and beside any other busy process the
     # threads wait for one another: 8 times slower was measured.
     torch.set_num_threads(1)
+
+    # The same model, text and samples for every arm.
+    material = _prepare(config, device)
+    full = measure(material.decoder, None, material.texts)
+    folder = run_folder(config.out, "demo") / "run"
+    results = _run_arms(config, material, folder) | _round_to_nearest(config, material)
+
+    return builder.write(
+        folder,
+        _rows(config, full, results),
+        device=str(device),
+        seeds=list(_seeds(config)),
+        claims=_claims(config, results),
+        notes=_notes(config, material.decoder.depth),
+        figures=_draw(folder, full, results),
+    )
+
+
+def _seeds(config: DemoConfig) -> range:
+    return range(1, config.seeds + 1)
+
+
+def _prepare(config: DemoConfig, device: torch.device) -> Material:
+    """Train or find the model, and encode the texts."""
     corpus = library_corpus()
     loaded = load_model(demo_model(config, corpus, device), device)
-    decoder = TransformersDecoder(loaded.model)
-    stream = encode(corpus.train, loaded.tokenizer)
-    texts: Texts = {
-        name: list(chunks(encode([text], loaded.tokenizer), config.context))[:EVAL_CHUNKS]
-        for name, text in (("code", corpus.code), ("prose", corpus.prose))
-    }
-    texts = {name: torch.cat(list(part)).split(EVAL_BATCH) for name, part in texts.items()}
+    texts: dict[str, Sequence[Tensor]] = {}
+    for name, text in (("code", corpus.code), ("prose", corpus.prose)):
+        pieces = chunks(encode([text], loaded.tokenizer), config.context)
+        texts[name] = torch.cat(list(pieces)[:EVAL_CHUNKS]).split(EVAL_BATCH)
+    return Material(
+        decoder=TransformersDecoder(loaded.model),
+        stream=encode(corpus.train, loaded.tokenizer),
+        texts=texts,
+    )
+
+
+def _run_arms(config: DemoConfig, material: Material, folder: Path) -> Results:
+    """Calibrate and measure every arm, for every seed and width."""
     results: Results = {}
-    out = Path(config.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
-    seeds = range(1, config.seeds + 1)
-    full = measure(decoder, None, texts)
-    with RunLog(out / "run") as log:
-        for seed in seeds:
-            samples = calibration_samples(stream, config.nsamples, config.context, seed)
+    with RunLog(folder) as log:
+        for seed in _seeds(config):
+            samples = calibration_samples(material.stream, config.nsamples, config.context, seed)
             for bits in config.bits:
                 for arm in arms(config, bits, seed):
                     label = f"seed {seed}: {bits} bits, {arm.name}"
-                    weights = calibrated_weights(decoder, samples, arm.config, label)
-                    measured = measure(decoder, weights, texts)
+                    weights = calibrated_weights(material.decoder, samples, arm.config, label)
+                    measured = measure(material.decoder, weights, material.texts)
                     results.setdefault((arm.name, bits), []).append(measured)
                     log.log(seed, {"arm": arm.name, "bits": bits, **measured})
+    return results
+
+
+def _round_to_nearest(config: DemoConfig, material: Material) -> Results:
+    """Measure the baseline that uses no calibration: one value, repeated for the pairing."""
+    decoder = material.decoder
+    results: Results = {}
     for bits in config.bits:
         fmt = weight_format(arms(config, bits, 0)[0].config, torch.float32)
-        rounded = [rtn_weights(decoder, block, fmt) for block in range(decoder.depth)]
-        # Rounding does not depend on the calibration seed: one value, repeated for the pairing.
-        results["round-to-nearest", bits] = [measure(decoder, rounded, texts)] * config.seeds
-    figures = _figures(out / "run", full, results)
-    report = Report(
-        package="sliderquant",
-        version=version("sliderquant"),
-        command=sys.argv,
-        seeds=list(seeds),
-        seconds=time.monotonic() - started,
-        rows=_rows(config, full, results),
-        claims=_claims(config, results),
-        notes=_notes(config, decoder.depth),
-        files=["perplexity.png"] if figures else [],
-        environment=environment(("transformers", "tokenizers"), str(device)),
-    )
-    write_report(report, out / "run", figures=figures)
-    say(f"report: {out / 'run' / 'report.html'}")
-    return report
+        weights = [rtn_weights(decoder, block, fmt) for block in range(decoder.depth)]
+        measured = measure(decoder, weights, material.texts)
+        results["round-to-nearest", bits] = [measured] * config.seeds
+    return results
 
 
-def _rows(
-    config: DemoConfig,
-    full: Mapping[str, float],
-    results: Results,
-) -> list[Row]:
+def _rows(config: DemoConfig, full: Mapping[str, float], results: Results) -> list[Row]:
+    """Return full precision, then every arm at every width."""
     setting = f"groups of {GROUP_SIZE}, asymmetric; a seed varies samples, order and start"
     rows = [Row("full precision", "float32", {f"ppl {text}": [ppl] for text, ppl in full.items()})]
     for bits in config.bits:
@@ -119,17 +150,18 @@ def _rows(
 
 
 def _claims(config: DemoConfig, results: Results) -> list[Claim]:
+    """Return the paired gaps of every arm to those that it should be better than."""
     claims = []
     for bits in config.bits:
-        for name, rival in CLAIMED:
+        for name, other in CLAIMED:
             ours = results[name, bits]
             for text in ours[0]:
-                pairs = zip(results[rival, bits], ours, strict=True)
-                cost = " at equal block visits" if rival == "block-wise" else ""
+                pairs = zip(results[other, bits], ours, strict=True)
+                cost = " at equal block visits" if other == "block-wise" else ""
                 claims.append(
                     Claim(
-                        f"w{bits}-{name}-{rival}-{text}",
-                        f"W{bits}: {name} has lower perplexity on {text} than {rival}{cost}",
+                        f"w{bits}-{name}-{other}-{text}",
+                        f"W{bits}: {name} has lower perplexity on {text} than {other}{cost}",
                         [theirs[text] - own[text] for theirs, own in pairs],
                     )
                 )
@@ -150,17 +182,14 @@ def _notes(config: DemoConfig, depth: int) -> list[str]:
     ]
 
 
-def _figures(
-    folder: Path,
-    full: Mapping[str, float],
-    results: Results,
-) -> list[Path]:
+def _draw(folder: Path, full: Mapping[str, float], results: Results) -> list[Path]:
     """Draw perplexity over bits for every arm, one panel per text."""
     if find_spec("matplotlib") is None:
         say("no picture: install sliderquant[plot]")
         return []
     from matplotlib.figure import Figure
 
+    # One panel for each text, one line for each arm.
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, len(full))
     widths = sorted({bits for _, bits in results})

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -17,6 +18,15 @@ class Decoder(Protocol):
     @property
     def depth(self) -> int:
         """Number of decoder blocks."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks compute."""
+        ...
+
+    def shapes(self, block: int) -> dict[str, torch.Size]:
+        """Return the shapes of all parameters of one block by name; no weight is read."""
         ...
 
     def block_inputs(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t h"]:
@@ -62,4 +72,14 @@ class Decoder(Protocol):
 
     def counting_experts(self) -> AbstractContextManager[dict[int, Tensor]]:
         """Count the tokens that each expert receives, by block, while the context is open."""
+        ...
+
+    def outside(self) -> dict[str, Tensor]:
+        """Return embedding, final norm and head, by their names in the model."""
+        ...
+
+    def logits(
+        self, hidden: Float[Tensor, "n t h"], outside: dict[str, Tensor] | None = None
+    ) -> Float[Tensor, "n t v"]:
+        """Return the logits for the output of the last block; ``outside`` saves reading the head."""
         ...
