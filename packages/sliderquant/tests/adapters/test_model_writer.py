@@ -15,7 +15,7 @@ import sliderquant
 from effml_common.errors import ConfigError, InputError
 from sliderquant.adapters.families import block_layout
 from sliderquant.adapters.files import load_config
-from sliderquant.adapters.formats import check_expressible, patterns
+from sliderquant.adapters.formats import check_expressible, layer_patterns
 from sliderquant.adapters.model_writer import ModelWriter
 from sliderquant.adapters.rounding import ActivationRounding
 from sliderquant.commands.export import export
@@ -324,7 +324,7 @@ def test_patterns_match_the_named_layers_and_no_others() -> None:
 
     names = [f"model.layers.{b}.mlp.down_proj.weight" for b in (0, 11)]
     names.append("model.layers.3.self_attn.q_proj.weight")
-    (down, query) = [pattern.removeprefix("re:") for pattern in patterns(names)]
+    (down, query) = [pattern.removeprefix("re:") for pattern in layer_patterns(names)]
     assert [b for b in range(20) if re.match(down, f"model.layers.{b}.mlp.down_proj")] == [0, 11]
     assert re.match(query, "model.layers.3.self_attn.q_proj")
     assert not re.match(query, "model.layers.13.self_attn.q_proj")

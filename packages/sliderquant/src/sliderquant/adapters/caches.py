@@ -12,10 +12,10 @@ from effml_common.logging import rank
 
 
 class ActivationCache:
-    """Copies hidden states to where they shall live; a context that removes its files.
+    """Copies hidden states into memory or into files; a context that removes its files.
 
     Args:
-        folder: Where files are made; ``None`` keeps copies in memory.
+        folder: Where files are created; ``None`` keeps copies in memory.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -25,6 +25,7 @@ class ActivationCache:
         """Return a copy of ``hidden``; a name that is used again takes the place of the first."""
         if self._folder is None:
             return hidden.clone()
+
         self._folder.mkdir(parents=True, exist_ok=True)
         # Unlinked first: an earlier tensor of that name may still be read from.
         path = self._folder / name

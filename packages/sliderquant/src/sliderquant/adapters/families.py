@@ -93,38 +93,6 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """Rows ``start`` to ``start + rows`` of a projection."""
-
-    name: str
-    start: int
-    rows: int
-
-
-def _parts(prefix: str, names: tuple[str, ...], rows: tuple[int, ...]) -> list[_Part]:
-    """Return one part per role, of a weight of its own or of a fused one."""
-    if len(names) == len(rows):
-        return [_Part(name=prefix + n, start=0, rows=r) for n, r in zip(names, rows, strict=True)]
-    starts = [sum(rows[:i]) for i in range(len(rows))]
-    return [
-        _Part(name=prefix + names[0], start=s, rows=r) for s, r in zip(starts, rows, strict=True)
-    ]
-
-
-def _rows(
-    part: _Part, index: Tensor, inverse: bool, shapes: Mapping[str, torch.Size]
-) -> list[ScaledParameter]:
-    """Scale the rows of a projection, and of its bias where it has one."""
-    touches = []
-    for name in (f"{part.name}.weight", f"{part.name}.bias"):
-        if name in shapes:
-            whole = torch.full((shapes[name][0],), -1)
-            whole[part.start : part.start + part.rows] = index
-            touches.append(ScaledParameter(name=name, axis=ROWS, index=whole, inverse=inverse))
-    return touches
-
-
 def rotary_pairs(head_dim: int, rotary_dim: int) -> Tensor:
     """Return for each feature of a head the factor it shares with its rotary partner.
 
@@ -133,6 +101,127 @@ def rotary_pairs(head_dim: int, rotary_dim: int) -> Tensor:
     """
     half = rotary_dim // 2
     return torch.cat([torch.arange(half).repeat(2), torch.arange(head_dim - rotary_dim) + half])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Projection:
+    """Rows ``start`` to ``start + rows`` of a linear layer."""
+
+    name: str
+    start: int
+    rows: int
+
+
+def _projections(prefix: str, names: tuple[str, ...], rows: tuple[int, ...]) -> list[_Projection]:
+    """Return one projection per role, of a layer of its own or of a fused one."""
+    if len(names) == len(rows):
+        places = [(name, 0) for name in names]
+    else:
+        places = [(names[0], sum(rows[:i])) for i in range(len(rows))]
+    return [
+        _Projection(name=prefix + name, start=start, rows=count)
+        for (name, start), count in zip(places, rows, strict=True)
+    ]
+
+
+def _scaled_rows(
+    projection: _Projection, index: Tensor, inverse: bool, shapes: Mapping[str, torch.Size]
+) -> list[ScaledParameter]:
+    """Scale the rows of a projection, and of its bias where it has one."""
+    scaled = []
+    for name in (f"{projection.name}.weight", f"{projection.name}.bias"):
+        if name in shapes:
+            # Rows of other projections in a fused layer are left alone.
+            index_of_row = torch.full((shapes[name][0],), -1)
+            index_of_row[projection.start : projection.start + projection.rows] = index
+            scaled.append(
+                ScaledParameter(name=name, axis=ROWS, index=index_of_row, inverse=inverse)
+            )
+    return scaled
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Names:
+    """Names of a block's parameters, by their role.
+
+    Attributes:
+        attention: Weights that read the norm in front of the attention.
+        output: Weight behind the heads.
+        mlp: Weights that read the norm in front of the MLP and are quantized.
+        router: Weight that chooses the experts, where there are some.
+        down: Weight at the end of the MLP.
+        attention_norm: Gain of the norm in front of the attention.
+        mlp_norm: Gain of the norm in front of the MLP.
+    """
+
+    attention: tuple[str, ...]
+    output: str
+    mlp: tuple[str, ...]
+    router: tuple[str, ...]
+    down: str
+    attention_norm: str
+    mlp_norm: str
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Weights that are quantized."""
+        return (*self.attention, self.output, *self.mlp, self.down)
+
+    @property
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """Weights that read each norm."""
+        return {self.attention_norm: self.attention, self.mlp_norm: (*self.mlp, *self.router)}
+
+
+def _names(family: Family, experts: bool) -> _Names:
+    dense = tuple(f"mlp.{name}.weight" for name in family.gate_up)
+    return _Names(
+        attention=tuple(f"self_attn.{name}.weight" for name in family.qkv),
+        output="self_attn.o_proj.weight",
+        mlp=(GATE_UP_EXPERTS,) if experts else dense,
+        router=(ROUTER,) if experts else (),
+        down=DOWN_EXPERTS if experts else "mlp.down_proj.weight",
+        attention_norm="input_layernorm.weight",
+        mlp_norm=f"{family.mlp_norm}.weight",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Heads:
+    """Numbers of heads and features of an attention layer.
+
+    Attributes:
+        queries: Query heads.
+        keys: Heads of keys and values, each read by ``queries / keys`` query heads.
+        features: Features of a head.
+        rotary: Leading features of a head that the rotary embedding turns.
+    """
+
+    queries: int
+    keys: int
+    features: int
+    rotary: int
+
+    def repeat(self, per_key_head: Tensor) -> Tensor:
+        """Repeat what belongs to each key-value head for the query heads that read it, [queries * d]."""
+        return per_key_head.repeat_interleave(self.queries // self.keys, dim=0).flatten()
+
+
+def _heads(config: PreTrainedConfig) -> _Heads:
+    queries = config.num_attention_heads
+    features = getattr(config, "head_dim", None) or config.hidden_size // queries
+
+    # Newer configs keep the share of rotated features among the parameters of the embedding.
+    parameters = getattr(config, "rope_parameters", None) or {}
+    share = parameters.get("partial_rotary_factor") or getattr(
+        config, "partial_rotary_factor", None
+    )
+    return _Heads(
+        queries=queries,
+        keys=getattr(config, "num_key_value_heads", None) or queries,
+        features=features,
+        rotary=int(features * (share or 1.0)),
+    )
 
 
 def block_layout(config: PreTrainedConfig, shapes: Mapping[str, torch.Size]) -> BlockLayout:
@@ -145,77 +234,66 @@ def block_layout(config: PreTrainedConfig, shapes: Mapping[str, torch.Size]) -> 
     Raises:
         UnsupportedArchitectureError: If the family is unknown or a parameter is not where it says.
     """
-    family = family_of(config.model_type)
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    q, k, v = _parts(
-        "self_attn.", family.qkv, (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-    )
-    experts = GATE_UP_EXPERTS in shapes
-    attention = tuple(f"self_attn.{name}.weight" for name in family.qkv)
-    output = "self_attn.o_proj.weight"
-    if experts:
-        mlp: tuple[str, ...] = (GATE_UP_EXPERTS,)
-        down, mlp_readers = DOWN_EXPERTS, (GATE_UP_EXPERTS, ROUTER)
-    else:
-        mlp = tuple(f"mlp.{name}.weight" for name in family.gate_up)
-        down, mlp_readers = "mlp.down_proj.weight", mlp
-    attn_norm, mlp_norm = "input_layernorm.weight", f"{family.mlp_norm}.weight"
-    linears = (*attention, output, *mlp, down)
-    missing = [n for n in (*linears, *mlp_readers, attn_norm, mlp_norm) if n not in shapes]
+    # Every parameter that the family's entry names must be there.
+    family, heads = family_of(config.model_type), _heads(config)
+    names = _names(family, GATE_UP_EXPERTS in shapes)
+    required = (*names.linears, *names.router, names.attention_norm, names.mlp_norm)
+    missing = [name for name in required if name not in shapes]
     if missing:
         raise UnsupportedArchitectureError(
             f"a block of this {config.model_type} model has no {missing[0]}; "
             "its entry in sliderquant/adapters/families.py does not fit"
         )
-    readers = {attn_norm: attention, mlp_norm: mlp_readers}
-    sites = [
-        _norm_site(name, gain, readers[gain], config.hidden_size, family.gain_offset)
-        for name, gain in (("norm -> qkv", attn_norm), ("norm -> mlp", mlp_norm))
-    ]
-    sites.append(_value_site(v, output, heads, kv_heads, head_dim, shapes))
-    if not experts:
-        gate_rows = shapes[down][1]
-        _, up = _parts("mlp.", family.gate_up, (gate_rows, gate_rows))
-        columns = torch.arange(gate_rows)
-        touches = _rows(up, columns, True, shapes)
-        touches.append(ScaledParameter(name=down, axis=COLUMNS, index=columns, inverse=False))
-        sites.append(ScalingSite(name="up -> down", size=gate_rows, parameters=tuple(touches)))
-    rotary_dim = _rotary_dim(config, head_dim)
-    pairs, entries = rotary_pairs(head_dim, rotary_dim), head_dim - rotary_dim + rotary_dim // 2
-    if family.head_norms:
-        sites.append(_head_norm_site(pairs, entries, family.gain_offset))
-    else:
-        sites.append(_query_key_site(q, k, heads, kv_heads, pairs, entries, shapes))
-    writers = (
-        output,
-        down,
-        *(n for n in ("self_attn.o_proj.bias", "mlp.down_proj.bias") if n in shapes),
-    )
+
+    # Biases are optional: those that are there write and read with their weights.
+    key_rows = heads.keys * heads.features
+    rows = (heads.queries * heads.features, key_rows, key_rows)
+    query, key, value = _projections("self_attn.", family.qkv, rows)
+    values = [f"{value.name}.{kind}" for kind in ("weight", "bias")]
+    biases = [n for n in ("self_attn.o_proj.bias", "mlp.down_proj.bias") if n in shapes]
+
     return BlockLayout(
-        linears=linears,
-        sites=tuple(sites),
-        readers=readers,
-        writers=writers,
-        values=tuple(
-            (name, v.start, v.rows)
-            for name in (f"{v.name}.weight", f"{v.name}.bias")
-            if name in shapes
-        ),
-        outputs=(output,),
-        head_dim=head_dim,
+        linears=names.linears,
+        sites=_sites(config, family, heads, names, (query, key, value), shapes),
+        readers=names.readers,
+        writers=(names.output, names.down, *biases),
+        values=tuple((name, value.start, value.rows) for name in values if name in shapes),
+        outputs=(names.output,),
+        head_dim=heads.features,
         gain_offset=family.gain_offset,
         output_norms=family.output_norms,
     )
 
 
-def _rotary_dim(config: PreTrainedConfig, head_dim: int) -> int:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    share = parameters.get("partial_rotary_factor") or getattr(
-        config, "partial_rotary_factor", None
-    )
-    return int(head_dim * (share or 1.0))
+def _sites(
+    config: PreTrainedConfig,
+    family: Family,
+    heads: _Heads,
+    names: _Names,
+    projections: tuple[_Projection, _Projection, _Projection],
+    shapes: Mapping[str, torch.Size],
+) -> tuple[ScalingSite, ...]:
+    """Return the places of a block where channel scales cancel."""
+    # Between each norm and the layers that read it.
+    query, key, value = projections
+    sites = [
+        _norm_site(name, gain, names.readers[gain], config.hidden_size, family.gain_offset)
+        for name, gain in (("norm -> qkv", names.attention_norm), ("norm -> mlp", names.mlp_norm))
+    ]
+
+    # Between layers that nothing but linear operations separates; experts are left alone.
+    sites.append(_value_site(value, names.output, heads, shapes))
+    if names.down != DOWN_EXPERTS:
+        sites.append(_up_site(family, names.down, shapes))
+
+    # Between queries and keys, whose product is all that matters.
+    pairs = rotary_pairs(heads.features, heads.rotary)
+    entries = heads.features - heads.rotary + heads.rotary // 2
+    if family.head_norms:
+        sites.append(_head_norm_site(pairs, entries, family.gain_offset))
+    else:
+        sites.append(_query_key_site(query, key, heads, pairs, entries, shapes))
+    return tuple(sites)
 
 
 def _norm_site(
@@ -230,43 +308,50 @@ def _norm_site(
 
 
 def _value_site(
-    v: _Part,
-    output: str,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    shapes: Mapping[str, torch.Size],
+    value: _Projection, output: str, heads: _Heads, shapes: Mapping[str, torch.Size]
 ) -> ScalingSite:
     """Each key-value head's slice of alpha is repeated for the query heads that read it."""
-    size = kv_heads * head_dim
+    size = heads.keys * heads.features
     rows = torch.arange(size)
-    columns = rows.view(kv_heads, head_dim).repeat_interleave(heads // kv_heads, dim=0).flatten()
-    read = ScaledParameter(name=output, axis=COLUMNS, index=columns, inverse=False)
-    return ScalingSite(name="v -> o", size=size, parameters=(*_rows(v, rows, True, shapes), read))
+    columns = heads.repeat(rows.view(heads.keys, heads.features))
+    reader = ScaledParameter(name=output, axis=COLUMNS, index=columns, inverse=False)
+    scaled = (*_scaled_rows(value, rows, True, shapes), reader)
+    return ScalingSite(name="v -> o", size=size, parameters=scaled)
+
+
+def _up_site(family: Family, down: str, shapes: Mapping[str, torch.Size]) -> ScalingSite:
+    """The input of the down projection is linear in the output of the up projection."""
+    size = shapes[down][1]
+    _, up = _projections("mlp.", family.gate_up, (size, size))
+    channels = torch.arange(size)
+    reader = ScaledParameter(name=down, axis=COLUMNS, index=channels, inverse=False)
+    scaled = (*_scaled_rows(up, channels, True, shapes), reader)
+    return ScalingSite(name="up -> down", size=size, parameters=scaled)
 
 
 def _query_key_site(
-    q: _Part,
-    k: _Part,
-    heads: int,
-    kv_heads: int,
+    query: _Projection,
+    key: _Projection,
+    heads: _Heads,
     pairs: Tensor,
     entries: int,
     shapes: Mapping[str, torch.Size],
 ) -> ScalingSite:
-    keys = pairs + entries * torch.arange(kv_heads)[:, None]
-    queries = keys.repeat_interleave(heads // kv_heads, dim=0).flatten()
-    touches = (*_rows(q, queries, True, shapes), *_rows(k, keys.flatten(), False, shapes))
-    return ScalingSite(name="q <-> k", size=kv_heads * entries, parameters=touches)
+    keys = pairs + entries * torch.arange(heads.keys)[:, None]
+    scaled = (
+        *_scaled_rows(query, heads.repeat(keys), True, shapes),
+        *_scaled_rows(key, keys.flatten(), False, shapes),
+    )
+    return ScalingSite(name="q <-> k", size=heads.keys * entries, parameters=scaled)
 
 
 def _head_norm_site(pairs: Tensor, entries: int, gain_offset: float) -> ScalingSite:
     """The norm per head would undo a scaling of the projections, so the gains take it."""
-    touches = tuple(
+    scaled = tuple(
         ScaledParameter(
             name=f"self_attn.{side}_norm.weight", axis=ROWS, index=pairs, inverse=inverse,
             offset=gain_offset,
         )
         for side, inverse in (("q", True), ("k", False))
     )  # fmt: skip
-    return ScalingSite(name="q <-> k", size=entries, parameters=touches)
+    return ScalingSite(name="q <-> k", size=entries, parameters=scaled)

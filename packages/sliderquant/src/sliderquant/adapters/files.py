@@ -77,6 +77,7 @@ def load_config(
     Raises:
         InputError: If it is missing, unreadable, of a quantized model, or of an unsupported family.
     """
+    # A directory with a config.
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(
@@ -88,6 +89,8 @@ def load_config(
             f"{directory} is no model directory, it has no config.json; "
             "give the folder that save_pretrained wrote"
         )
+
+    # A config of a full-precision model that transformers can read, of a family that is known.
     try:
         raw = json.loads((directory / "config.json").read_text())
         if not allow_rounded:
@@ -141,6 +144,7 @@ def load_model(
     Raises:
         InputError: If a file is missing, damaged or does not fit, or a weight is NaN or infinite.
     """
+    # Safetensors only, and nothing from the network.
     directory = Path(directory)
     config = load_config(directory, allow_rounded=allow_rounded)
     dtype = _stored_dtype(directory)
@@ -156,6 +160,8 @@ def load_model(
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{directory} cannot be loaded ({reason}); restore its files") from None
+
+    # transformers fills in what is missing with random values; here it is an error, as is a NaN.
     if info["missing_keys"]:
         raise InputError(
             f"{directory} lacks {len(info['missing_keys'])} weights, such as "
@@ -164,6 +170,7 @@ def load_model(
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise InputError(f"weight {name} holds NaN or infinity; use an intact checkpoint")
+
     return LoadedModel(
         model=model.to(device),
         tokenizer=load_tokenizer(directory),

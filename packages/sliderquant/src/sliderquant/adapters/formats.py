@@ -59,6 +59,7 @@ def check_expressible(
     Raises:
         ConfigError: Naming what can be done instead.
     """
+    # Formats of this package express everything; dense ones lose the rounding of activations.
     experts = {name for name in weights if name.endswith((GATE_UP_EXPERTS, DOWN_EXPERTS))}
     if format in ("dense", "pre-quant") and activations is not None:
         warn(f"format {format} holds weights only: loaded again, no activation is rounded")
@@ -66,6 +67,8 @@ def check_expressible(
         return
     if activations is not None:
         _check_activations(activations, bool(experts))
+
+    # What transformers cannot load of compressed-tensors.
     kinds = {_kind(fmt) for fmt in weights.values()}
     asymmetric = any(not fmt.sym for fmt in weights.values())
     if asymmetric and experts:
@@ -164,12 +167,13 @@ def compressed_tensors_config(
         activations: Rounding of activations, symmetric per token.
         moe: Whether there are routers, which stay as they are.
     """
+    # Weights of one format share a group of the config.
     kinds: dict[tuple[int, int | None, bool], list[str]] = defaultdict(list)
     for name, fmt in weights.items():
         kinds[_kind(fmt)].append(name)
     groups = {
         f"group_{number}": {
-            "targets": ["Linear"] if len(kinds) == 1 else patterns(names),
+            "targets": ["Linear"] if len(kinds) == 1 else layer_patterns(names),
             "format": "pack-quantized",
             "weights": {
                 "num_bits": bits,
@@ -184,20 +188,22 @@ def compressed_tensors_config(
         }
         for number, ((bits, group_size, sym), names) in enumerate(kinds.items())
     }
-    written = {
+
+    # Head, routers and unrounded layers are named, because "Linear" means every linear layer.
+    quantization = {
         "quant_method": "compressed-tensors",
         "version": LAYOUT_VERSION,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", *([r"re:.*\.gate$"] if moe else []), *patterns(plain)],
+        "ignore": ["lm_head", *([r"re:.*\.gate$"] if moe else []), *layer_patterns(plain)],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
     if any(not fmt.sym for fmt in weights.values()):
         # Read by transformers: its other way of loading fails on zero points.
-        written["dequantize"] = True
-    return written
+        quantization["dequantize"] = True
+    return quantization
 
 
 def _token_args(activations: ActivationFormat) -> dict[str, Any]:
@@ -210,7 +216,7 @@ def _token_args(activations: ActivationFormat) -> dict[str, Any]:
     }
 
 
-def patterns(names: Iterable[str]) -> list[str]:
+def layer_patterns(names: Iterable[str]) -> list[str]:
     """Return regular expressions that match exactly these layers, one per place in the block.
 
     Args:

@@ -48,14 +48,18 @@ def read_tasks(paths: Sequence[str]) -> list[dict[str, Any]]:
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"task {path} does not exist; give a YAML file or a folder of them")
-        found = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")]) if path.is_dir() else [path]
-        if not found:
+        task_files = [path]
+        if path.is_dir():
+            task_files = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")])
+        if not task_files:
             raise InputError(f"{path} holds no YAML file; give a folder of task files")
-        files += found
+        files += task_files
+
+    # Results are named by the task, so a name may appear once.
     tasks = [_read_task(path) for path in files]
     names = [task["task"] for task in tasks]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"task {twice[0]} is defined twice; rename one")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"task {repeated[0]} is defined twice; rename one")
     return tasks
 
 
@@ -71,6 +75,8 @@ def _read_task(path: Path) -> dict[str, Any]:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}); restore it") from None
+
+    # A task in one file, whose data are local files.
     if not isinstance(task, dict) or not isinstance(task.get("task"), str):
         raise InputError(f"{path} is no lm-eval task, it has no 'task: NAME'; see its task guide")
     if "include" in task:
@@ -91,9 +97,9 @@ def _local_data(path: Path, kwargs: Any) -> dict[str, Any]:
 
     def resolve(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: resolve(one) for key, one in value.items()}
+            return {key: resolve(entry) for key, entry in value.items()}
         if isinstance(value, list):
-            return [resolve(one) for one in value]
+            return [resolve(entry) for entry in value]
         file = path.parent / str(value)
         if not file.is_file():
             raise InputError(
@@ -126,11 +132,10 @@ def run_tasks(
     Raises:
         InputError: If lm-eval is not installed, or a task does not fit its data.
     """
-    prefix = next(
-        (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None
-    )
-    if prefix is None:
+    # lm-eval puts a token in front of every text.
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has neither a bos nor an eos token; lm-eval needs one")
+
     with _contained(), quiet_transformers(), tempfile.TemporaryDirectory() as cache:
         try:
             from lm_eval import simple_evaluate
@@ -138,16 +143,20 @@ def run_tasks(
             from lm_eval.tasks import TaskManager
         except ImportError:
             raise InputError("tasks need lm-eval; pip install 'sliderquant[eval]'") from None
+
+        # The datasets library writes what it reads into a cache, which is thrown away here.
         host = HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
         )
-        given = [
+        cached_tasks = [
             {**t, "dataset_kwargs": {**t["dataset_kwargs"], "cache_dir": cache}} for t in tasks
         ]
+
+        # A task that does not fit its data may fail anywhere in the harness.
         try:
             results = simple_evaluate(
                 model=host,
-                tasks=given,
+                tasks=cached_tasks,
                 task_manager=TaskManager(include_defaults=False),
                 limit=limit,
                 bootstrap_iters=200,
@@ -156,22 +165,24 @@ def run_tasks(
         except (ValueError, KeyError, TypeError, AssertionError, AttributeError, OSError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"lm-eval cannot run the tasks ({reason}); check the files") from error
+
     assert results is not None  # only other ranks get None
     return [_scores(task["task"], results) for task in tasks]
 
 
 def _scores(name: str, results: Mapping[str, Any]) -> TaskScores:
-    found = {
+    # Keys are "metric,filter" and "metric_stderr,filter".
+    values = {
         key.partition(",")[0]: value
         for key, value in results["results"][name].items()
         if "," in key and isinstance(value, int | float)
     }
     return TaskScores(
         name=f"{name} v{results['versions'].get(name, '?')}",
-        metrics={key: value for key, value in found.items() if not key.endswith("_stderr")},
+        metrics={key: value for key, value in values.items() if not key.endswith("_stderr")},
         stderrs={
             key.removesuffix("_stderr"): value
-            for key, value in found.items()
+            for key, value in values.items()
             if key.endswith("_stderr")
         },
         samples=results["n-samples"][name]["effective"],
@@ -183,6 +194,7 @@ def _contained() -> Iterator[None]:
     """Make the hub's client refuse every request, and the harness quiet and in one process."""
     from huggingface_hub import constants
 
+    # What is changed for the duration.
     logger = logging.getLogger("lm_eval")
     offline, level = constants.HF_HUB_OFFLINE, logger.level
     processes = os.environ.get("DISABLE_MULTIPROC")

@@ -32,11 +32,14 @@ def load_any(
     Raises:
         InputError: If it cannot be loaded.
     """
+    # Models in full precision have a loader of their own, which checks every weight.
     directory = Path(directory)
     raw = read_raw_config(directory)
     native = raw.get("model_type") == NATIVE_TYPE
     if not native and "quantization_config" not in raw:
         return load_model(directory, device, allow_rounded=True, upcast=upcast)
+
+    # Packed weights stay packed; what is computed with them is float32 if asked.
     model = load(directory, torch.device(device)) if native else _load_compressed(directory, device)
     dtype = model.dtype
     if upcast:
@@ -58,14 +61,19 @@ def _load_compressed(directory: Path, device: torch.device | str) -> PreTrainedM
                 directory, dtype="auto", use_safetensors=True, local_files_only=True,
                 output_loading_info=True,
             )  # fmt: skip
+
+            # transformers fills in what is missing with random values; here it is an error.
             if info["missing_keys"]:
                 raise InputError(
                     f"{directory} lacks {len(info['missing_keys'])} weights, such as "
                     f"{sorted(info['missing_keys'])[0]}; restore its files"
                 )
+
+            # The first pass unpacks the weights; a model that cannot compute is found here.
             model = model.to(device).eval()
             with torch.no_grad():
                 model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+
     except ImportError as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(

@@ -49,7 +49,7 @@ class ModelWriter:
     """Writes one model directory.
 
     Args:
-        out: Folder to write; its files appear under their final names only when they are whole.
+        out: Folder to write; its files appear under their final names only when they are complete.
         source: Directory whose config, tokenizer, chat template and generation config are taken over.
         format: "compressed-tensors" (packed, loads in transformers and vLLM), "native" (packed, loads
             with ``sliderquant.load``), "dense" (dequantized), "pre-quant" (not rounded at all).
@@ -83,14 +83,18 @@ class ModelWriter:
         self.out, self.source = Path(out), Path(source)
         self.format, self.dtype, self.activations = format, dtype, activations
         self._container_bits = container_bits
-        found = config or json.loads((self.source / "config.json").read_text(encoding="utf-8"))
-        self._config = {**found, **(config_changes or {})}
+
+        # The config of the source, with what differs in the result.
+        original = config or json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        self._config = {**original, **(config_changes or {})}
         self._family = family_of(self._config["model_type"])
         # Asked of the config class: a file may leave out what is the family's default.
         self._tied = AutoConfig.for_model(**self._config).tie_word_embeddings
+
+        # An unfinished export is continued only if it is of the same run and format.
         stem = "sliderquant" if format == "native" else "model"
-        told = {"format": format, "dtype": str(dtype), "container": container_bits, "run": identity}
-        self._shards = ShardWriter(self.out, stem, told, shard_bytes)
+        run = {"format": format, "dtype": str(dtype), "container": container_bits, "run": identity}
+        self._shards = ShardWriter(self.out, stem, run, shard_bytes)
 
     @property
     def written(self) -> frozenset[str]:
@@ -112,18 +116,20 @@ class ModelWriter:
             new.pop(HEAD, None)
         if not new:
             return
+
+        # What the files hold of each parameter, and the format that the config will name.
         stored: dict[str, Tensor] = {}
         notes: dict[str, dict[str, Any] | None] = {}
         for name, value in new.items():
             if isinstance(value, QuantizedWeight) and self.format != "dense":
-                value = self._contained(value)
+                value = self._in_container(value)
             notes[name] = describe(value.fmt) if isinstance(value, QuantizedWeight) else None
             for disk_name, part in self._parts(name, value):
                 stored |= self._stored(disk_name, part)
         self._shards.add(stored, notes)
 
-    def _contained(self, value: QuantizedWeight) -> QuantizedWeight:
-        """The same integers in a wider field."""
+    def _in_container(self, value: QuantizedWeight) -> QuantizedWeight:
+        """Return the same integers in a wider field."""
         if self._container_bits is None or self._container_bits <= value.fmt.bits:
             return value
         return replace(value, fmt=replace(value.fmt, bits=self._container_bits))
@@ -132,11 +138,14 @@ class ModelWriter:
         self, name: str, value: QuantizedWeight | Tensor
     ) -> Iterable[tuple[str, QuantizedWeight | Tensor]]:
         """Yield a parameter under its checkpoint name, or its experts one by one under theirs."""
+        # Only experts are stored under other names than they have in the model.
         match = LAYER.fullmatch(name)
         files = self._family.expert_files
         if match is None or files is None or self.format == "native":
             yield name, value
             return
+
+        # Gate and up projection of an expert are fused in the model, and apart in the files.
         prefix, inner = f"model.layers.{match[1]}.", match[2]
         gate, up, down, router = files
         if inner == ROUTER:
@@ -144,12 +153,12 @@ class ModelWriter:
         elif inner in (GATE_UP_EXPERTS, DOWN_EXPERTS):
             codes = value.codes if isinstance(value, QuantizedWeight) else value
             for expert in range(codes.shape[0]):
-                whole, rows = value[expert], codes.shape[1] // 2
+                weight, rows = value[expert], codes.shape[1] // 2
                 if inner == DOWN_EXPERTS:
-                    yield prefix + down.format(expert), whole
+                    yield prefix + down.format(expert), weight
                 else:
-                    yield prefix + gate.format(expert), whole[:rows]
-                    yield prefix + up.format(expert), whole[rows:]
+                    yield prefix + gate.format(expert), weight[:rows]
+                    yield prefix + up.format(expert), weight[rows:]
         else:
             yield name, value
 
@@ -175,6 +184,7 @@ class ModelWriter:
         Raises:
             RuntimeError: If a parameter of the model was never written.
         """
+        # Checked first: nothing is published while a parameter is missing.
         formats = {
             name: WeightFormat(**(note | {"dtype": self.dtype}))
             for name, note in self._shards.notes.items()
@@ -182,6 +192,8 @@ class ModelWriter:
         }
         config = self._final_config(formats)
         files = self._shards.join()
+
+        # Tokenizer, chat template and generation config come along as they are.
         for pattern in COMPANION_FILES:
             for path in sorted(self.source.glob(pattern)):
                 target = self.out / path.name
@@ -193,12 +205,15 @@ class ModelWriter:
         if card is not None:
             atomic_write(self.out / "README.md", card)
             files.append("README.md")
+
+        # A folder without its config is no model, so this makes the result visible.
         atomic_write(self.out / "config.json", json.dumps(config, indent=2) + "\n")
         self._shards.finish()
         return [*files, "config.json"]
 
     def _final_config(self, formats: Mapping[str, WeightFormat]) -> dict[str, Any]:
         """Return what ``config.json`` will say, after checking that nothing is missing."""
+        # Every parameter of the model, but for a head that is the embedding.
         with quiet_transformers():
             hf_config = AutoConfig.for_model(**self._config)
             model = empty_model(hf_config)
@@ -207,6 +222,8 @@ class ModelWriter:
             expected.discard(HEAD)
         if missing := sorted(expected - self.written):
             raise RuntimeError(f"{len(missing)} parameters were not written, such as {missing[0]}")
+
+        # What every format says: its type, and that it comes from here.
         config = {k: v for k, v in self._config.items() if k not in ("torch_dtype", "dtype")}
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         config[MARK] = {"format": self.format, "rounded": bool(formats)}
@@ -214,6 +231,8 @@ class ModelWriter:
             return config
         if self.format == "native":
             return native_config(config, formats, self.activations)
+
+        # compressed-tensors names the layers that are not quantized.
         shapes = {name: p.shape for name, p in model.model.layers[0].named_parameters()}
         linears = block_layout(hf_config, shapes).linears
         plain = [

@@ -46,6 +46,7 @@ def load(
         InputError: If the directory is no native model, a file is missing or damaged, or the device
             is not there.
     """
+    # What the directory says about itself.
     directory = Path(directory)
     target = resolve_device(device) if isinstance(device, str) else device
     raw = read_raw_config(directory)
@@ -57,6 +58,8 @@ def load(
     formats, activations = native_formats(directory, raw)
     base = base_config(directory, raw)
     family_of(base["model_type"])
+
+    # An empty model, whose weights are replaced by packed ones.
     try:
         with quiet_transformers():
             model = empty_model(AutoConfig.for_model(**base))
@@ -67,11 +70,13 @@ def load(
         ) from None
     try:
         for name, fmt in formats.items():
-            _swap_(model, name, fmt, kernel == "triton")
+            _replace_by_packed_(model, name, fmt, kernel == "triton")
     except (AttributeError, ValueError, TypeError) as error:
         raise InputError(
             f"{directory}/config.json names a weight that the model lacks ({error}); restore it"
         ) from None
+
+    # Tensors from the files; then the model is ready for ``generate``.
     _fill_(model, directory, target)
     if activations is not None:
         ActivationRounding(model.model.layers, model.config, activations)
@@ -122,15 +127,15 @@ def native_formats(
         InputError: If the version is not this one, or an entry is not what was written.
     """
     try:
-        told = raw["quantization_config"]
-        if told["sliderquant_version"] != NATIVE_VERSION:
-            raise ValueError(f"version {told['sliderquant_version']}, not {NATIVE_VERSION}")
+        quantization = raw["quantization_config"]
+        if quantization["sliderquant_version"] != NATIVE_VERSION:
+            raise ValueError(f"version {quantization['sliderquant_version']}, not {NATIVE_VERSION}")
         dtype = getattr(torch, raw["dtype"])
         formats = {
-            name: WeightFormat(**_checked(entry), dtype=dtype)
-            for name, entry in told["weights"].items()
+            name: WeightFormat(**_check_entry(entry), dtype=dtype)
+            for name, entry in quantization["weights"].items()
         }
-        rounding = told["activations"]
+        rounding = quantization["activations"]
         return formats, None if rounding is None else ActivationFormat(**rounding)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
@@ -138,14 +143,15 @@ def native_formats(
         ) from None
 
 
-def _checked(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _check_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the format of one weight, if a weight can have it."""
     bits, group_size, sym = entry["bits"], entry["group_size"], entry["sym"]
     if bits not in range(2, 9) or not (group_size is None or 0 < group_size < 2**31):
         raise ValueError(f"{bits} bits in groups of {group_size}")
     return {"bits": bits, "group_size": group_size, "sym": bool(sym)}
 
 
-def _swap_(model: PreTrainedModel, name: str, fmt: WeightFormat, kernel: bool) -> None:
+def _replace_by_packed_(model: PreTrainedModel, name: str, fmt: WeightFormat, kernel: bool) -> None:
     """Put a packed stand-in where the parameter was."""
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
@@ -160,10 +166,13 @@ def _swap_(model: PreTrainedModel, name: str, fmt: WeightFormat, kernel: bool) -
 
 def _fill_(model: PreTrainedModel, directory: Path, device: torch.device) -> None:
     """Read every tensor from the files into its place."""
+    # The tensors that are still to come; a tied head is the embedding.
     state = model.state_dict()
     modules = dict(model.named_modules())  # get_submodule would trip over fused experts' properties
     if model.config.tie_word_embeddings:
         state.pop(HEAD, None)
+
+    # Every tensor of the files has a place, and every place gets a tensor.
     for path in weight_files(directory):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
@@ -180,9 +189,11 @@ def _fill_(model: PreTrainedModel, directory: Path, device: torch.device) -> Non
         raise InputError(
             f"{directory} lacks {len(state)} tensors, such as {sorted(state)[0]}; restore its files"
         )
+
+    # What is in no file: a tied head, rotary tables and the like.
     if model.config.tie_word_embeddings:
         _put_(modules, HEAD, model.get_parameter(EMBEDDING).data, None, directory)
-    for module in modules.values():  # rotary tables and the like, which are in no file
+    for module in modules.values():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
@@ -195,6 +206,7 @@ def _put_(
     expected: Tensor | None,
     path: Path,
 ) -> None:
+    """Put a tensor into a module, if it is of the expected shape and kind."""
     integers = expected is not None and not expected.is_floating_point()
     if expected is not None and (
         tensor.shape != expected.shape or tensor.is_floating_point() == integers

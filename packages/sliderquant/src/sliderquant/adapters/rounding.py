@@ -36,6 +36,7 @@ class ActivationRounding:
     def __init__(
         self, blocks: Iterable[nn.Module], config: PreTrainedConfig, fmt: ActivationFormat
     ) -> None:
+        # What ``remove`` puts back.
         self._config = config
         self._attention = config._attn_implementation
         self._experts = getattr(config, "_experts_implementation", None)
@@ -46,6 +47,8 @@ class ActivationRounding:
             for module in block.modules()
             if isinstance(module, nn.Linear | PackedLinear)
         ]
+
+        # Attention and experts are functions that the config names.
         if fmt.attention:
             config._attn_implementation = _register_attention(self._attention)
         if self._experts is not None:
@@ -105,10 +108,13 @@ def _rounded_experts(
     result = torch.zeros_like(hidden)
     rounded = fake_quantize_tokens(hidden, fmt)
     for expert in top_k_index.unique().tolist():
+        # The tokens of this expert go through its two products.
         token, place = (top_k_index == expert).nonzero(as_tuple=True)
         inner = self._apply_gate(nn.functional.linear(rounded[token], self.gate_up_proj[expert]))
         inner = fake_quantize_tokens(inner, fmt)
         out = nn.functional.linear(inner, self.down_proj[expert])
+
+        # Each token adds the results of its experts, weighted by the router.
         result = result.index_add(0, token, out * top_k_weights[token, place, None].to(out.dtype))
     return result
 

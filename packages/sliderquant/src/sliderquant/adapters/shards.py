@@ -1,8 +1,9 @@
 """Safetensors shards of a model that is never in memory as a whole.
 
 Tensors arrive in pieces. A piece is a safetensors file in a staging folder, written under another name,
-synced and renamed; a journal lists the whole ones. In the end pieces are joined, byte by byte, into
-shards of bounded size. A process killed anywhere leaves only whole files, and the next one goes on.
+synced and renamed; a journal lists those that are complete. In the end pieces are joined, byte by byte,
+into shards of bounded size. A process that is killed anywhere leaves only complete files, and the next
+one goes on.
 """
 
 import json
@@ -12,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from effml_common.errors import InputError
 from effml_common.files import atomic_write, fsync_path
 
 STAGING = ".export"
-SHARD_BYTES = 5 * 10**9  # the limit that transformers' own writer used for years
+SHARD_BYTES = 5 * 10**9  # largest file, the limit that transformers' own writer used for years
 _JOURNAL = "journal.json"
 
 
@@ -47,19 +47,21 @@ class ShardWriter:
         identity = json.loads(json.dumps(identity))
         if out.exists() and not out.is_dir():
             raise InputError(f"{out} is a file; give a folder for --out")
-        found = _read_journal(self.staging / _JOURNAL)
-        if found is None:
+
+        # An earlier export of the same identity goes on; any other model is left alone.
+        journal = _read_journal(self.staging / _JOURNAL)
+        if journal is None:
             if (out / "config.json").exists() or any(out.glob("*.safetensors")):
                 raise InputError(f"{out} holds a model already; choose another --out")
             shutil.rmtree(self.staging, ignore_errors=True)
             self.staging.mkdir(parents=True)
-            found = {"identity": identity, "pieces": [], "notes": {}}
-        elif found["identity"] != identity:
+            journal = {"identity": identity, "pieces": [], "notes": {}}
+        elif journal["identity"] != identity:
             raise InputError(
                 f"{out} holds the unfinished export of another model or format; "
                 f"remove {self.staging} or choose another --out"
             )
-        self._journal = found
+        self._journal = journal
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -74,7 +76,7 @@ class ShardWriter:
             notes: JSON by key.
 
         Raises:
-            OSError: If the disk is full or gone; earlier pieces are whole.
+            OSError: If the disk is full or gone; earlier pieces are complete.
         """
         for part in _parts(tensors, self._limit):
             name = f"piece-{len(self._journal['pieces']):05d}.safetensors"
@@ -106,8 +108,9 @@ class ShardWriter:
     def join(self) -> list[str]:
         """Turn the pieces into shards and an index under their final names; returns the file names.
 
-        May be called again after an interruption: shards that are there are whole.
+        May be called again after an interruption: shards that are there are complete.
         """
+        # One shard per group; a single one has no number.
         groups = self._groups()
         index: dict[str, str] = {}
         files = []
@@ -120,6 +123,8 @@ class ShardWriter:
                 (self.staging / piece["file"]).unlink(missing_ok=True)
                 index |= dict.fromkeys(piece["sizes"], name)
             files.append(name)
+
+        # Several shards need an index, in the layout of transformers.
         if len(groups) > 1:
             total = sum(sum(piece["sizes"].values()) for group in groups for piece in group)
             document = {
@@ -136,7 +141,7 @@ class ShardWriter:
         shutil.rmtree(self.staging)
 
     def _groups(self) -> list[list[dict[str, Any]]]:
-        """Neighbouring pieces that fit into one shard."""
+        """Return neighbouring pieces that fit into one shard."""
         groups: list[list[dict[str, Any]]] = []
         free = -1
         for piece in self._journal["pieces"]:
@@ -161,7 +166,8 @@ class ShardWriter:
 
 
 def join_files(sources: list[Path], target: Path) -> None:
-    """Join safetensors files with different names in them into one, without reading them whole."""
+    """Join safetensors files with different names in them into one, a buffer at a time."""
+    # Where each tensor lies: (name, header entry, file, first byte, bytes).
     entries = []
     for source in sources:
         with source.open("rb") as file:
@@ -171,6 +177,7 @@ def join_files(sources: list[Path], target: Path) -> None:
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             entries.append((name, entry, source, 8 + length + begin, end - begin))
+
     # As safetensors itself orders them: wide types first, so that every tensor lies aligned.
     entries.sort(key=lambda e: (-_width(e[1]["dtype"]), e[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -178,6 +185,8 @@ def join_files(sources: list[Path], target: Path) -> None:
     for name, entry, _, _, size in entries:
         header[name] = {**entry, "data_offsets": [offset, offset + size]}
         offset += size
+
+    # A header whose length is a multiple of 8, then the tensors.
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with target.open("wb") as out:
@@ -210,7 +219,7 @@ def _parts(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]
 
 
 def _width(dtype: str) -> int:
-    """Bytes per element of a safetensors dtype such as ``BF16`` or ``I64``."""
+    """Return the bytes per element of a safetensors dtype such as ``BF16`` or ``I64``."""
     digits = "".join(c for c in dtype.partition("_")[0] if c.isdigit())
     return int(digits) // 8 if digits else 1
 
@@ -228,16 +237,17 @@ def _read_journal(path: Path) -> dict[str, Any] | None:
 
 
 def _default_mode(folder: Path) -> int:
-    """The mode of a new file under this umask, as seen on the journal; safetensors makes 0600."""
+    """Return the mode of a new file under this umask, as the journal has it; safetensors sets 0600."""
     return (folder / _JOURNAL).stat().st_mode & 0o777
 
 
 def _errno(error: Exception) -> tuple[int, str]:
+    """Return the code of the system's error that safetensors names in its text, and that text."""
     import errno
     import re
 
-    found = re.search(r"os error (\d+)", str(error))
-    code = int(found[1]) if found else errno.EIO
+    match = re.search(r"os error (\d+)", str(error))
+    code = int(match[1]) if match else errno.EIO
     return code, str(error).splitlines()[0]
 
 
@@ -253,8 +263,3 @@ def tensor_bytes(directory: Path) -> dict[str, int]:
             begin, end = entry["data_offsets"]
             sizes[name] = end - begin
     return sizes
-
-
-def stored_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a floating tensor in ``dtype``, others as they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,8 +1,8 @@
 """A model whose weights stay in their safetensors files until a block is asked for.
 
 The model itself is an empty shell: its parameters are on the meta device, its buffers (rotary tables,
-embedding scales) are real. A block is read, turned to float32, rotated if asked, and handed out; nobody
-keeps it here.
+embedding scales) are real. A block is read, converted to float32, rotated if asked, and returned; it is
+not kept here.
 """
 
 from collections import defaultdict
@@ -46,7 +46,7 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_he
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Make parameters without memory while models are built; buffers are made for real."""
+    """Give parameters no memory while models are built; buffers are real."""
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -92,6 +92,8 @@ class CheckpointParameters:
     ) -> None:
         self.model, self.device, self.r1, self.r2 = model, torch.device(device), r1, r2
         self.family = family_of(model.config.model_type)
+
+        # Which file holds which tensor; nothing but the type of the embedding is read.
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         self.dtype = torch.float32
@@ -114,16 +116,19 @@ class CheckpointParameters:
 
     def _check(self, directory: Path) -> None:
         """Compare names and shapes with what the config asks for; reads no weight."""
+        # Names in the files, and shapes where a parameter is stored as it is.
         expected: dict[str, tuple[int, ...]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if name == HEAD and self.tied and self.model.config.tie_word_embeddings:
                 continue
             _, _, rest = name.partition("model.layers.")
             block, _, inner = rest.partition(".")
-            stored = self._stored_names(int(block), inner) if block else [name]
-            for one in stored:
+            stored_names = self._stored_names(int(block), inner) if block else [name]
+            for stored_name in stored_names:
                 # Pieces of fused experts differ from the fused shape; their count is what matters.
-                expected[one] = tuple(parameter.shape) if len(stored) == 1 else ()
+                is_whole = len(stored_names) == 1
+                expected[stored_name] = tuple(parameter.shape) if is_whole else ()
+
         missing = sorted(expected.keys() - self._files.keys())
         if missing:
             raise InputError(
@@ -138,10 +143,13 @@ class CheckpointParameters:
 
     def _stored_names(self, block: int, name: str) -> list[str]:
         """Return the names in the files of one parameter: itself, or the pieces of fused experts."""
+        # Most parameters have the same name in the files, and so may fused experts.
         prefix = f"model.layers.{block}."
         files = self.family.expert_files
         if prefix + name in self._files or files is None:
             return [prefix + name]
+
+        # The experts of most files are stored one by one, gate and up projection apart.
         gate, up, down, router = files
         if name == ROUTER:
             return [prefix + router]
@@ -157,9 +165,9 @@ class CheckpointParameters:
         for name in names:
             by_file[self._files[name]].append(name)
         tensors = {}
-        for path, inside in by_file.items():
+        for path, names_inside in by_file.items():
             with safe_open(path, framework="pt") as file:
-                for name in inside:
+                for name in names_inside:
                     # A copy in any case: what safetensors returns may be the mapped file itself.
                     tensors[name] = file.get_tensor(name).to(self.device, torch.float32, copy=True)
         return tensors
@@ -170,22 +178,28 @@ class CheckpointParameters:
         if self.r1 is None and self.r2 is None:
             return tensors
         layout = block_layout(self.model.config, {n: t.shape for n, t in tensors.items()})
-        turned = rotate_block(tensors, layout, self.r1, None if self.r2 is None else self.r2[block])
+        r2 = None if self.r2 is None else self.r2[block]
+        rotated = rotate_block(tensors, layout, self.r1, r2)
         # What is not quantized is stored in the checkpoint's type.
-        return {n: t if n in layout.linears else self._stored(t) for n, t in turned.items()}
+        return {
+            name: tensor if name in layout.linears else self._as_stored(tensor)
+            for name, tensor in rotated.items()
+        }
 
     def _block_as_stored(self, block: int) -> dict[str, Tensor]:
+        """Return all parameters of a block, by name inside the block, with experts fused."""
+        # All files are opened once.
         names = [name for name, _ in self.model.model.layers[block].named_parameters()]
-        stored = {name: self._stored_names(block, name) for name in names}
-        read = self._read([one for several in stored.values() for one in several])
+        stored_names = {name: self._stored_names(block, name) for name in names}
+        pieces = self._read([piece for several in stored_names.values() for piece in several])
+
         tensors = {}
-        for name, several in stored.items():
+        for name, several in stored_names.items():
             if len(several) == 1:
-                tensors[name] = read.pop(several[0])
+                tensors[name] = pieces.pop(several[0])
                 continue
-            fused = self.model.get_parameter(f"model.layers.{block}.{name}").shape
-            pieces = [read.pop(one) for one in several]
-            tensors[name] = torch.cat(pieces).view(fused)
+            shape = self.model.get_parameter(f"model.layers.{block}.{name}").shape
+            tensors[name] = torch.cat([pieces.pop(piece) for piece in several]).view(shape)
         return tensors
 
     def outside(self, head: bool = True) -> dict[str, Tensor]:
@@ -199,14 +213,17 @@ class CheckpointParameters:
 
     def outside_tensor(self, name: str) -> Tensor:
         """Return embedding, final norm or head alone: they are the largest tensors of a model."""
-        stored = EMBEDDING if name == HEAD and self.tied else name
-        value = self._read([stored])[stored]
+        # A tied head is the embedding.
+        stored_name = EMBEDDING if name == HEAD and self.tied else name
+        value = self._read([stored_name])[stored_name]
         if self.r1 is None:
             return value
-        if name == NORM:  # folded into the head
+
+        # R1 turns embedding and head; the gain of the final norm is folded into the head.
+        if name == NORM:
             return torch.full_like(value, 1 - self.family.gain_offset)
         gain = self._read([NORM])[NORM] + self.family.gain_offset if name == HEAD else None
-        return self._stored(rotate_rows(value, self.r1, gain))
+        return self._as_stored(rotate_rows(value, self.r1, gain))
 
     def check_finite(self) -> None:
         """Read every weight once.
@@ -224,7 +241,8 @@ class CheckpointParameters:
                     )
                 bar.advance()
 
-    def _stored(self, value: Tensor) -> Tensor:
+    def _as_stored(self, value: Tensor) -> Tensor:
+        """Round to the checkpoint's type, and compute on in float32."""
         return value.to(self.dtype).float()
 
 
@@ -272,11 +290,14 @@ def open_model(
     Raises:
         InputError: If something is missing, damaged or does not fit, or R1 is not possible.
     """
+    # Names and shapes are checked, no weight of a block is read.
     config = load_config(directory, trust_remote_code)
     model = empty_model(config, trust_remote_code)
     source = CheckpointParameters(directory, model, device)
     decoder = TransformersDecoder(model, source)
     layout = decoder.layout(0)
+
+    # The residual stream has one basis; a norm between a writer and the stream has its own.
     if rotate in ("r1", "both"):
         if layout.output_norms:
             raise InputError(
@@ -287,11 +308,14 @@ def open_model(
         if source.tied:
             warn("r1 unties the embeddings: the result holds a head of its own")
             config.tie_word_embeddings = False
+
+    # The value heads of each block have a basis of their own.
     if rotate in ("r2", "both"):
         source.r2 = [
             random_rotation(layout.head_dim, seeded((seed, 1, block))).to(device)
             for block in range(decoder.depth)
         ]
+
     return StreamedModel(
         decoder=decoder,
         source=source,

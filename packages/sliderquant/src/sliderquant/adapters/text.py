@@ -29,12 +29,15 @@ def read_documents(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
     """
     documents = []
     for path in map(Path, paths):
+        # Any file is text in UTF-8.
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is not UTF-8 text ({error.reason}); convert it") from None
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from None
+
+        # Each line of a .jsonl is a document; another file is one.
         if path.suffix == ".jsonl":
             lines = [line for line in text.splitlines() if line.strip()]
             documents += [
@@ -43,16 +46,20 @@ def read_documents(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
             ]
         else:
             documents.append(text)
+
     if not any(document.strip() for document in documents):
         raise InputError(f"{', '.join(map(str, paths))}: no text; give files that hold some")
     return documents
 
 
 def _record_text(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of one JSON line; ``where`` names it in messages."""
     try:
         record = json.loads(line)
     except ValueError:
         raise InputError(f"{where} is no JSON; write one object per line") from None
+
+    # Plain text as it is, a chat as the model's template writes it.
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return record["text"]
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
@@ -60,15 +67,13 @@ def _record_text(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> s
             raise InputError(f"{where} is a chat, the model has no chat template; use 'text' lines")
         try:
             return tokenizer.apply_chat_template(record["messages"], tokenize=False)
-        except (
-            Exception
-        ) as error:  # templates are programs of the model's author: any error may come
+        except Exception as error:  # a template is a program: any error may come
             raise InputError(f"{where} does not fit the chat template ({error}); fix it") from None
     raise InputError(f"{where} has neither 'text' nor 'messages'; add one of them")
 
 
 def encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " n"]:
-    """Join documents by blank lines and encode the whole once, as perplexities are published."""
+    """Join documents by blank lines and encode them as one text, as for published perplexities."""
     with quiet_transformers():  # the text is longer than the model's limit on purpose
         ids = tokenizer("\n\n".join(documents), return_tensors="pt")["input_ids"]
     return ids[0]
@@ -92,7 +97,7 @@ def calibration_samples(
         stream: Token ids.
         nsamples: Number of samples; they may overlap.
         seqlen: Tokens per sample.
-        seed: Of the places.
+        seed: Of the places where samples begin.
 
     Raises:
         InputError: If the stream is shorter than one sample.
@@ -109,6 +114,8 @@ def calibration_samples(
         )
     if nsamples * seqlen < SCARCE_TOKENS:
         warn(f"only {nsamples * seqlen} calibration tokens; {SCARCE_TOKENS} or more are better")
+
+    # Places are drawn uniformly; the last one leaves room for a whole sample.
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(stream) - seqlen + 1, (nsamples, 1), generator=generator)
     return stream[starts + torch.arange(seqlen)]

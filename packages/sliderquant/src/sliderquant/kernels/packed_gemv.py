@@ -1,8 +1,8 @@
 """Multiplying a few rows by a packed weight without writing the weight out.
 
-The reference is ``packed.packed_linear``. One program makes BLOCK_N outputs of one row: it reads the
-words of its rows once, takes the codes out by shifts, and sums in float32. Every dequantized entry is
-rounded to the stored type first, so that only the order of the sum differs from the reference.
+The reference is ``packed.packed_linear``. One program computes BLOCK_N outputs of one row: it reads the
+words of the weight's rows once, takes the codes out by shifts, and sums in float32. Every dequantized
+entry is rounded to the stored type first, so that only the order of the sum differs from the reference.
 
 Words must hold whole codes: 2, 4 and 8 bits. Decoding is bound by the bytes of the weight, which is why
 this pays for few rows only.
@@ -14,8 +14,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BITS = (2, 4, 8)
-ROWS = 8  # above, dequantizing once and a large product are faster
+BITS = (2, 4, 8)  # of a code, so that words hold whole codes
+ROWS = 8  # of x; above, dequantizing once and a large product are faster
 
 
 @triton.jit
@@ -26,16 +26,22 @@ def _kernel(  # noqa: ANN202
 ):  # fmt: skip
     per_word: tl.constexpr = 32 // BITS
     mask: tl.constexpr = (1 << BITS) - 1
+
+    # This program's row of x, and its outputs n.
     row = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < outputs
     total = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
+
     for start in range(0, row_words, BLOCK_W):
+        # Words of the weight's rows, each read once.
         w = start + tl.arange(0, BLOCK_W)
         inside = n_ok[:, None] & (w < row_words)[None, :]
         address = n[:, None].to(tl.int64) * row_words + w[None, :]
         packed = tl.load(packed_ptr + address, mask=inside, other=0)
+
         for i in tl.static_range(per_word):
+            # Code i of every word belongs to input k and its group.
             k = w * per_word + i
             ok = k < columns
             x = tl.load(x_ptr + row * columns + k, mask=ok, other=0.0).to(tl.float32)
@@ -55,8 +61,11 @@ def _kernel(  # noqa: ANN202
                 zero = (zeros >> (BITS * (n % per_word))[:, None]) & mask
             else:
                 zero = 1 << (BITS - 1)
+
+            # Rounded to the stored type, as the reference dequantizes.
             weight = (code - zero).to(tl.float32) * scale.to(tl.float32)
             total += weight.to(scale_ptr.dtype.element_ty).to(tl.float32) * x[None, :]
+
     result = tl.sum(total, axis=1)
     tl.store(out_ptr + row * outputs + n, result.to(out_ptr.dtype.element_ty), mask=n_ok)
 
@@ -79,7 +88,7 @@ def packed_gemv(
     Args:
         x: Few rows.
         packed: As ``packing.packed_tensors`` stores it.
-        scale: Step of every group.
+        scale: D of every group.
         zero: Packed zero points, or ``None``.
         bits: 2, 4 or 8.
         block_n: Outputs of a program, a power of two.

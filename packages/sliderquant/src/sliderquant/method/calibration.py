@@ -247,6 +247,7 @@ class _NetworkPass:
     ) -> WindowResult:
         """Train the learnables of a window at the ratio of a stage."""
         ratio = (stage + 1) / self.config.stages
+        seed = (self.config.seed, stage, number)
         first_loss, last_loss, retries = train_window_guarded(
             self.decoder,
             window,
@@ -255,9 +256,10 @@ class _NetworkPass:
             targets,
             ratio=ratio,
             config=self.config,
-            seed=(self.config.seed, stage, number),
+            seed=seed,
             on_update=self.listeners.on_update,
         )
+
         return WindowResult(
             step=step,
             ratio=ratio,
