@@ -33,6 +33,7 @@ def test_a_package_has_its_papers(member: Member) -> None:
     wanted = ["README.md", "LICENSE", "CITATION.cff", f"src/{member.module}/py.typed"]
     assert [name for name in wanted if not (member.path / name).is_file()] == []
     assert (member.path / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    assert f"\ntitle: {member.name}\n" in (member.path / "CITATION.cff").read_text()
 
 
 @each_package
