@@ -1,6 +1,6 @@
 """Hot paths of com-pt: a training step of CLIP and of Llama, growth, and an evaluation's forward passes.
 
-The steps are ``com_pt.training.stage.train_step`` on modules and optimizers that accelerate has
+The steps are ``com_pt.training.step.train_step`` on modules and optimizers that accelerate has
 prepared, as in the trainer, in bf16 autocast; on a fake device without autocast they run in float32 as
 they are. What the trainer reads after an update for its progress line, the loss, belongs to the step.
 """
@@ -19,7 +19,8 @@ from com_pt.config import ChainConfig, StageConfig
 from com_pt.method.losses import InverseFeatureLoss
 from com_pt.method.metrics import encode_images, encode_texts
 from com_pt.training.optimizer import make_optimizer
-from com_pt.training.stage import StageModel, train_step
+from com_pt.training.stage_model import StageModel
+from com_pt.training.step import train_step
 from com_pt.training.tasks.base import Task
 from com_pt.training.tasks.causal_lm import CausalLMTask
 from com_pt.training.tasks.clip import ClipTask

@@ -50,9 +50,13 @@ class StageConfig:
     def __post_init__(self) -> None:
         # Numbers in range.
         require(
-            bool(self.name) and "/" not in self.name, f"the name is {self.name!r}", "use a word"
+            bool(self.name) and "/" not in self.name,
+            f"the name is {self.name!r}",
+            "give a word without a slash",
         )
-        require(self.epochs is None or self.epochs > 0, f"epochs are {self.epochs}", "give more")
+        require(
+            self.epochs is None or self.epochs > 0, f"epochs are {self.epochs}", "give more than 0"
+        )
         require(0 < self.lr < math.inf, f"lr is {self.lr}", "try 1e-3")
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}", "give 1 or more")
         require(
@@ -72,7 +76,7 @@ class ChainConfig:
 
     Args:
         task: ``clip``, ``classify``, ``causal-lm`` or ``module:Class`` of a task of your own.
-        stages: From small to large.
+        stages: The members, from small to large.
         data: Settings of the task's data.
 
     Example:
@@ -127,7 +131,9 @@ class ChainConfig:
         fp16_shards = self.shard and self.precision == "fp16"
         require(not fp16_shards, "shard with fp16 is not supported", "use bf16")
         for stage in self.stages[1:]:
-            require(stage.init_from is None, f"{stage.name} has init_from", "only the first may")
+            require(
+                stage.init_from is None, f"{stage.name} has init_from", "give it to the first only"
+            )
 
     def epochs_of(self, index: int) -> float:
         """Return a stage's epochs.
@@ -175,7 +181,7 @@ class GrowthSettings:
         depth: Which source layer a target layer takes. None is ``identity`` for ``lossless`` and
             ``interleave`` for the others.
         strict: Refuse depths that are no multiple instead of rounding down.
-        seed: Of the uneven split of ``lossless``.
+        seed: The seed of the uneven split of ``lossless``.
         allow_missing: Name patterns (``*`` is any text) that may be missing, and stay fresh.
     """
 

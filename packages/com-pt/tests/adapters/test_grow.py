@@ -7,7 +7,6 @@ from com_pt_tiny import clip, features, llama, spec_with_swin, swin, vit
 from com_pt.adapters.grow import grow, state_of
 from com_pt.adapters.layouts import layout_of, register_layout
 from com_pt.errors import ChainOrderError, GrowthError, LayoutError, NonFiniteWeightsError
-from com_pt.method.matching import depth_map
 
 BLOCK = "visual.transformer.resblocks.0"
 
@@ -167,13 +166,6 @@ def test_growth_to_the_same_size_is_the_identity(mode) -> None:
             continue  # the release skips three axes
         pairs = zip(state_of(small).values(), state_of(large).values(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-
-
-def test_depth_maps_are_those_of_the_paper() -> None:
-    assert depth_map(12, 24, "interleave") == [j // 2 for j in range(24)]
-    assert depth_map(6, 18, "interleave") == [j // 3 for j in range(18)]
-    assert depth_map(12, 16, "interleave")[:8] == [0, 0, 1, 2, 3, 3, 4, 5]
-    assert depth_map(3, 7, "stack") == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_idle_copies_of_layers_change_nothing_at_all() -> None:
@@ -379,3 +371,17 @@ def test_every_parameter_of_llama_and_of_a_clip_with_a_swin_has_roles() -> None:
         layout = layout_of(model)
         for parameter, value in state_of(model).items():
             assert len(layout.rule_of(parameter).axes) == value.dim(), parameter
+
+
+@pytest.mark.parametrize("mode", ["embed", "official", "lossless"])
+def test_growth_needs_no_device_of_its_own(mode) -> None:
+    """A default device must not matter: every helper tensor stands beside the weights."""
+    grown = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        small, large = clip(32), clip(64)
+        with torch.device(device):
+            grow(small, large, mode)
+        grown.append(features(large))
+    for name, value in grown[0].items():
+        torch.testing.assert_close(grown[1][name], value, atol=0, rtol=0)

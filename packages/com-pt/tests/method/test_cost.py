@@ -6,11 +6,7 @@ from com_pt_tiny import llama_settings, spec_with_swin
 
 from com_pt.adapters.flop_counter import count_macs
 from com_pt.adapters.open_clip_models import build_clip, clip_config
-from com_pt.demo.analysis import macs_to, schedules
-from com_pt.demo.arms import Cell
 from com_pt.method.cost import image_tower_macs, llama_macs, text_tower_macs
-from com_pt.training.chain import load_chain
-from com_pt.training.plan import plan_chain
 from com_pt.training.tasks.clip import ClipTask
 
 # Forward GMAC of one image and of one caption, from the table of the method's notes.
@@ -38,20 +34,6 @@ def test_the_formula_equals_the_counter_and_the_table(name) -> None:
         assert value / 1e9 == pytest.approx(told, abs=6e-4)
 
 
-def test_the_plan_of_four_members_is_5_70_times_cheaper_and_27_5_percent_of_the_largest() -> None:
-    plan = plan_chain(load_chain("cc3m-vit-tsbl"))
-    assert f"{plan.ratio:.2f}x, {100 * plan.share_of_largest:.1f} %" == "5.70x, 27.5 %"
-    assert [stage.forward for stage in plan.stages] == [
-        pytest.approx(gmac * 1e9, rel=1e-3) for gmac in (6.60, 16.43, 38.42, 108.10)
-    ]
-
-
-def test_training_is_three_forward_passes_and_one_of_the_predecessor() -> None:
-    stages = plan_chain(load_chain("cc3m-vit-tsbl")).stages
-    assert stages[0].per_sample == 3 * stages[0].forward
-    assert stages[2].per_sample == 3 * stages[2].forward + stages[1].forward
-
-
 def test_a_llama_costs_what_the_counter_says() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(**llama_settings(48, 3), attn_implementation="eager")
@@ -70,24 +52,3 @@ def test_towers_without_a_formula_are_counted() -> None:
     text = text_tower_macs(settings["text_cfg"], settings["embed_dim"])
     assert task.macs(settings) - one == text
     assert 4.3e9 < one < 4.6e9  # Swin-T at 224
-
-
-@pytest.mark.parametrize(
-    ("points", "target", "sign", "found"),
-    [
-        ([(100, 0.2), (10_000, 0.6)], 0.4, 1, (1000, False)),  # half way in log MACs
-        ([(10_000, 1.0), (100, 3.0)], 2.0, -1, (1000, False)),  # a loss, in any order
-        ([(100, 0.5), (200, 0.6)], 0.5, 1, (100, True)),
-        ([(100, 0.2), (200, 0.3)], 0.4, 1, (None, False)),
-        ([(100, 0.2), (200, 0.5), (300, 0.4)], 0.5, 1, (200, False)),
-    ],
-)
-def test_compute_to_a_target_lies_between_complete_schedules(points, target, sign, found) -> None:
-    macs, bound = macs_to(points, target, sign)
-    assert (macs if macs is None else pytest.approx(macs), bound) == found
-
-
-def test_schedules_of_an_arm_are_its_own_lengths_and_no_other_arm() -> None:
-    names = ("B lossless", "B lossless 480", "B lossless + feature", "S lossless")
-    cells = [Cell(name, "B", "", 1, 1, 0.0, None, 0.0, 0.0, 0.0, 1) for name in names]
-    assert schedules(cells, "B lossless") == ["B lossless", "B lossless 480"]

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from com_pt_tiny import clip
 
+import com_pt.method.metrics as evaluation
 from com_pt.method.metrics import (
     evaluate_zero_shot,
     linear_probe,
@@ -85,3 +87,28 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
     metrics = perplexity(Uniform(), torch.randint(0, 11, (3, 6)), batch=2)
     assert metrics["perplexity"] == pytest.approx(11)
     assert metrics["loss"] == pytest.approx(math.log(11))
+
+
+def test_metrics_are_float32_within_an_autocast() -> None:
+    model = clip(32)
+    images, tokens = torch.randn(6, 3, 8, 16), torch.randint(1, 9, (6, 8))
+    exact = evaluation.encode_images(model, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        pictures = evaluation.encode_images(model, images)
+        words = evaluation.encode_texts(model, tokens)
+        products = evaluation.similarities(pictures, words)
+    # The forward pass is in bfloat16, what follows is not.
+    assert not torch.equal(pictures, exact)
+    assert {t.dtype for t in (pictures, words, products)} == {torch.float32}
+    torch.testing.assert_close(pictures.norm(dim=1), torch.ones(6), atol=1e-6, rtol=0)
+    assert torch.equal(products, pictures @ words.T)
+
+
+def test_ranking_in_chunks_is_ranking_at_once(monkeypatch) -> None:
+    images, texts = torch.randn(7, 4), torch.randn(15, 4)
+    owner = torch.arange(15) // 2 % 7
+    whole = evaluation.retrieval_metrics(images, texts, owner)
+    monkeypatch.setattr(
+        evaluation, "SIMILARITIES_AT_ONCE", 32
+    )  # two images, or four texts, at once
+    assert evaluation.retrieval_metrics(images, texts, owner) == pytest.approx(whole)

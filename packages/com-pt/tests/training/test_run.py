@@ -11,14 +11,9 @@ import torch
 from com_pt_tiny import clip_chain, llama_settings, spec, task_of
 from safetensors.torch import load_file
 
-from com_pt.adapters.accelerator import make_accelerator
-from com_pt.adapters.sharding import blocks_of
 from com_pt.training.chain import parse_chain
-from com_pt.training.data.tensors import split_batch
-from com_pt.training.optimizer import learning_rate, parameter_groups
 from com_pt.training.plan import plan_chain
 from com_pt.training.run import run_chain
-from com_pt.training.stage import StageModel, accumulate, sum_losses
 from com_pt.training.trainer import StageTrainer
 from effml_common.errors import Interrupted, NonFiniteError
 
@@ -87,10 +82,10 @@ def test_a_finished_chain_is_not_trained_again_and_a_changed_one_is_refused(
     chain = parse_chain(clip_chain(pictures, 32))
     first = run_chain(chain, tmp_path / "out")
     assert run_chain(chain, tmp_path / "out", resume=True) == first
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match=r"holds run/chain\.json of an earlier run"):
         run_chain(chain, tmp_path / "out")
     other = parse_chain(clip_chain(pictures, 32, lr=2e-3))
-    with pytest.raises(ValueError, match=r"settings differ.*--force"):
+    with pytest.raises(ValueError, match=r"made with lr of W32 0\.001, not 0\.002; .*--force"):
         run_chain(other, tmp_path / "out", resume=True)
     member = next((tmp_path / "out" / "W32").glob("*.safetensors"))
     member.write_bytes(member.read_bytes()[:-1] + b"\1")
@@ -107,38 +102,6 @@ def test_the_ledger_of_a_run_adds_up_to_its_plan(pictures, tmp_path) -> None:
     assert [json.loads(line)["samples"] for line in lines] == [96, 96]
     alone = run_chain(chain.individual("W64"), tmp_path / "alone")
     assert sum(m.macs for m in alone) == 48 * 2 * 3 * plan.stages[1].forward
-
-
-def gradients(task, batch, micro: int, teacher=None):
-    torch.manual_seed(1)
-    from com_pt.method.losses import InverseFeatureLoss
-
-    model = task.build(spec(32)).double()
-    loss = InverseFeatureLoss({"image": (32, 24), "text": (32, 24)}).double()
-    stage = StageModel(task, model, loss)
-    parts = split_batch(batch, micro)
-    targets = split_batch(teacher, micro)
-    total, _ = accumulate(stage, stage, parts, targets, make_accelerator("fp32"))
-    return float(total), {n: p.grad for n, p in stage.named_parameters() if p.grad is not None}
-
-
-def test_micro_batches_have_the_gradient_of_the_whole_contrastive_batch(pictures) -> None:
-    task = task_of(pictures)
-    images, ids = task.collate([task[i] for i in range(8)])
-    batch = (images.double(), ids)
-    teacher = {"image": torch.randn(8, 24).double(), "text": torch.randn(8, 2, 24).double()}
-    whole, one = gradients(task, batch, 1, teacher)
-    parts, other = gradients(task, batch, 4, teacher)
-    assert parts == pytest.approx(whole, abs=1e-6)
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(other[name], value, atol=1e-6, rtol=1e-4)
-    # Not what averaging the losses of small batches would give.
-    stage = StageModel(task, task.build(spec(32)).double(), None)
-    small = [
-        float(sum_losses(stage, stage(part), {})[0].detach()) for part in split_batch(batch, 4)
-    ]
-    assert sum(small) / 4 < whole - 0.5
 
 
 def with_projector(pictures: Path, **more) -> dict:
@@ -178,12 +141,6 @@ def interrupted_once(chain, out: str, update: int, device: torch.device) -> None
         with pytest.raises(Interrupted):
             run_chain(chain, out, device=device)
     run_chain(chain, out, resume=True, device=device)
-
-
-def test_the_blocks_of_a_tower_are_sharded_one_by_one(pictures) -> None:
-    model = task_of(pictures).build(spec(32))
-    kinds = [type(block).__name__ for block in blocks_of(model)]
-    assert kinds == ["ResidualAttentionBlock"] * 4
 
 
 def test_two_processes_with_micro_batches_train_what_one_trains_with_the_whole_batch(
@@ -319,33 +276,6 @@ def test_a_first_member_that_is_finished_already_is_taken_as_it_is(pictures, tmp
     members = run_chain(parse_chain(document), tmp_path / "out")
     assert (members[0].steps, members[0].macs) == (0, 0.0)
     assert same(tmp_path / "first" / "W32", tmp_path / "out" / "W32")
-
-
-def test_the_logit_scale_stays_within_its_bounds(pictures, tmp_path) -> None:
-    task = task_of(pictures)
-    model = task.build(spec(32))
-    for value, kept in ((-3.0, 0.0), (9.0, 4.60517), (2.0, 2.0)):
-        model.logit_scale.data.fill_(value)  # pyright: ignore
-        task.after_step(model)
-        assert float(model.logit_scale.detach()) == pytest.approx(kept)  # pyright: ignore
-
-
-def test_decay_spares_norms_biases_scales_and_positions() -> None:
-    model = StageModel(None, task_of(Path()).build(spec(32)), None)  # pyright: ignore
-    names = {id(p): n.removeprefix("model.") for n, p in model.named_parameters()}
-    spared = {names[id(p)] for p in parameter_groups(model, 0.1)[1]["params"]}
-    decayed = {names[id(p)] for p in parameter_groups(model, 0.1)[0]["params"]}
-    assert {"logit_scale", "positional_embedding", "visual.class_embedding", "ln_final.weight",
-            "visual.positional_embedding"} <= spared  # fmt: skip
-    assert {"token_embedding.weight", "visual.proj", "visual.conv1.weight"} <= decayed
-
-
-def test_the_rate_warms_up_for_a_tenth_at_most_and_ends_at_the_floor() -> None:
-    rates = [learning_rate(step, 100, 1000, 1.0, 0.1) for step in range(101)]
-    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
-    assert rates[10] == pytest.approx(1.0)
-    assert rates[55] == pytest.approx(0.55)
-    assert rates[100] == pytest.approx(0.1)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_term(

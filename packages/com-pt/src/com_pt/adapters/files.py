@@ -17,7 +17,7 @@ from effml_common.parsing import one_line
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model, its library (``clip``, ``timm`` or ``llama``) and its number of classes."""
 
     model: nn.Module
@@ -25,7 +25,7 @@ class Loaded:
     classes: int = 0
 
 
-def load_any(path: str, small_model: str | None = None) -> Loaded:
+def load_any(path: str, small_model: str | None = None) -> LoadedModel:
     """Load a finished model from its folder, or from a checkpoint file of open_clip.
 
     Raises:
@@ -34,9 +34,9 @@ def load_any(path: str, small_model: str | None = None) -> Loaded:
     # open_clip is told by the names of its files.
     folder = Path(path)
     if folder.is_file():
-        return Loaded(_load_checkpoint(folder, small_model), "clip")
+        return LoadedModel(_load_checkpoint(folder, small_model), "clip")
     if (folder / CLIP_FOLDER.config).is_file():
-        return Loaded(load_clip(folder), "clip")
+        return LoadedModel(load_clip(folder), "clip")
 
     # The others are told by their config.json.
     try:
@@ -46,11 +46,11 @@ def load_any(path: str, small_model: str | None = None) -> Loaded:
             f"{path} is no model: {one_line(str(error))}; give a folder of open_clip, timm or Llama"
         ) from error
     if "architecture" in document:
-        return Loaded(load_timm(folder), "timm", document["num_classes"])
+        return LoadedModel(load_timm(folder), "timm", document["num_classes"])
     if document.get("model_type") == "llama":
         from transformers import LlamaForCausalLM
 
-        return Loaded(LlamaForCausalLM.from_pretrained(folder), "llama")
+        return LoadedModel(LlamaForCausalLM.from_pretrained(folder), "llama")
     raise InputError(f"{path} is a {document.get('model_type')}; use open_clip, timm or Llama")
 
 
@@ -71,7 +71,7 @@ def _load_checkpoint(file: Path, name: str | None) -> nn.Module:
     return model
 
 
-def build_like(small: Loaded, large: str, seed: int) -> tuple[nn.Module, Any]:
+def build_like(small: LoadedModel, large: str, seed: int) -> tuple[nn.Module, Any]:
     """Build a fresh larger model of the same library, and its settings."""
     torch.manual_seed(seed)
     if small.library == "clip":
@@ -98,7 +98,7 @@ def read_spec(text: str) -> Any:
         raise InputError(f"{text} is no JSON: {one_line(str(error))}; correct it") from error
 
 
-def save_any(model: nn.Module, like: Loaded, spec: Any, folder: Path) -> None:
+def save_any(model: nn.Module, like: LoadedModel, spec: Any, folder: Path) -> None:
     """Write a model as its library loads it."""
     if like.library == "clip":
         save_clip(model, clip_config(spec), folder)
@@ -109,7 +109,7 @@ def save_any(model: nn.Module, like: Loaded, spec: Any, folder: Path) -> None:
 
 
 @torch.no_grad()
-def compare_outputs(small: Loaded, large: nn.Module) -> dict[str, dict[str, float]]:
+def compare_outputs(small: LoadedModel, large: nn.Module) -> dict[str, dict[str, float]]:
     """Return cosine and largest difference of both models' outputs on random inputs, by stream.
 
     Both models are on one device; the inputs are drawn on the CPU, the same for every device.

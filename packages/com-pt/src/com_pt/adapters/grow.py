@@ -44,7 +44,7 @@ def grow(
         layout: Layout of both, if they are of a kind that is not registered.
         resize_pos: Interpolate positions when the image sizes differ.
         strict: Refuse depths that are no multiple of the small one's.
-        seed: Of the uneven split of ``lossless``.
+        seed: The seed of the uneven split of ``lossless``.
         allow_missing: Name patterns that may be missing, and stay fresh.
 
     Raises:

@@ -18,7 +18,7 @@ def timm_arguments(spec: Any, classes: int) -> tuple[str, dict[str, Any]]:
 
     Args:
         spec: A name, or ``{"name": ..., embed_dim: ..., ...}``.
-        classes: Unless the arguments have ``num_classes``.
+        classes: Number of classes, unless the arguments have ``num_classes``.
 
     Raises:
         ConfigError: If it is neither.

@@ -57,8 +57,8 @@ class CellPlan:
         cell: Its name: member, and arm or place in a chain.
         member: Which model.
         arm: One of ``ARMS``.
-        steps: Updates.
-        seed: Of initialisation and order.
+        steps: How many updates it gets.
+        seed: The seed of initialisation and order.
         lr: Peak learning rate.
     """
 
@@ -82,13 +82,13 @@ class Cell:
         cell: Its name: member, and arm or place in a chain.
         member: Which model.
         arm: One of ``ARMS``.
-        seed: Of initialisation and order.
-        steps: Updates.
+        seed: The seed of initialisation and order.
+        steps: How many updates it gets.
         value: Held-out metric at the end.
         start: The same right after growth.
-        macs: Of this training.
-        total_macs: Of it and all it was grown from.
-        seconds: Of this training.
+        macs: What this training cost.
+        total_macs: What it and all that it was grown from cost together.
+        seconds: How long this training took.
         forward: MACs of a sample's forward pass.
     """
 

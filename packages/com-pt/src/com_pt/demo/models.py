@@ -13,8 +13,8 @@ def pair_model(
     Args:
         vision_width: Channels of the image tower.
         text_width: Channels of the text tower.
-        layers: Of the image tower.
-        text_layers: Of the text tower.
+        layers: Layers of the image tower.
+        text_layers: Layers of the text tower.
         embed: Channels of the joint embedding.
     """
     vision: dict[str, Any] = {"image_size": [8, 16], "layers": layers, "width": vision_width}

@@ -79,7 +79,7 @@ def train_seed(
     Args:
         setup: What all cells share.
         steps: Updates of individual training.
-        seed: Of initialisation and order.
+        seed: The seed of initialisation and order.
         out: Out folder of the demo.
         device: Where to compute.
     """

@@ -78,7 +78,8 @@ class ChainCost:
     """Cost of a whole chain, in MACs per sample of the data set (times epochs).
 
     Attributes:
-        individual_epochs: Of every member when it is trained alone.
+        stages: The stages, from small to large.
+        individual_epochs: Epochs of every member when it is trained alone.
     """
 
     stages: Sequence[StageCost]

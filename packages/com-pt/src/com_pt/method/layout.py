@@ -51,7 +51,7 @@ class Rule:
         axes: One role per axis.
         tower: The part of the model whose residual stream this is.
         kind: ``norm`` for gains and biases of a normalisation, ``scale`` for LayerScale.
-        optional: May be missing on either side; then it stays as it was initialised.
+        optional: Whether it may be missing on either side; then it stays as it was initialised.
     """
 
     pattern: str
@@ -73,7 +73,7 @@ class Tower:
         norm: ``layer`` or ``rms``.
         early_norm: Whether a norm stands between the embeddings and the first block.
         post_norm: Whether branches are normalised after they were computed.
-        eps: Of the norms.
+        eps: The eps of the norms.
     """
 
     width: int
@@ -91,9 +91,9 @@ class Layout:
     """Description of one model.
 
     Args:
-        name: Of the family.
+        name: The name of the family.
         rules: One for every parameter.
-        towers: By the names that the rules use.
+        towers: The residual streams, by the names that the rules use.
         fixed: Facts that must be equal along a chain, such as the vocabulary.
 
     Example:
@@ -144,8 +144,8 @@ def rules(
     Args:
         table: Roles by pattern of parameter names.
         prefix: Stands before every pattern.
-        tower: Of all rules.
-        kind: Of all rules.
+        tower: The tower of all rules.
+        kind: The kind of all rules.
         optional: Whether the parameters may be missing on either side.
 
     Raises:

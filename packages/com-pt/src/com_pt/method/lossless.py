@@ -52,8 +52,12 @@ def _plan_tower(name: str, small: Tower, large: Tower) -> TowerPlan:
         raise GrowthError(
             f"{growth} is impossible: it normalises after its branches; use mode embed"
         )
+
+    # An RMSNorm does not notice zeros.
     if large.norm == "rms":
         return TowerPlan("extend", "zero", small.width / large.width)
+
+    # A LayerNorm does not notice copies, nor the mean if nothing is added before it.
     if large.width % small.width == 0:
         return TowerPlan("duplicate")
     if large.early_norm:
@@ -76,7 +80,7 @@ def duplicate_channels(
         small: Tensor of the small model.
         fresh: The large model's, of which only the shape matters.
         rule: Roles of the axes of both.
-        generator: Of the noise; on the CPU, so that a seed means the same on every device.
+        generator: The source of the noise; on the CPU, so that a seed means the same on every device.
 
     Raises:
         GrowthError: If a ratio is not whole, or an axis must keep its meaning.

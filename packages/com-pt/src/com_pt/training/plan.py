@@ -1,6 +1,8 @@
 """The plan of a run: its stages in order, what each costs, and whether the members ascend."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +15,25 @@ from effml_common.errors import InputError
 
 
 @dataclass(frozen=True)
+class Run:
+    """What all stages of a run share.
+
+    Attributes:
+        chain: Settings of the chain.
+        task: Its data and models.
+        out: Folder of the members, and of ``run``.
+        accelerator: An ``accelerate.Accelerator``.
+        resume: Whether an interrupted run goes on.
+    """
+
+    chain: ChainConfig
+    task: Task
+    out: Path
+    accelerator: Any
+    resume: bool
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """One stage of a run.
 
@@ -20,15 +41,13 @@ class StagePlan:
         number: Its place in the chain, from 1.
         settings: Settings of the member.
         predecessor: Settings of the member before it; None for the first.
-        epochs: Passes over the data.
-        cost: MACs of a sample.
+        cost: MACs of a sample, and epochs.
         is_last: Whether no other member is grown from it.
     """
 
     number: int
     settings: StageConfig
     predecessor: StageConfig | None
-    epochs: float
     cost: StageCost
     is_last: bool
 
@@ -38,7 +57,7 @@ def plan_chain(chain: ChainConfig, task: Task | None = None) -> ChainCost:
 
     Args:
         chain: The chain.
-        task: Default the one that the chain names; its data are not read.
+        task: The chain's task; by default the one that it names. Its data are not read.
 
     Example:
         >>> from com_pt.training.chain import load_chain
@@ -46,18 +65,7 @@ def plan_chain(chain: ChainConfig, task: Task | None = None) -> ChainCost:
         >>> f"{cost.ratio:.2f} times cheaper than four separate trainings"
         '5.70 times cheaper than four separate trainings'
     """
-    task = open_task(chain.task, chain.data) if task is None else task  # its len may be costly
-    macs = [task.macs(stage.model) for stage in chain.stages]
-    stages = [
-        StageCost(
-            stage.name,
-            macs[i],
-            macs[i - 1] if i > 0 and stage.feature_weight > 0 else 0,
-            0 if stage.init_from else chain.epochs_of(i),
-        )
-        for i, stage in enumerate(chain.stages)
-    ]
-    return ChainCost(stages, chain.individual_epochs)
+    return _chain_cost(chain, open_task(chain.task, chain.data) if task is None else task)
 
 
 def plan_stages(chain: ChainConfig, task: Task) -> list[StagePlan]:
@@ -65,7 +73,7 @@ def plan_stages(chain: ChainConfig, task: Task) -> list[StagePlan]:
 
     Args:
         chain: The chain.
-        task: Of the chain; takes the sizes of its data from the models where they are not set.
+        task: The chain's task, which takes the sizes of its data from the models where they are not set.
 
     Raises:
         InputError: If there are no data.
@@ -78,18 +86,19 @@ def plan_stages(chain: ChainConfig, task: Task) -> list[StagePlan]:
     if len(task) == 0:
         raise InputError("there are no training data; give some under data: train")
 
-    # What each stage costs, and whether every member is larger than the one before it.
-    cost = plan_chain(chain, task)
+    # Every member is larger than the one before it.
     check_order(
         [stage.name for stage in chain.stages],
         [_count_parameters(task, stage) for stage in chain.stages],
     )
+
+    # What each stage costs, and what it is grown from.
+    cost = _chain_cost(chain, task)
     return [
         StagePlan(
             number=i + 1,
             settings=stage,
             predecessor=chain.stages[i - 1] if i > 0 else None,
-            epochs=chain.epochs_of(i),
             cost=cost.stages[i],
             is_last=i == len(chain.stages) - 1,
         )
@@ -97,16 +106,11 @@ def plan_stages(chain: ChainConfig, task: Task) -> list[StagePlan]:
     ]
 
 
-def _count_parameters(task: Task, stage: StageConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in task.build(stage.model).parameters())
-
-
 def check_order(names: list[str], sizes: list[int]) -> None:
     """Refuse members that do not ascend.
 
     Args:
-        names: Of the members, in the chain's order.
+        names: The members' names, in the chain's order.
         sizes: Their numbers of parameters.
 
     Raises:
@@ -118,3 +122,22 @@ def check_order(names: list[str], sizes: list[int]) -> None:
                 f"{names[i]} has {sizes[i]:,} parameters, fewer than {names[i - 1]} with "
                 f"{sizes[i - 1]:,}; order the chain from small to large"
             )
+
+
+def _count_parameters(task: Task, stage: StageConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in task.build(stage.model).parameters())
+
+
+def _chain_cost(chain: ChainConfig, task: Task) -> ChainCost:
+    macs = [task.macs(stage.model) for stage in chain.stages]
+    stages = [
+        StageCost(
+            stage.name,
+            macs[i],
+            macs[i - 1] if i > 0 and stage.feature_weight > 0 else 0,
+            0 if stage.init_from else chain.epochs_of(i),
+        )
+        for i, stage in enumerate(chain.stages)
+    ]
+    return ChainCost(stages, chain.individual_epochs)

@@ -7,14 +7,8 @@ import torch
 from com_pt.adapters.accelerator import make_accelerator
 from com_pt.config import ChainConfig
 from com_pt.training.member import train_member
-from com_pt.training.plan import plan_stages
-from com_pt.training.run_folder import (
-    Member,
-    check_run_folder,
-    create_run_folder,
-    finished_members,
-    record_members,
-)
+from com_pt.training.plan import Run, plan_stages
+from com_pt.training.run_folder import Member, open_run_folder, save_member
 from com_pt.training.tasks.base import Task
 from com_pt.training.tasks.registry import open_task
 from effml_common.logging import say
@@ -34,7 +28,7 @@ def run_chain(
     Args:
         chain: The chain.
         out: A finished member's folder per stage, as the host library loads it, and ``run``.
-        task: Default the one that the chain names, with its data.
+        task: The chain's task; by default the one that it names, with its data.
         resume: Go on where an interrupted run stopped, inside a stage or between two.
         force: Resume although settings have changed.
         device: Where to compute; None leaves the choice to accelerate.
@@ -50,25 +44,18 @@ def run_chain(
     task = open_task(chain.task, chain.data) if task is None else task
     stages = plan_stages(chain, task)
 
-    # Prepare the folder. A slower process must not find what the first one writes.
-    out = Path(out)
-    accelerator = make_accelerator(chain.precision, device)
-    check_run_folder(chain, out, resume=resume, force=force)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        create_run_folder(chain, out)
-    accelerator.wait_for_everyone()
+    # Prepare the processes and the folder.
+    run = Run(chain, task, Path(out), make_accelerator(chain.precision, device), resume)
+    members = open_run_folder(run, force=force)
     say(
         f"{len(task)} training samples; batches of "
         f"{', '.join(str(stage.batch_size) for stage in chain.stages)} over "
-        f"{accelerator.num_processes} processes"
+        f"{run.accelerator.num_processes} processes"
     )
 
     # Train stage by stage; a finished one may have been the last thing before an interruption.
-    members = finished_members(out) if resume else []
     for stage in stages[len(members) :]:
-        members.append(train_member(stage, chain, task, out, accelerator, resume=resume))
-        if accelerator.is_main_process:
-            record_members(chain, out, members)
-        accelerator.wait_for_everyone()
+        model, member = train_member(stage, run)
+        members.append(member)
+        save_member(run, stage, model, members)
     return members

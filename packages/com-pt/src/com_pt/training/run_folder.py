@@ -4,13 +4,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from com_pt.config import ChainConfig
-from effml_common.errors import ConfigError, InputError
+from com_pt.training.plan import Run, StagePlan
+from effml_common.errors import CheckpointError, ConfigError, InputError
 from effml_common.files import atomic_write
+from effml_common.resume import check_out_folder, check_same_settings
 
 STATE, LEDGER, SETTINGS = "chain_state.json", "ledger.jsonl", "chain.json"
 
@@ -20,12 +25,12 @@ class Member:
     """A finished member.
 
     Attributes:
-        name: Of its stage.
-        steps: Updates.
-        samples: That it was trained on.
-        macs: Of its training, predecessor included.
-        seconds: Of its training, all runs together.
-        metrics: Of ``Task.evaluate`` at the end.
+        name: The name of its stage.
+        steps: How many updates it got.
+        samples: How many samples it was trained on.
+        macs: What its training cost, with the predecessor's forward passes.
+        seconds: How long it was trained, all runs together.
+        metrics: What ``Task.evaluate`` returned at the end.
         start: The same right after growth.
     """
 
@@ -38,24 +43,48 @@ class Member:
     start: Mapping[str, float]
 
 
-def check_run_folder(chain: ChainConfig, out: Path, *, resume: bool, force: bool) -> None:
-    """Refuse a folder that holds another run.
+def open_run_folder(run: Run, *, force: bool) -> list[Member]:
+    """Prepare the folder of a run, and return the members that are finished.
+
+    Args:
+        run: Its chain, out folder and processes.
+        force: Resume although settings have changed.
 
     Raises:
-        ConfigError: If it holds a run that is not to be resumed, or one of other settings.
+        InputError: If the folder holds another run, or members that are not what was written.
     """
+    # A slower process must not find what the first one writes.
+    _check_folder(run.chain, run.out, resume=run.resume, force=force)
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        _create_folder(run.chain, run.out)
+    run.accelerator.wait_for_everyone()
+    return _read_members(run.out) if run.resume else []
+
+
+def _check_folder(chain: ChainConfig, out: Path, *, resume: bool, force: bool) -> None:
+    """Refuse a folder that holds another run."""
+    check_out_folder(out, [f"run/{SETTINGS}"], resume=resume)
     settings = out / "run" / SETTINGS
-    if settings.exists():
-        if not resume:
-            raise ConfigError(f"{out} holds a run already; choose another --out, or --resume auto")
-        earlier = json.loads(settings.read_text(encoding="utf-8"))
-        if earlier["digest"] != chain.digest() and not force:
-            raise ConfigError(
-                f"the settings differ from those of {out}; resume with the same, or add --force"
-            )
+    if force or not settings.exists():
+        return
+    earlier = json.loads(settings.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(asdict(chain), default=str))
+    try:
+        check_same_settings(_flat_settings(earlier), _flat_settings(now), place=out)
+    except CheckpointError as error:
+        raise ConfigError(f"{error}, or add --force") from None
 
 
-def create_run_folder(chain: ChainConfig, out: Path) -> None:
+def _flat_settings(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the settings of stages one by one, so that a message can name the one that differs."""
+    settings = {k: v for k, v in document.items() if k not in ("digest", "stages")}
+    for stage in document["stages"]:
+        settings |= {f"{name} of {stage['name']}": value for name, value in stage.items()}
+    return settings
+
+
+def _create_folder(chain: ChainConfig, out: Path) -> None:
     """Write the settings of a run, and remove what an interrupted one left half-written."""
     for unfinished in out.glob(".tmp-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -65,12 +94,8 @@ def create_run_folder(chain: ChainConfig, out: Path) -> None:
     atomic_write(settings, json.dumps(document, indent=1, default=str) + "\n")
 
 
-def finished_members(out: Path) -> list[Member]:
-    """Read the members that an earlier run completed.
-
-    Raises:
-        InputError: If the files of one are not what was written.
-    """
+def _read_members(out: Path) -> list[Member]:
+    """Read the members that an earlier run completed, if their files are what was written."""
     path = out / "run" / STATE
     if not path.exists():
         return []
@@ -85,23 +110,33 @@ def finished_members(out: Path) -> list[Member]:
     return members
 
 
-def publish_member(write: Callable[[Path], None], out: Path, name: str) -> None:
-    """Write a member under another name first, so that its folder is complete or absent.
+def save_member(run: Run, stage: StagePlan, model: nn.Module, members: Sequence[Member]) -> None:
+    """Write a member's model, and then the record that it is finished.
 
     Args:
-        write: Writes the model into a folder that it creates.
-        out: Out folder of the run.
-        name: Of the member.
+        run: The run that this member belongs to.
+        stage: The member's plan.
+        model: Its finished model.
+        members: All finished members, this one last.
     """
-    staging, target = out / f".tmp-{name}-{os.getpid()}", out / name
+    if run.accelerator.is_main_process:
+        _publish_model(run, stage, model)
+        _record_members(run.chain, run.out, members)
+    run.accelerator.wait_for_everyone()
+
+
+def _publish_model(run: Run, stage: StagePlan, model: nn.Module) -> None:
+    """Write a model under another name first, so that its folder is complete or absent."""
+    name = stage.settings.name
+    staging, target = run.out / f".tmp-{name}-{os.getpid()}", run.out / name
     shutil.rmtree(staging, ignore_errors=True)
-    write(staging)
+    run.task.save(model, stage.settings.model, staging)
     if target.exists():  # left by a kill between this and the record of it
         shutil.rmtree(target)
     os.rename(staging, target)
 
 
-def record_members(chain: ChainConfig, out: Path, members: Sequence[Member]) -> None:
+def _record_members(chain: ChainConfig, out: Path, members: Sequence[Member]) -> None:
     """Write which members are finished, with the hashes of their weights, and the ledger."""
     hashes = {member.name: _hash_weights(out / member.name) for member in members}
     entries = [asdict(member) for member in members]

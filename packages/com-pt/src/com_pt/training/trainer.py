@@ -8,16 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
-from com_pt.adapters.accelerator import make_accelerator
 from com_pt.adapters.sharding import gather_shards, load_gathered, split_checkpoint
-from com_pt.config import ChainConfig, StageConfig
 from com_pt.training.data.loading import seed_of
-from com_pt.training.data.tensors import to_device
-from com_pt.training.optimizer import learning_rate
-from com_pt.training.prepare import prepare_stage
-from com_pt.training.stage import train_step
-from com_pt.training.tasks.base import Task
+from com_pt.training.prepare import PreparedStage
+from com_pt.training.schedule import learning_rate
+from com_pt.training.step import train_step
 from effml_common import checkpoint
 from effml_common.errors import NonFiniteError
 from effml_common.interrupt import StopSignal
@@ -40,41 +37,18 @@ class StageResult:
 
 
 class StageTrainer:
-    """One stage: AdamW, warm-up and cosine of its own, the feature loss, resuming.
+    """Trains one stage, with learning rates, checkpoints and stop signals.
 
     Args:
-        task: The paradigm.
-        chain: Settings that all stages share.
-        stage: Settings of this one.
-        model: The successor, grown already; trained in place.
-        predecessor: The finished smaller model, which is frozen; None for the first stage.
-        epochs: Passes over the data.
-        accelerator: An ``accelerate.Accelerator``; default one for this device.
-
-    Raises:
-        ConfigError: If feature widths differ and no projector is allowed.
-        InputError: If there are too few data, or a batch does not split.
+        prepared: Modules, optimizer and batches of the stage.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        chain: ChainConfig,
-        stage: StageConfig,
-        model: nn.Module,
-        predecessor: nn.Module | None,
-        epochs: float,
-        accelerator: Any = None,
-    ) -> None:
-        self.accelerator = accelerator or make_accelerator(chain.precision)
-        self.task, self.chain, self.stage = task, chain, stage
-
-        # Modules, optimizer and batches.
-        prepared = prepare_stage(task, chain, stage, model, predecessor, epochs, self.accelerator)
+    def __init__(self, prepared: PreparedStage) -> None:
+        self.chain, self.stage = prepared.chain, prepared.settings
+        self.accelerator, self.optimizer = prepared.accelerator, prepared.optimizer
         self.module, self.wrapped = prepared.module, prepared.wrapped
-        self.predecessor, self.optimizer = prepared.predecessor, prepared.optimizer
+        self.predecessor, self.unsharded = prepared.predecessor, prepared.unsharded
         self.batches, self.steps = prepared.batches, prepared.steps
-        self.unsharded = prepared.unsharded
 
         # What a checkpoint holds beside them.
         self.seconds, self.skipped, self._skips_in_a_row = 0.0, 0, 0
@@ -110,6 +84,8 @@ class StageTrainer:
             for step in range(start + 1, self.steps + 1):
                 loss, terms, rate = self._step(step, next(batches), root)
                 self.seconds = seconds_before + time.monotonic() - began
+
+                # Tell how it goes.
                 if step % self.chain.log_every == 0 or step == self.steps:
                     values = {name: float(value) for name, value in terms.items()}
                     log.log(step, {"loss": float(loss), **values, "lr": rate})
@@ -117,7 +93,8 @@ class StageTrainer:
                 if step == start + TIMED_UPDATES:
                     self._estimate((time.monotonic() - began) / TIMED_UPDATES, step)
 
-                is_last = step == self.steps or self._stopping(stop)
+                # Keep what was learned.
+                is_last = step == self.steps or self._stop_is_requested(stop)
                 if step % self.chain.save_every == 0 or is_last:
                     self._save(root, step)
                 stop.check()
@@ -125,16 +102,14 @@ class StageTrainer:
         # Hand over the model, complete and without its projectors.
         if self.batches.readable.bad:
             warn(f"{len(self.batches.readable.bad)} unreadable samples were replaced by others")
+        model = self.module.model
+        if self.unsharded is not None:
+            load_gathered(self.unsharded, gather_shards(model.state_dict()))
+            model = self.unsharded.to(self.accelerator.device)
         samples = self.steps * self.stage.batch_size
-        return StageResult(self._result(), self.steps, samples, self.seconds, self.skipped)
+        return StageResult(model.eval(), self.steps, samples, self.seconds, self.skipped)
 
-    def _result(self) -> nn.Module:
-        if self.unsharded is None:
-            return self.module.model.eval()
-        load_gathered(self.unsharded, gather_shards(self.module.model.state_dict()))
-        return self.unsharded.to(self.accelerator.device).eval()
-
-    def _stopping(self, stop: StopSignal) -> bool:
+    def _stop_is_requested(self, stop: StopSignal) -> bool:
         """Return whether any process was asked to stop: gathering shards takes them all."""
         if self.unsharded is None:
             return stop.requested
@@ -153,12 +128,14 @@ class StageTrainer:
             group["lr"] = rate
 
         # Dropout and the like: the same in a resumed run, different on every process.
+        device = accelerator.device
+        batch = _pytree.tree_map(lambda leaf: leaf.to(device, non_blocking=True), batch)
         torch.manual_seed(seed_of(self.chain.seed, stage.name, step, accelerator.process_index))
         loss, terms = train_step(
             self.module,
             self.wrapped,
             self.predecessor,
-            to_device(batch, accelerator.device),
+            batch,
             self.optimizer,
             accelerator,
             micro_batches=self.chain.accum_freq,

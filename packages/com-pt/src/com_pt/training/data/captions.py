@@ -55,10 +55,11 @@ class CaptionData:
     ) -> None:
         self.places, self.texts, self.tokenize = places, texts, tokenize
         self.transform, self.captions = transform, captions
-        fewest = min(len(t) for t in texts)
+        fewest, place = min(zip(map(len, texts), places, strict=True), key=lambda pair: pair[0])
         if captions is not None and fewest < captions:
             raise InputError(
-                f"an image has {fewest} captions and {captions} are drawn of each; lower captions"
+                f"{place.path}: an image has {fewest} captions, but {captions} are drawn for each; "
+                f"add captions or set captions: {fewest}"
             )
 
     @classmethod

@@ -29,7 +29,7 @@ class Batches:
     Args:
         task: Data set with ``collate``.
         batch: Samples per update over all processes.
-        seed: Of order and augmentation.
+        seed: The seed of order and augmentation.
         rank: This process.
         world: Number of processes.
         workers: Reader processes.

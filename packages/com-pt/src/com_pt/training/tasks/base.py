@@ -21,6 +21,30 @@ class Task(ABC):
 
     Raises:
         ConfigError: If ``data`` has a setting that is not among ``settings``.
+
+    Example:
+        >>> import torch
+        >>> class Autoencode(Task):
+        ...     streams = ("code",)  # what is pulled to the predecessor's
+        ...     def build(self, spec):
+        ...         return nn.Sequential(nn.Linear(8, spec), nn.Linear(spec, 8))
+        ...     def __len__(self):
+        ...         return 256
+        ...     def __getitem__(self, index):
+        ...         return torch.sin(torch.arange(8) * (1 + index / 64))
+        ...     def features(self, model, batch):
+        ...         code = model[0](batch)
+        ...         return {"code": code, "error": model[1](code) - batch}
+        ...     def loss(self, outputs):
+        ...         return {"squared error": outputs["error"].square().mean()}
+        ...     def macs(self, spec):
+        ...         return 16 * spec
+        ...     def save(self, model, spec, folder): ...
+        ...     def load(self, folder, spec): ...
+        >>> task = Autoencode({})
+        >>> outputs = task.features(task.build(4), task.collate([task[0], task[1]]))
+        >>> outputs["code"].shape
+        torch.Size([2, 4])
     """
 
     settings: ClassVar[frozenset[str]] = frozenset()  # of ``data``; empty: any

@@ -12,44 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from com_pt.adapters.sharding import gather_shards
-from com_pt.method.losses import InverseFeatureLoss
-from com_pt.training.data.tensors import split_batch
-from com_pt.training.tasks.base import Task
+from com_pt.training.stage_model import PROJECTED, StageModel
 from effml_common.finite import check_finite
 from effml_common.state import rng_state, set_rng_state
-
-PROJECTED = "projected "  # stands before the name of a stream in the predecessor's width
-
-
-class StageModel(nn.Module):
-    """The model in training and the projectors beside it, so that both are synchronised.
-
-    Args:
-        task: What ``features`` means.
-        model: The successor.
-        feature_loss: Its projectors; None in the first stage.
-    """
-
-    def __init__(
-        self, task: Task, model: nn.Module, feature_loss: InverseFeatureLoss | None
-    ) -> None:
-        super().__init__()
-        self.task = task
-        self.model = model
-        self.feature_loss = feature_loss
-
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        """Return the task's outputs, and each stream in the predecessor's width."""
-        outputs = self.task.features(self.model, batch)
-        if self.feature_loss is None:
-            return outputs
-        projected = {
-            PROJECTED + stream: self.feature_loss.project(stream, outputs[stream])
-            for stream in self.task.streams
-        }
-        return {**outputs, **projected}
 
 
 def train_step(
@@ -71,11 +39,11 @@ def train_step(
         wrapped: The same, as accelerate wrapped it.
         predecessor: The frozen smaller model; None without one.
         batch: Tensors in tuples, lists or dicts.
-        optimizer: Of the module's parameters.
+        optimizer: The optimizer of the module's parameters.
         accelerator: An ``accelerate.Accelerator``.
         micro_batches: Equal parts that the batch is computed in.
-        step: Number of the update, for messages.
-        last_good: Checkpoint folder, for messages.
+        step: The number of the update, for messages.
+        last_good: The checkpoint folder, for messages.
 
     Returns:
         The loss and its named terms, detached, on the device.
@@ -104,6 +72,13 @@ def train_step(
     return total, terms
 
 
+def split_batch(batch: Any, parts: int) -> list[Any]:
+    """Split every tensor of a batch, in tuples, lists or dicts, into equal parts."""
+    leaves, shape = _pytree.tree_flatten(batch)
+    pieces = [leaf.chunk(parts) for leaf in leaves]
+    return [_pytree.tree_unflatten([p[i] for p in pieces], shape) for i in range(parts)]
+
+
 def predecessor_streams(
     predecessor: StageModel | None, part: Any, accelerator: Any
 ) -> dict[str, Tensor]:
@@ -122,7 +97,7 @@ def sum_losses(
 
     Args:
         stage: Says what the losses are.
-        outputs: Of its forward pass.
+        outputs: What its forward pass returned.
         targets: The predecessor's streams; empty without one.
     """
     terms = stage.task.loss(outputs)
