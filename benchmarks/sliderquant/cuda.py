@@ -121,11 +121,11 @@ def moment_of(kit: Kit, columns: int) -> Tensor:
 
 
 def gridded(weight: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """Step of each group, and step and zero of each weight."""
+    """Scale of each group, and scale and zero point of each weight."""
     size = fmt.columns_per_group(weight.shape[1])
-    step, zero = quantization_grid(weight.unflatten(-1, (-1, size)), fmt)
-    step, zero = step.squeeze(-1), zero.squeeze(-1)
-    return step, step.repeat_interleave(size, dim=-1), zero.repeat_interleave(size, dim=-1)
+    scale, zero = quantization_grid(weight.unflatten(-1, (-1, size)), fmt)
+    scale, zero = scale.squeeze(-1), zero.squeeze(-1)
+    return scale, scale.repeat_interleave(size, dim=-1), zero.repeat_interleave(size, dim=-1)
 
 
 def solve_weights(kit: Kit, tiny: bool) -> Step:
@@ -137,11 +137,11 @@ def solve_weights(kit: Kit, tiny: bool) -> Step:
         target = ridge_update(weight, h, cross)
         order = h.diagonal().argsort(descending=True)
         inverse_cholesky_factor(h[order][:, order])
-        step, steps, zeros = gridded(weight, fmt)
-        levels = nearest_codes(target, steps, zeros, fmt) - zeros
+        scale, scales, zeros = gridded(weight, fmt)
+        levels = nearest_codes(target, scales, zeros, fmt) - zeros
         levels = levels.unflatten(-1, (-1, fmt.columns_per_group(weight.shape[1])))
         for _ in range(REFINEMENT_PASSES):
-            step = refit_scales(levels, step, target, h)
+            scale = refit_scales(levels, scale, target, h)
 
     moments = {columns: moment_of(kit, columns) for _, columns in shapes_of(tiny)}
     weights = [
@@ -169,18 +169,18 @@ def loop_over_columns(kit: Kit, tiny: bool) -> Step:
     q, k, _, _, gate, _, down = shapes_of(tiny)
     for out, columns in (q, k, gate, down):
         weight = kit.randn(out, columns)
-        _, steps, zeros = gridded(weight, fmt)
+        _, scales, zeros = gridded(weight, fmt)
         h = kit.randn(columns, columns)
         share = COLUMN_SHARE * (2 if (out, columns) == down else 1)
         visited = max(1, columns // share)
-        prepared.append((weight, steps, zeros, h.square_().add_(1), visited))
+        prepared.append((weight, scales, zeros, h.square_().add_(1), visited))
 
     @torch.no_grad()
     def step() -> None:
-        for weight, steps, zeros, h, visited in prepared:
-            code = round_columns_(weight, steps, zeros, fmt, h, visited)
+        for weight, scales, zeros, h, visited in prepared:
+            code = round_columns_(weight, scales, zeros, fmt, h, visited)
             for _ in range(REFINEMENT_PASSES):
-                sweep_columns_(code, weight, steps, zeros, fmt, h, visited)
+                sweep_columns_(code, weight, scales, zeros, fmt, h, visited)
 
     return step
 
@@ -190,10 +190,10 @@ def update_blocks(kit: Kit, tiny: bool) -> Step:
     decoder = TransformersDecoder(llama(kit, tiny, 2))
     hidden = decoder.block_inputs(kit.randint(config_of(tiny).vocab_size, 1, sequence(tiny)))
     learnables = [block_learnables(kit, tiny) for _ in range(2)]
-    for made in learnables:
-        for linear in made.linears:
+    for learned in learnables:
+        for linear in learned.linears:
             linear.forward_in_pieces = lambda weight, ratio, own=linear: own.add_correction(weight)
-    groups = [group for made in learnables for group in made.parameter_groups(1e-4, 1e-2)]
+    groups = [group for learned in learnables for group in learned.parameter_groups(1e-4, 1e-2)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
     simulate = window_simulation(decoder, [0, 1], learnables, 1.0, None)
     return lambda: update_window(simulate, hidden, hidden + 1, 1, learnables, optimizer)

@@ -62,8 +62,8 @@ def measure(config: Config) -> Table:
         runs = [("bfloat16", base, dense.nbytes)]
         for bits, group in ((8, None), (4, 128), (2, 64)):
             fmt = WeightFormat(bits=bits, group_size=group, sym=True, dtype=torch.bfloat16)
-            made = packed_tensors(quantize_weight(weight, fmt))
-            args = made["weight_packed"], made["weight_scale"], None, bits
+            tensors = packed_tensors(quantize_weight(weight, fmt))
+            args = tensors["weight_packed"], tensors["weight_scale"], None, bits
             took = seconds(lambda: packed_gemv(x, *args), config.repeats)  # noqa: B023
             runs.append((f"W{bits}", took, args[0].nbytes + args[1].nbytes))
         for name, took, size in runs:

@@ -69,10 +69,10 @@ def write_model(folder: Path, layers: int, config: MemoryConfig) -> int:
     files: dict[str, dict[str, Any]] = {}
     for name, parameter in empty_model(llama).named_parameters():
         block = name.split(".")[2] if name.startswith("model.layers.") else "rest"
-        made = torch.ones(parameter.shape, dtype=torch.bfloat16)
+        weight = torch.ones(parameter.shape, dtype=torch.bfloat16)
         if parameter.ndim == 2:
-            made.normal_(std=0.02, generator=generator)
-        files.setdefault(block, {})[name] = made
+            weight.normal_(std=0.02, generator=generator)
+        files.setdefault(block, {})[name] = weight
         if name.endswith("post_attention_layernorm.weight"):  # the last of its block
             save_file(files.pop(block), folder / f"model-{int(block):03d}.safetensors")
     for block, tensors in files.items():
@@ -85,14 +85,14 @@ def write_model(folder: Path, layers: int, config: MemoryConfig) -> int:
     return sum(parameter.numel() for parameter in empty_model(llama).parameters())
 
 
-def resident(kind: str) -> float:
+def resident_mib(kind: str) -> float:
     """Resident set of this process in MiB: VmRSS now, VmHWM at its peak.
 
     Not getrusage: its ru_maxrss begins with the peak of the process that started this one.
     """
-    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
+    line = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert line is not None
+    return int(line[1]) / 1024
 
 
 def quantize_here(config: MemoryConfig) -> dict[str, float]:
@@ -103,7 +103,7 @@ def quantize_here(config: MemoryConfig) -> dict[str, float]:
     from sliderquant.config import QuantizeConfig
 
     torch.set_num_threads(1)
-    baseline = resident("VmRSS")
+    baseline = resident_mib("VmRSS")
     started = time.monotonic()
     source = Path(config.child)
     quantize(
@@ -123,7 +123,7 @@ def quantize_here(config: MemoryConfig) -> dict[str, float]:
     )
     return {
         "baseline_mib": round(baseline, 1),
-        "peak_above_baseline_mib": round(resident("VmHWM") - baseline, 1),
+        "peak_above_baseline_mib": round(resident_mib("VmHWM") - baseline, 1),
         "seconds": round(time.monotonic() - started, 1),
     }
 

@@ -118,7 +118,7 @@ def run(config: PeersConfig) -> None:
         log = path.with_suffix(".log")
         if read_material(path) is None:
             say(f"{family}: training and encoding, once; progress is in {log}")
-            if apart(prepare, path, family, config, path):
+            if call_apart(prepare, path, family, config, path):
                 raise InputError(f"{family} could not be made; see the end of {log}")
 
     with progress("cells", len(families) + count_of(config)) as bar:
@@ -127,20 +127,22 @@ def run(config: PeersConfig) -> None:
             bar.advance()
 
 
-def apart(function: Callable[..., None], path: Path, *arguments: Any) -> int:
+def call_apart(function: Callable[..., None], path: Path, *arguments: Any) -> int:
     """Call a function in a process of its own, which logs beside ``path``; return its exit code."""
     context = multiprocessing.get_context("forkserver")
     # The server imports what all cells need, once; a library of a peer is imported in its own cell.
     context.set_forkserver_preload(
         ["benchmarks.sliderquant.peers_report", "benchmarks.sliderquant.peers_models"]
     )
-    process = context.Process(target=logged, args=(function, path.with_suffix(".log"), arguments))
+    process = context.Process(
+        target=call_with_log, args=(function, path.with_suffix(".log"), arguments)
+    )
     process.start()
     process.join()
     return process.exitcode or 0
 
 
-def logged(function: Callable[..., None], log: Path, arguments: Sequence[Any]) -> None:
+def call_with_log(function: Callable[..., None], log: Path, arguments: Sequence[Any]) -> None:
     """Call a function with all that it and its libraries print in a file."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
@@ -155,15 +157,15 @@ def run_cell(config: PeersConfig, cell: Cell) -> None:
     if kept is not None and "error" not in kept:
         return
     begin = time.monotonic()
-    code = apart(work, path, config, cell, path)
+    code = call_apart(work, path, config, cell, path)
     if code:  # killed, or stopped by a library, before it could write down its error
         error = {**asdict(cell), "error": f"the process ended with code {code}"}
         atomic_write(path, json.dumps(error) + "\n")
-    done = result_of(config, cell) or {}
-    ppl = ", ".join(f"{name} {value:.2f}" for name, value in done.get("ppl", {}).items())
-    told = done.get("error") or ppl or "done"
+    result = result_of(config, cell) or {}
+    ppl = ", ".join(f"{name} {value:.2f}" for name, value in result.get("ppl", {}).items())
+    outcome = result.get("error") or ppl or "done"
     words = f"{cell.family} {cell.setting} {cell.label}, seed {cell.seed}"
-    say(f"{words}: {told} ({time.monotonic() - begin:.0f} s)")
+    say(f"{words}: {outcome} ({time.monotonic() - begin:.0f} s)")
 
 
 def work(config: PeersConfig, cell: Cell, path: Path) -> None:
@@ -173,7 +175,7 @@ def work(config: PeersConfig, cell: Cell, path: Path) -> None:
     try:
         material = read_material(material_path(config, cell.family))
         assert material is not None  # made before the first cell
-        measured = damages if cell.method == "sensitivity" else quantized
+        measured = round_blocks if cell.method == "sensitivity" else quantize_cell
         result = measured(config, cell, material)
     except Exception as error:
         # Whatever a peer raises is its result, and the other cells go on.
@@ -189,7 +191,7 @@ def texts(config: PeersConfig, material: Material) -> dict[str, list[Tensor]]:
     return {name: list(chunks(t, config.context, EVAL_BATCH)) for name, t in wanted.items()}
 
 
-def quantized(config: PeersConfig, cell: Cell, material: Material) -> dict[str, Any]:
+def quantize_cell(config: PeersConfig, cell: Cell, material: Material) -> dict[str, Any]:
     """Quantize and measure one model."""
     # The model as it is, or as a method leaves it.
     loaded = load_model(material.folder)
@@ -204,14 +206,14 @@ def quantized(config: PeersConfig, cell: Cell, material: Material) -> dict[str, 
             grid=GRIDS[cell.setting],
             options=cell.options,
         )
-        model, facts = timed(task, cell.method)
+        model, facts = run_method(task, cell.method)
 
     logits = model_logits(model)
     measured = texts(config, material)
     return {"ppl": {name: perplexity(logits, t) for name, t in measured.items()}, **facts}
 
 
-def timed(task: Task, method: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+def run_method(task: Task, method: str) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Quantize, and return the model with its seconds, memory (MiB), library and settings."""
     # Imports and the choice of epochs are no part of the time.
     columns = columns_of(task.model)
@@ -238,7 +240,7 @@ def timed(task: Task, method: str) -> tuple[PreTrainedModel, dict[str, Any]]:
     }
 
 
-def damages(config: PeersConfig, cell: Cell, material: Material) -> dict[str, Any]:
+def round_blocks(config: PeersConfig, cell: Cell, material: Material) -> dict[str, Any]:
     """Round one block at a time to nearest, the others not."""
     decoder = TransformersDecoder(load_model(material.folder).model)
     grid = GRIDS[cell.setting]

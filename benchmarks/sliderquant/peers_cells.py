@@ -107,11 +107,11 @@ class PeersConfig(DemoModelConfig):
         DemoModelConfig.__post_init__(self)
         for name in ("nsamples", "batch_size", "iters", "eval_tokens", "threads"):
             value = getattr(self, name)
-            require(value >= 1, f"{name} must be 1 or more, got {value}", "give a positive count")
+            require(value >= 1, f"{name} is {value}", "give 1 or more")
         require(
             self.batch_size <= self.nsamples,
             f"batch_size ({self.batch_size}) is more than nsamples ({self.nsamples})",
-            "a batch has every sample once",
+            "lower batch_size, because a batch has every sample once",
         )
         require(len(set(self.seeds)) == len(self.seeds) > 0, "seeds must differ", "give 1 2 3")
         require(
@@ -193,10 +193,10 @@ def slider_settings(config: PeersConfig, grid: Grid, seed: int, **changes: Any) 
 
     rates = {"lr_lora": config.lr_lora, "lr_lwc": config.lr_lwc, "lr_scale": config.lr_scale}
     settings |= {"method": "slider", **rates, **changes}
-    made = SliderConfig(**settings)
+    calibration = SliderConfig(**settings)
     budget = config.layers * config.iters * config.batch_size / config.nsamples
-    visits = make_plan(made, None, config.layers).block_visits
-    epochs = made.stages * max(1, round(budget / visits / made.stages))
+    visits = make_plan(calibration, None, config.layers).block_visits
+    epochs = calibration.stages * max(1, round(budget / visits / calibration.stages))
     return {**settings, "epochs": epochs}
 
 

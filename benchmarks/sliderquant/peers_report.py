@@ -188,11 +188,11 @@ def _row(entry: Entry) -> Row:
     return Row(entry.name, "; ".join(part for part in parts if part), metrics)
 
 
-def _claims(config: PeersConfig, found: Sequence[Entry]) -> list[Claim]:
+def _claims(config: PeersConfig, peers: Sequence[Entry]) -> list[Claim]:
     """Return "sliderquant is lower than X" for both its ways, and at equal seconds for AutoRound."""
     claims = []
     for family, name in config.pairs:
-        here = {e.label: e for e in found if (e.family, e.setting) == (family, name) and e.runs}
+        here = {e.label: e for e in peers if (e.family, e.setting) == (family, name) and e.runs}
         for label, entry in here.items():
             rivals = []
             if not label.startswith("slider"):
@@ -208,10 +208,10 @@ def _claims(config: PeersConfig, found: Sequence[Entry]) -> list[Claim]:
 
 
 def _ablation_claims(config: PeersConfig, arms: Sequence[Entry]) -> list[Claim]:
-    whole = {(arm.family, arm.setting): arm for arm in arms if arm.label == WHOLE and arm.runs}
+    complete = {(arm.family, arm.setting): arm for arm in arms if arm.label == WHOLE and arm.runs}
     claims = []
     for arm in arms:
-        own = whole.get((arm.family, arm.setting))
+        own = complete.get((arm.family, arm.setting))
         if own is not None and arm.label != WHOLE and arm.runs:
             claims += _paired(config, own, arm)
     return claims
@@ -220,17 +220,17 @@ def _ablation_claims(config: PeersConfig, arms: Sequence[Entry]) -> list[Claim]:
 def _paired(config: PeersConfig, own: Entry, other: Entry) -> list[Claim]:
     """Return a claim per text, on the seeds that both have."""
     pairs = [(own.of_seed(seed), other.of_seed(seed)) for seed in config.seeds]
-    both = [(mine, theirs) for mine, theirs in pairs if mine and theirs]
-    if not both:
+    known = [(ours, theirs) for ours, theirs in pairs if ours and theirs]
+    if not known:
         return []
-    told = f"{NAMES.get(own.label, own.label)} is lower than {NAMES.get(other.label, other.label)}"
+    claim = f"{NAMES.get(own.label, own.label)} is lower than {NAMES.get(other.label, other.label)}"
     return [
         Claim(
             f"{own.family}-{own.setting}-{own.label}-{other.label}-{text}".replace(" ", "_"),
-            f"{own.family} {own.setting}: {told} on {text}",
-            [theirs["ppl"][text] - mine["ppl"][text] for mine, theirs in both],
+            f"{own.family} {own.setting}: {claim} on {text}",
+            [theirs["ppl"][text] - ours["ppl"][text] for ours, theirs in known],
         )
-        for text in both[0][0]["ppl"]
+        for text in known[0][0]["ppl"]
     ]
 
 
@@ -262,12 +262,12 @@ def _notes(config: PeersConfig) -> list[str]:
 
 def _damages(config: PeersConfig) -> dict[str, list[dict[str, float]]]:
     """Return what rounding each block alone does, by model and setting."""
-    found = {}
+    damages = {}
     for cell in sensitivity_cells(config):
         result = result_of(config, cell)
         if result is not None and "damage" in result:
-            found[f"{cell.family} {cell.setting}"] = result["damage"]
-    return found
+            damages[f"{cell.family} {cell.setting}"] = result["damage"]
+    return damages
 
 
 def _damage_rows(damages: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
@@ -277,14 +277,14 @@ def _damage_rows(damages: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row
             "rounded to nearest, the others not",
             {"ppl rise": [each["ppl"]], "KL": [each["kl"]]},
         )
-        for name, found in damages.items()
-        for each in found
+        for name, blocks in damages.items()
+        for each in blocks
     ]
 
 
 def _figures(
     out: Path,
-    found: Sequence[Entry],
+    peers: Sequence[Entry],
     arms: Sequence[Entry],
     damages: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> list[Path]:
@@ -292,23 +292,23 @@ def _figures(
     if find_spec("matplotlib") is None:
         say("no pictures: install sliderquant[plot]")
         return []
-    groups, changed = _by_setting(found), _by_setting(arms)
-    full = {e.family: e for e in found if e.label == "full precision" and e.runs}
-    made = []
+    groups, changed = _by_setting(peers), _by_setting(arms)
+    full = {e.family: e for e in peers if e.label == "full precision" and e.runs}
+    pictures = []
     if groups:
-        made.append(_methods_picture(out / "sliderquant-peers.png", groups, full))
-        made.append(_cost_picture(out / "sliderquant-peers-cost.png", groups))
+        pictures.append(_methods_picture(out / "sliderquant-peers.png", groups, full))
+        pictures.append(_cost_picture(out / "sliderquant-peers-cost.png", groups))
     if changed:
-        made.append(_methods_picture(out / "sliderquant-peers-ablation.png", changed, {}))
+        pictures.append(_methods_picture(out / "sliderquant-peers-ablation.png", changed, {}))
     if damages:
-        made.append(_damage_picture(out / "sliderquant-peers-sensitivity.png", damages))
-    return made
+        pictures.append(_damage_picture(out / "sliderquant-peers-sensitivity.png", damages))
+    return pictures
 
 
-def _by_setting(found: Sequence[Entry]) -> dict[str, list[Entry]]:
+def _by_setting(rows: Sequence[Entry]) -> dict[str, list[Entry]]:
     """Return the rows of every model and setting that have runs."""
     groups: dict[str, list[Entry]] = {}
-    for entry in found:
+    for entry in rows:
         if entry.runs and entry.label != "full precision":
             groups.setdefault(f"{entry.family} {entry.setting}", []).append(entry)
     return groups

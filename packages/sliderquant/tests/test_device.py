@@ -14,7 +14,7 @@ from sliderquant.adapters.shapes import decoder_shape
 from sliderquant.adapters.simulation import finished_block, fresh_learnables, simulated_logits
 from sliderquant.cli import COMMANDS
 from sliderquant.commands import _estimates as estimates
-from sliderquant.commands._estimates import rounding_seconds, seconds_of
+from sliderquant.commands._estimates import estimate_rounding, measure_seconds
 from sliderquant.commands.bench import kernel_on
 from sliderquant.commands.inspect import make_plan
 from sliderquant.config import (
@@ -149,7 +149,7 @@ def test_a_model_moves_to_the_card_in_the_type_it_computes_in(tiny, save, monkey
 def test_the_clock_is_read_when_the_device_is_done(monkeypatch) -> None:
     done = []
     monkeypatch.setattr(estimates, "synchronize", lambda device: done.append(device))
-    assert estimates.seconds_of(lambda: done.append("run"), torch.device("cpu")) >= 0
+    assert estimates.measure_seconds(lambda: done.append("run"), torch.device("cpu")) >= 0
     assert done == ["run", torch.device("cpu"), "run", torch.device("cpu")]
 
 
@@ -164,11 +164,11 @@ def test_the_estimate_counts_the_column_loops(tiny, tokens, monkeypatch) -> None
         weights=WeightFormat(bits=4, group_size=8, sym=True, dtype=torch.float32),
     )
     asked = []
-    monkeypatch.setattr(estimates, "seconds_of", lambda run, device: 1.0)
+    monkeypatch.setattr(estimates, "measure_seconds", lambda run, device: 1.0)
     monkeypatch.setattr(
-        estimates, "rounding_seconds", lambda weight, fmt: asked.append(weight.shape) or 100.0
+        estimates, "estimate_rounding", lambda weight, fmt: asked.append(weight.shape) or 100.0
     )
-    seconds = estimates.estimated_seconds(job)
+    seconds = estimates.estimate_seconds(job)
     assert seconds == 3 * (estimates.ROUNDING_PASSES * 2 + 7 * 100)
     assert len(asked) == len(set(asked)) == 4  # q and o, k and v, gate and up, down
 
@@ -180,8 +180,8 @@ def test_the_time_of_a_weight_is_within_a_factor_of_four() -> None:
     moment = (x.T @ x).double()
     cross = torch.zeros(256, 512, dtype=torch.float64)
     cpu = torch.device("cpu")
-    expected = rounding_seconds(weight, fmt)
-    taken = seconds_of(lambda: round_weight(weight, fmt, moment, cross), cpu)
+    expected = estimate_rounding(weight, fmt)
+    taken = measure_seconds(lambda: round_weight(weight, fmt, moment, cross), cpu)
     assert taken / 4 < expected < 4 * taken
 
 

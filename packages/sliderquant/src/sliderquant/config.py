@@ -25,7 +25,7 @@ SLIDER_SETTINGS = (
 )
 
 
-def _required(text: str) -> Any:
+def _required_field(text: str) -> Any:
     """A field without a default, with the help that the command line shows."""
     return field(metadata={"help": text})
 
@@ -148,8 +148,8 @@ class SliderConfig(WindowConfig):
 
     def _check_training(self) -> None:
         """Refuse counts and rates that no calibration can use."""
-        whole = 0 < self.gamma <= 1 and abs(1 / self.gamma - round(1 / self.gamma)) < 1e-6
-        _check(self, "gamma", whole, "give 1, 1/2, 1/3 ...: 1/gamma is the number of stages")
+        fits = 0 < self.gamma <= 1 and abs(1 / self.gamma - round(1 / self.gamma)) < 1e-6
+        _check(self, "gamma", fits, "give 1, 1/2, 1/3 ...: 1/gamma is the number of stages")
         _check_least(self, 1, "batch_size", "lora_rank", "nsamples", "seqlen")
         _check_least(self, 0, "min_expert_tokens", "seed")
         require(
@@ -215,8 +215,8 @@ class SliderConfig(WindowConfig):
 class QuantizeConfig(SliderConfig):
     """Quantize a local model directory and write a directory that transformers loads."""
 
-    model: str = _required("directory of a Hugging Face causal language model")
-    calib: tuple[str, ...] = _required(
+    model: str = _required_field("directory of a Hugging Face causal language model")
+    calib: tuple[str, ...] = _required_field(
         "calibration files: text, or JSON lines with 'text' or chat 'messages'; "
         "use text like what the model will read"
     )
@@ -254,7 +254,7 @@ class QuantizeConfig(SliderConfig):
 class EvalConfig:
     """Perplexity on text files, and lm-eval tasks, of a model directory in any format."""
 
-    model: str = _required("directory of a causal language model, quantized or not")
+    model: str = _required_field("directory of a causal language model, quantized or not")
     text: tuple[str, ...] = setting((), "files: text, or JSON lines with 'text'")
     tasks: tuple[str, ...] = setting(
         (), "lm-eval task files (YAML, with local data files), or folders of them"
@@ -282,8 +282,8 @@ class EvalConfig:
 class SensitivityConfig:
     """Round one block at a time to nearest, and measure what it does to the model."""
 
-    model: str = _required("directory of a full-precision causal language model")
-    text: tuple[str, ...] = _required("files: text, or JSON lines with 'text'")
+    model: str = _required_field("directory of a full-precision causal language model")
+    text: tuple[str, ...] = _required_field("files: text, or JSON lines with 'text'")
     wbits: int = setting(2, "bits per weight, 2 to 8")
     group_size: int | None = setting(128, GROUP_HELP)
     sym: bool = setting(True, "signed codes without zero point")
@@ -317,7 +317,7 @@ class SensitivityConfig:
 class BenchConfig:
     """Tokens per second of a native model and of its dense twin, on your device."""
 
-    model: str = _required("directory that quantize wrote with --format native")
+    model: str = _required_field("directory that quantize wrote with --format native")
     prompt: int = setting(128, "tokens of the prompt")
     tokens: int = setting(32, "tokens generated behind it")
     repeats: int = setting(3, "timed repetitions, after one to warm up")
@@ -332,7 +332,7 @@ class BenchConfig:
 class ExportConfig:
     """Write a native quantized model in another format, without loss."""
 
-    model: str = _required("directory that quantize wrote with --format native")
+    model: str = _required_field("directory that quantize wrote with --format native")
     format: Literal["compressed-tensors", "dense", "native"] = setting(
         "compressed-tensors",
         "compressed-tensors (packed; transformers, vLLM), dense (dequantized), native (a copy)",

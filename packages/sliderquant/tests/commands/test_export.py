@@ -107,7 +107,7 @@ def test_tasks_run_on_a_packed_model_from_the_command_line(native, tmp_path, cap
         (["sensitivity", "MODEL", "--text", "TEXT", "--group-size", "48"], "does not divide"),
         (["export", "MODEL"], "no native model"),
         (["export", "NATIVE", "--out", "NATIVE"], "holds a model already"),
-        (["export", "NATIVE", "--container-bits", "5"], "container_bits must be 4 or 8"),
+        (["export", "NATIVE", "--container-bits", "5"], "container_bits is 5; give 4, 8 or none"),
         (["quantize", "NATIVE", "--calib", "TEXT"], "quantized already"),
     ],
 )

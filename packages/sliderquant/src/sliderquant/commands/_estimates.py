@@ -38,20 +38,20 @@ def announce(job: Job) -> None:
     work = f"{depth} blocks to round"
     if plan.windows:
         work = f"{len(plan.windows)} windows x {plan.stages} stages, {plan.updates} updates"
-    minutes = max(1, round(estimated_seconds(job) / 60))
+    minutes = max(1, round(estimate_seconds(job) / 60))
     memory = sum((plan.memory_gib or {}).values())
     disk = sum(path.stat().st_size for path in job.files) / 2**30
     say(f"{work}: about {minutes} min, {memory:.2f} GiB memory, {disk:.2f} GiB disk at most")
 
 
 @torch.no_grad()
-def estimated_seconds(job: Job) -> float:
+def estimate_seconds(job: Job) -> float:
     """Return the seconds that a calibration will take on the decoder's device; block 0 is read."""
     # One block's forward pass for one batch is the unit of both methods.
     decoder, batch_size = job.decoder, job.config.batch_size
     decoder.hold([0])
     hidden = decoder.block_inputs(job.samples[:batch_size])
-    forward = seconds_of(lambda: run_blocks(decoder, [0], hidden, batch_size), decoder.device)
+    forward = measure_seconds(lambda: run_blocks(decoder, [0], hidden, batch_size), decoder.device)
     passes = forward * -(-len(job.samples) // batch_size)
 
     # Windows repeat it; compensated rounding solves for every weight besides.
@@ -60,22 +60,22 @@ def estimated_seconds(job: Job) -> float:
     else:
         weights = [w for w in decoder.linear_weights(0).values() if w.ndim == 2]
         seconds = decoder.depth * (
-            ROUNDING_PASSES * passes + seconds_of_weights(weights, job.weights)
+            ROUNDING_PASSES * passes + estimate_weights(weights, job.weights)
         )
     decoder.hold([])
     return seconds
 
 
-def seconds_of_weights(weights: list[Tensor], fmt: WeightFormat) -> float:
+def estimate_weights(weights: list[Tensor], fmt: WeightFormat) -> float:
     """Return the seconds that compensated rounding of weights takes; those of one shape take as long."""
     by_shape: dict[torch.Size, float] = {}
     for weight in weights:
         if weight.shape not in by_shape:
-            by_shape[weight.shape] = rounding_seconds(weight, fmt)
+            by_shape[weight.shape] = estimate_rounding(weight, fmt)
     return sum(by_shape[weight.shape] for weight in weights)
 
 
-def rounding_seconds(weight: Float[Tensor, "out in"], fmt: WeightFormat) -> float:
+def estimate_rounding(weight: Float[Tensor, "out in"], fmt: WeightFormat) -> float:
     """Return the seconds that compensated rounding of one weight takes, from a few columns and rows."""
     # A rounded weight and its grid, as they are after error feedback.
     columns = weight.shape[1]
@@ -88,7 +88,7 @@ def rounding_seconds(weight: Float[Tensor, "out in"], fmt: WeightFormat) -> floa
 
     # The column loops: one of error feedback, one a turn of coordinate descent.
     visited = min(TIMED_COLUMNS, columns)
-    loop = seconds_of(
+    loop = measure_seconds(
         lambda: sweep_columns_(code, slope, scales, zeros, fmt, hessian, visited), weight.device
     )
     loops = (REFINEMENT_PASSES + 1) * loop * columns / visited
@@ -97,11 +97,11 @@ def rounding_seconds(weight: Float[Tensor, "out in"], fmt: WeightFormat) -> floa
     rows = min(TIMED_ROWS, len(weight))
     levels = (code - zeros)[:rows].unflatten(-1, (-1, size))
     target, first, wide = weight[:rows], scale[:rows].squeeze(-1), hessian.double()
-    fit = seconds_of(lambda: refit_scales(levels, first, target, wide), weight.device)
+    fit = measure_seconds(lambda: refit_scales(levels, first, target, wide), weight.device)
     return loops + REFINEMENT_PASSES * fit * len(weight) / rows
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+def measure_seconds(run: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that a second call takes, when the device has done all of it."""
     run()
     synchronize(device)

@@ -55,7 +55,7 @@ def file_hashes(paths: Sequence[str]) -> dict[str, str]:
     return hashes
 
 
-def history(config: QuantizeConfig, report: Mapping[str, Any]) -> str:
+def history_section(config: QuantizeConfig, report: Mapping[str, Any]) -> str:
     """Return the part of the card that stays the same in every format: how the model was made.
 
     Args:
@@ -119,13 +119,13 @@ def history_of(directory: str | Path) -> str:
     return text[text.index(HISTORY_TITLE) :] if HISTORY_TITLE in text else ""
 
 
-def model_card(directory: str | Path, base: str, made: str) -> str:
+def model_card(directory: str | Path, base: str, history: str) -> str:
     """Return the card of a finished directory.
 
     Args:
         directory: Holds the weight files and ``config.json``.
         base: Name of the full-precision model.
-        made: From ``history`` or ``history_of``.
+        history: From ``history_section`` or ``history_of``.
     """
     # What is in the folder.
     directory = Path(directory)
@@ -153,7 +153,7 @@ def model_card(directory: str | Path, base: str, made: str) -> str:
             f"- Quantized layers: {size['linears'] / 1e6:.1f} MB, {bits:.3f} bits per weight with "
             f"scales, 1/{ratio:.2f} of 16-bit; embeddings, norms and head are in {config['dtype']}"
         ]
-    return "\n".join([*lines, "", "## How to load it", "", _loading(config, written), made])
+    return "\n".join([*lines, "", "## How to load it", "", _loading(config, written), history])
 
 
 _NAMES = {

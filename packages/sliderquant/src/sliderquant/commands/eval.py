@@ -18,7 +18,7 @@ from sliderquant.config import EvalConfig
 from sliderquant.method.metrics import perplexity
 
 
-def bar_over(batches: Iterable[Tensor], bar: Progress) -> Iterable[Tensor]:
+def advance_over(batches: Iterable[Tensor], bar: Progress) -> Iterable[Tensor]:
     """Yield the batches and advance the bar after each."""
     for batch in batches:
         yield batch
@@ -42,7 +42,7 @@ def text_perplexity(
     stream = read_tokens([path], loaded.tokenizer)
     batches = list(chunks(stream, seqlen or default_seqlen(loaded.context), batch_size))
     with progress(f"perplexity on {Path(path).name}", len(batches)) as bar:
-        return perplexity(model_logits(loaded.model), bar_over(batches, bar))
+        return perplexity(model_logits(loaded.model), advance_over(batches, bar))
 
 
 def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:

@@ -14,7 +14,7 @@ from sliderquant.adapters.streaming import open_model
 from sliderquant.commands._estimates import announce
 from sliderquant.commands._job import prepare_job
 from sliderquant.commands._measurements import reference_rows, result_row
-from sliderquant.commands._model_card import history, model_card
+from sliderquant.commands._model_card import history_section, model_card
 from sliderquant.commands._resumable import calibrate_saved
 from sliderquant.config import QuantizeConfig
 
@@ -73,7 +73,7 @@ def quantize(config: QuantizeConfig) -> Report:
     document = report.to_json()
     write_report(report, out / "run")
     if rank() == 0:
-        card = model_card(out, Path(config.model).name, history(config, document))
+        card = model_card(out, Path(config.model).name, history_section(config, document))
         atomic_write(out / "README.md", card)
     loader = "sliderquant.load" if config.format == "native" else "from_pretrained of transformers"
     say(f"wrote {out}; load it with {loader}")

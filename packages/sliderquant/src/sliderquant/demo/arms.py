@@ -11,6 +11,7 @@ Arms per bit width, all on the same calibration tokens:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def arms(config: DemoConfig, bits: int, seed: int) -> list[Arm]:
         seed: Of samples, batch order and initial values.
     """
     # What all arms share.
-    common = {
+    common: dict[str, Any] = {
         "wbits": bits,
         "group_size": GROUP_SIZE,
         "sym": False,
@@ -72,7 +73,9 @@ def arms(config: DemoConfig, bits: int, seed: int) -> list[Arm]:
         "seqlen": config.context,
         "seed": seed,
     }
-    rates = {name: {"lr_lora": lora, "lr_lwc": lwc} for name, (lora, lwc) in LEARNING_RATES.items()}
+    rates: dict[str, dict[str, Any]] = {
+        name: {"lr_lora": lora, "lr_lwc": lwc} for name, (lora, lwc) in LEARNING_RATES.items()
+    }
 
     # SliderQuant sets the cost; block-wise reconstruction gets as many epochs as cost the same.
     slider = SliderConfig(**common, **rates["SliderQuant"], epochs=config.epochs, method="slider")
