@@ -12,16 +12,16 @@ def integers(x, bits, sym):
     for token in x.flatten(0, -2).double().tolist():
         low, high = min(0.0, *token), max(0.0, *token)
         if sym:
-            step = max(max(high, -low) / ((2**bits - 1) / 2), 1e-5)
+            scale = max(max(high, -low) / ((2**bits - 1) / 2), 1e-5)
             codes = [
-                min(max(round(v / step), -(2 ** (bits - 1))), 2 ** (bits - 1) - 1) for v in token
+                min(max(round(v / scale), -(2 ** (bits - 1))), 2 ** (bits - 1) - 1) for v in token
             ]
-            result.append([code * step for code in codes])
+            result.append([code * scale for code in codes])
         else:
-            step = max((high - low) / (2**bits - 1), 1e-5)
-            zero = round(-low / step)
-            codes = [min(max(round(v / step) + zero, 0), 2**bits - 1) for v in token]
-            result.append([(code - zero) * step for code in codes])
+            scale = max((high - low) / (2**bits - 1), 1e-5)
+            zero = round(-low / scale)
+            codes = [min(max(round(v / scale) + zero, 0), 2**bits - 1) for v in token]
+            result.append([(code - zero) * scale for code in codes])
     return torch.tensor(result, dtype=torch.float64).view(x.shape)
 
 
@@ -36,13 +36,13 @@ def test_every_token_has_a_grid_of_its_own(bits, sym) -> None:
 
 def test_a_worked_example() -> None:
     x = torch.tensor([[-1.0, 0.0, 0.4, 14.0]])
-    # Range -1 to 14 in 15 steps of 1, zero point 1: exact but for 0.4.
+    # Range -1 to 14 in 15 intervals of 1, zero point 1: exact but for 0.4.
     got = fake_quantize_tokens(x, ActivationFormat(bits=4, sym=False))
     assert got.tolist() == [[-1.0, 0.0, 0.0, 14.0]]
-    # Symmetric: step 14 / 7.5, the largest code is 7.
+    # Symmetric: scale 14 / 7.5, the largest code is 7.
     got = fake_quantize_tokens(x, ActivationFormat(bits=4, sym=True))
-    step = 14 / 7.5
-    torch.testing.assert_close(got, torch.tensor([[-step, 0.0, 0.0, 7 * step]]))
+    scale = 14 / 7.5
+    torch.testing.assert_close(got, torch.tensor([[-scale, 0.0, 0.0, 7 * scale]]))
 
 
 @pytest.mark.parametrize("sym", [True, False])

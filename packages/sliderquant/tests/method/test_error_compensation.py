@@ -53,57 +53,57 @@ def layer(columns: int, seed: int = 0):
     return weight, x, torch.randn(400, 6, generator=generator)
 
 
-def brain_surgeon(weight, step, zero, high, h):
+def brain_surgeon(weight, scale, zero, high, h):
     """Codes by the book: after each column the inverse Hessian of the remaining ones is taken anew."""
-    weight, step, zero, h = (np.array(t.double()) for t in (weight, step, zero, h))
-    left = list(np.argsort(-np.diag(h), kind="stable"))
-    found = np.zeros_like(weight)
-    while left:
-        inverse = np.linalg.inv(h[np.ix_(left, left)])
-        j, *later = left
-        found[:, j] = np.clip(np.round(weight[:, j] / step[:, j]) + zero[:, j], 0, high)
-        lack = (weight[:, j] - (found[:, j] - zero[:, j]) * step[:, j]) / inverse[0, 0]
-        weight[:, later] -= np.outer(lack, inverse[0, 1:])
-        left = later
-    return found
+    weight, scale, zero, h = (np.array(t.double()) for t in (weight, scale, zero, h))
+    remaining = list(np.argsort(-np.diag(h), kind="stable"))
+    codes = np.zeros_like(weight)
+    while remaining:
+        inverse = np.linalg.inv(h[np.ix_(remaining, remaining)])
+        j, *later = remaining
+        codes[:, j] = np.clip(np.round(weight[:, j] / scale[:, j]) + zero[:, j], 0, high)
+        error = (weight[:, j] - (codes[:, j] - zero[:, j]) * scale[:, j]) / inverse[0, 0]
+        weight[:, later] -= np.outer(error, inverse[0, 1:])
+        remaining = later
+    return codes
 
 
-@pytest.mark.parametrize("columns", [16, 300])  # in one lazy piece, and in three
+@pytest.mark.parametrize("columns", [16, 300])  # in one column block, and in three
 def test_codes_are_those_of_the_textbook_procedure(columns) -> None:
     weight, x, _ = layer(columns)
     fmt = WeightFormat(bits=3, group_size=None, sym=False, dtype=torch.float32)
     grid = quantization_grid(weight.unsqueeze(1), fmt)
-    step, zero = (t.squeeze(1).expand_as(weight) for t in grid)
+    scale, zero = (t.squeeze(1).expand_as(weight) for t in grid)
     h = damped_hessian((x.T @ x).double())
-    found = round_with_error_feedback(weight, step, zero, fmt, h)
-    expected = torch.tensor(brain_surgeon(weight, step, zero, 7, h), dtype=torch.float32)
+    result = round_with_error_feedback(weight, scale, zero, fmt, h)
+    expected = torch.tensor(brain_surgeon(weight, scale, zero, 7, h), dtype=torch.float32)
     # In float32 a value in the middle between two codes may fall to either side.
-    assert (found != expected).float().mean() < 0.01
+    assert (result != expected).float().mean() < 0.01
 
 
 def test_regression_minimises_the_damped_squared_error() -> None:
     weight, x, error = layer(16)
     moment = (x.T @ x).double()
-    found = ridge_update(weight, damped_hessian(moment), (x.T @ error).double())
+    result = ridge_update(weight, damped_hessian(moment), (x.T @ error).double())
     ridge = math.sqrt(DAMPING * moment.diagonal().mean())
     stacked = np.vstack([x.numpy(), ridge * np.eye(16)])
     wanted = np.vstack([error.numpy(), np.zeros((16, 6))])
     change = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
-    np.testing.assert_allclose(found, weight.numpy() + change, atol=1e-4)
+    np.testing.assert_allclose(result, weight.numpy() + change, atol=1e-4)
 
 
-def cost(target, levels, step, h) -> float:
+def cost(target, levels, scale, h) -> float:
     """tr((W* - D c) H (W* - D c)^T), in float64."""
-    rest = target.double() - (levels.double() * step.double().unsqueeze(-1)).flatten(-2)
+    rest = target.double() - (levels.double() * scale.double().unsqueeze(-1)).flatten(-2)
     return float((rest @ h * rest).sum())
 
 
-def test_steps_are_those_of_least_squares() -> None:
+def test_scales_are_those_of_least_squares() -> None:
     target, x, _ = layer(32)
     h = (x.T @ x).double()
     levels = torch.randint(-1, 3, (6, 4, 8), generator=torch.Generator().manual_seed(3)).float()
-    found = refit_scales(levels, torch.ones(6, 4), target * 0 + _combined(levels), h)
-    torch.testing.assert_close(found, torch.full((6, 4), 1.25), rtol=1e-4, atol=0)
+    result = refit_scales(levels, torch.ones(6, 4), target * 0 + _combined(levels), h)
+    torch.testing.assert_close(result, torch.full((6, 4), 1.25), rtol=1e-4, atol=0)
     factor = np.linalg.cholesky(h.numpy()).T  # |L^T r|^2 = r H r^T
     loose = torch.full((6, 4), 1e-9)
     for row in range(6):
@@ -125,20 +125,20 @@ def test_a_sweep_leaves_no_code_that_a_single_change_would_improve() -> None:
     target, x, _ = layer(24)
     fmt = WeightFormat(bits=2, group_size=None, sym=False, dtype=torch.float32)
     grid = quantization_grid(target.unsqueeze(1), fmt)
-    step, zero = (t.squeeze(1).expand_as(target) for t in grid)
+    scale, zero = (t.squeeze(1).expand_as(target) for t in grid)
     h = damped_hessian((x.T @ x).double())
-    code = round_with_error_feedback(target, step, zero, fmt, h)
-    costs = [cost(target, (code - zero).unsqueeze(1), step[:, :1], h)]
+    code = round_with_error_feedback(target, scale, zero, fmt, h)
+    costs = [cost(target, (code - zero).unsqueeze(1), scale[:, :1], h)]
     for _ in range(20):
-        code = coordinate_descent_sweep(code, step, zero, fmt, target, h.float())
-        costs.append(cost(target, (code - zero).unsqueeze(1), step[:, :1], h))
+        code = coordinate_descent_sweep(code, scale, zero, fmt, target, h.float())
+        costs.append(cost(target, (code - zero).unsqueeze(1), scale[:, :1], h))
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(costs))
     assert costs[-1] < costs[0]
     for j in range(24):
         for change in (-1, 1):
             other = code.clone()
             other[:, j] = (other[:, j] + change).clamp(0, 3)
-            assert cost(target, (other - zero).unsqueeze(1), step[:, :1], h) >= costs[-1] * (
+            assert cost(target, (other - zero).unsqueeze(1), scale[:, :1], h) >= costs[-1] * (
                 1 - 1e-6
             )
 
@@ -147,15 +147,15 @@ def test_a_sweep_leaves_no_code_that_a_single_change_would_improve() -> None:
 def test_unrelated_inputs_get_the_nearest_codes_on_a_grid_that_fits_better(sym) -> None:
     weight, _, _ = layer(32)
     fmt = WeightFormat(bits=2, group_size=16, sym=sym, dtype=torch.bfloat16)
-    found = round_weight(
+    result = round_weight(
         weight, fmt, torch.eye(32, dtype=torch.float64), torch.zeros(32, 6, dtype=torch.float64)
     )
-    step = found.scale.float().repeat_interleave(16, dim=-1)
-    zero = 0 if sym else found.zero.repeat_interleave(16, dim=-1)
-    wanted = ((weight / step).round() + zero).clamp(*fmt.code_range)
-    assert torch.equal(found.codes.float(), wanted)
+    scale = result.scale.float().repeat_interleave(16, dim=-1)
+    zero = 0 if sym else result.zero.repeat_interleave(16, dim=-1)
+    wanted = ((weight / scale).round() + zero).clamp(*fmt.code_range)
+    assert torch.equal(result.codes.float(), wanted)
     nearest = quantize_weight(weight, fmt).dequantize()
-    assert (found.dequantize() - weight).norm() < (nearest - weight).norm()
+    assert (result.dequantize() - weight).norm() < (nearest - weight).norm()
 
 
 def test_inputs_that_are_never_active_are_no_trouble() -> None:

@@ -47,33 +47,33 @@ def pair():
 def test_correction_comes_after_scaling_and_before_rounding(pair) -> None:
     """W~ = W diag(alpha) + B A / r, then the grid; up gets its rows divided."""
     site, tensors = pair
-    made = BlockLearnables(tensors, fmt(), 2, torch.Generator().manual_seed(1), [site])
+    block_learnables = BlockLearnables(tensors, fmt(), 2, torch.Generator().manual_seed(1), [site])
     with torch.no_grad():
-        made.factors[0].uniform_(0.5, 2)
-        for linear in made.linears:
+        block_learnables.factors[0].uniform_(0.5, 2)
+        for linear in block_learnables.linears:
             linear.lora_b.normal_(std=0.1)
             linear.upper.uniform_(0, 3)
             linear.lower.uniform_(0, 3)
-    alpha = made.factors[0].double()
+    alpha = block_learnables.factors[0].double()
     expected = {
         "up": tensors["up"].double() / alpha[:, None],
         "down": tensors["down"].double() * alpha,
     }
-    for name, linear in zip(("up", "down"), made.linears, strict=True):
+    for name, linear in zip(("up", "down"), block_learnables.linears, strict=True):
         expected[name] = expected[name] + linear.lora_b.double() @ linear.lora_a.double() / 2
-        torch.testing.assert_close(made.merge(tensors)[name].double(), expected[name])
+        torch.testing.assert_close(block_learnables.merge(tensors)[name].double(), expected[name])
         rounded = fake_quantize(expected[name].float(), fmt(), linear.upper, linear.lower)
-        torch.testing.assert_close(made(tensors)[name], rounded)
+        torch.testing.assert_close(block_learnables(tensors)[name], rounded)
 
 
 def test_without_learned_effect_the_result_is_round_to_nearest(family, tiny) -> None:
     decoder = TransformersDecoder(tiny(family))
     config = SliderConfig(method="slider", wbits=4, group_size=8, channel_scale="on", lwc=False)
-    made = fresh_learnables(decoder, config, torch.float32)[0]
+    block_learnables = fresh_learnables(decoder, config, torch.float32)[0]
     tensors = decoder.tensors(0)
-    simulated = made(tensors)
+    simulated = block_learnables(tensors)
     for name in decoder.layout(0).linears:
-        expected = fake_quantize(tensors[name], made.fmt)
+        expected = fake_quantize(tensors[name], block_learnables.fmt)
         assert torch.equal(simulated[name], expected), name
     for name in simulated.keys() - set(decoder.layout(0).linears):
         torch.testing.assert_close(simulated[name], tensors[name], rtol=1e-6, atol=1e-7)
@@ -81,19 +81,21 @@ def test_without_learned_effect_the_result_is_round_to_nearest(family, tiny) -> 
 
 def test_experts_are_trained_one_by_one(tiny) -> None:
     decoder = TransformersDecoder(tiny("mixtral"))
-    made = fresh_learnables(
+    block_learnables = fresh_learnables(
         decoder, SliderConfig(method="slider", wbits=2, group_size=8), torch.float32
     )[0]
     name = "mlp.experts.gate_up_proj"
-    linear = made.linear(name)
+    linear = block_learnables.linear(name)
     weight = decoder.tensors(0)[name]
     with torch.no_grad():
         linear.lora_b.normal_(generator=torch.Generator().manual_seed(0))
         linear.upper.uniform_(-1, 1, generator=torch.Generator().manual_seed(1))
-    simulated = made(decoder.tensors(0))[name]
+    simulated = block_learnables(decoder.tensors(0))[name]
     for expert in range(4):
         corrected = weight[expert] + linear.lora_b[expert] @ linear.lora_a[expert] / 4
-        alone = fake_quantize(corrected, made.fmt, linear.upper[expert], linear.lower[expert])
+        alone = fake_quantize(
+            corrected, block_learnables.fmt, linear.upper[expert], linear.lower[expert]
+        )
         torch.testing.assert_close(simulated[expert], alone)
 
 
@@ -120,13 +122,13 @@ def test_scaled_gains_are_simulated_as_they_will_be_stored(pair) -> None:
     site = ScalingSite(name="norm -> up", size=16, parameters=(touch,))
     tensors = pair[1] | {"norm": torch.rand(16)}
     weights = {name: tensors[name] for name in ("up", "down")}
-    made = BlockLearnables(
+    block_learnables = BlockLearnables(
         weights, fmt(dtype=torch.bfloat16), 2, torch.Generator().manual_seed(1), [site]
     )
     with torch.no_grad():
-        made.factors[0].uniform_(0.5, 2)
-    expected = (tensors["norm"] / made.factors[0]).bfloat16().float()
-    assert torch.equal(made(tensors)["norm"], expected)
+        block_learnables.factors[0].uniform_(0.5, 2)
+    expected = (tensors["norm"] / block_learnables.factors[0]).bfloat16().float()
+    assert torch.equal(block_learnables(tensors)["norm"], expected)
 
 
 def test_batches_of_other_seeds_differ() -> None:
@@ -135,10 +137,10 @@ def test_batches_of_other_seeds_differ() -> None:
 
 
 def test_clipping_can_be_left_out(pair) -> None:
-    made = BlockLearnables(pair[1], fmt(), 2, torch.Generator(), clipping=False)
-    assert [group["lr"] for group in made.parameter_groups(1.0, 2.0, 3.0)] == [1.0]
-    assert torch.sigmoid(made.linears[0].upper).unique().item() == 1
-    assert math.isfinite(made(pair[1])["up"].sum().item())
+    block_learnables = BlockLearnables(pair[1], fmt(), 2, torch.Generator(), clipping=False)
+    assert [group["lr"] for group in block_learnables.parameter_groups(1.0, 2.0, 3.0)] == [1.0]
+    assert torch.sigmoid(block_learnables.linears[0].upper).unique().item() == 1
+    assert math.isfinite(block_learnables(pair[1])["up"].sum().item())
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (3, 8, 16)])

@@ -56,11 +56,15 @@ def test_the_layout_is_that_of_compressed_tensors(bits) -> None:
 def test_a_stored_weight_reads_back_as_it_was_simulated(bits, sym, group, shape) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     fmt = WeightFormat(bits=bits, group_size=group, sym=sym, dtype=torch.bfloat16)
-    made = packed_tensors(quantize_weight(weight, fmt))
-    assert made["weight_shape"].tolist() == list(shape)
-    assert ("weight_zero_point" in made) == (not sym)
+    stored = packed_tensors(quantize_weight(weight, fmt))
+    assert stored["weight_shape"].tolist() == list(shape)
+    assert ("weight_zero_point" in stored) == (not sym)
     back = unpacked_weight(
-        made["weight_packed"], made["weight_scale"], made.get("weight_zero_point"), shape[-1], fmt
+        stored["weight_packed"],
+        stored["weight_scale"],
+        stored.get("weight_zero_point"),
+        shape[-1],
+        fmt,
     )
     simulated = fake_quantize(weight.flatten(0, -2), fmt).view(shape)
     assert torch.equal(back.dequantize().float(), simulated)
@@ -71,22 +75,24 @@ def test_a_packed_layer_multiplies_by_the_simulated_weight(bias) -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(48, 10, bias=bias)
     fmt = WeightFormat(bits=3, group_size=16, sym=False, dtype=torch.float32)
-    made = packed_tensors(quantize_weight(linear.weight.detach(), fmt))
+    stored = packed_tensors(quantize_weight(linear.weight.detach(), fmt))
     x = torch.randn(2, 5, 48)
     want = x.double() @ fake_quantize(linear.weight.detach(), fmt).double().T
     if bias:
         want += linear.bias.detach().double()
-    packed, scale, zero = (made[f"weight_{key}"] for key in ("packed", "scale", "zero_point"))
+    packed, scale, zero = (stored[f"weight_{key}"] for key in ("packed", "scale", "zero_point"))
     got = packed_linear(x, packed, scale, zero, linear.bias, fmt)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     layer = PackedLinear(linear, fmt)
-    layer.load_state_dict({**made, **({"bias": linear.bias.detach()} if bias else {})}, assign=True)
+    layer.load_state_dict(
+        {**stored, **({"bias": linear.bias.detach()} if bias else {})}, assign=True
+    )
     assert torch.equal(layer(x), got)
     assert layer(x[:, :0]).shape == (2, 0, 10)
 
 
 def test_two_bits_in_groups_of_64_take_a_seventh_of_bfloat16() -> None:
     fmt = WeightFormat(bits=2, group_size=64, sym=False, dtype=torch.bfloat16)
-    made = packed_tensors(quantize_weight(torch.randn(256, 1024), fmt))
-    size = sum(tensor.nbytes for tensor in made.values())
+    stored = packed_tensors(quantize_weight(torch.randn(256, 1024), fmt))
+    size = sum(tensor.nbytes for tensor in stored.values())
     assert 256 * 1024 * 2 / size == pytest.approx(7, rel=0.02)

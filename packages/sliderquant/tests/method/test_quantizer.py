@@ -34,17 +34,17 @@ def by_hand(weight, bits, group, sym, upper=None, lower=None):
                 hi /= 1 + math.exp(-upper[row, k].item())
                 lo /= 1 + math.exp(-lower[row, k].item())
             if sym:
-                step, zero = max(hi, -lo) / ((2**bits - 1) / 2), 0
+                scale, zero = max(hi, -lo) / ((2**bits - 1) / 2), 0
                 low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
             else:
-                step = (hi - lo) / (2**bits - 1)
-                step = max(step, 1e-5)
-                zero = round(-lo / step)
+                scale = (hi - lo) / (2**bits - 1)
+                scale = max(scale, 1e-5)
+                zero = round(-lo / scale)
                 low, high = 0, 2**bits - 1
-            step = max(step, 1e-5)
+            scale = max(scale, 1e-5)
             for j, value in enumerate(part):
-                code = min(max(round(value / step) + zero, low), high)
-                out[row, start + j] = (code - zero) * step
+                code = min(max(round(value / scale) + zero, low), high)
+                out[row, start + j] = (code - zero) * scale
     return out
 
 
@@ -65,9 +65,9 @@ def test_fake_quantize_matches_the_equations(bits, group, sym, clipped) -> None:
 @pytest.mark.parametrize("shift", [-10.0, 10.0])
 def test_grid_of_a_one_signed_group_still_holds_zero(shift) -> None:
     weight = (random_weight() + shift).unsqueeze(1)
-    step, zero = quantization_grid(weight, fmt(2))
+    scale, zero = quantization_grid(weight, fmt(2))
     assert ((zero >= 0) & (zero <= 3)).all()
-    assert torch.isfinite(step).all()
+    assert torch.isfinite(scale).all()
 
 
 def test_zero_rows_stay_exactly_zero() -> None:
@@ -82,11 +82,11 @@ def test_zero_rows_stay_exactly_zero() -> None:
 def test_simulated_weight_is_what_the_stored_type_reads_back(sym, dtype) -> None:
     weight = random_weight(dtype=torch.float32)
     form = fmt(3, 8, sym, dtype)
-    step, zero = quantization_grid(weight.unflatten(1, (4, 8)), form)
-    code = nearest_codes(weight.unflatten(1, (4, 8)), step, zero, form)
-    stored_step = step.to(dtype)
-    assert torch.equal(stored_step.float(), step)
-    read_back = ((code - zero).to(dtype) * stored_step).flatten(1)
+    scale, zero = quantization_grid(weight.unflatten(1, (4, 8)), form)
+    code = nearest_codes(weight.unflatten(1, (4, 8)), scale, zero, form)
+    stored_scale = scale.to(dtype)
+    assert torch.equal(stored_scale.float(), scale)
+    read_back = ((code - zero).to(dtype) * stored_scale).flatten(1)
     assert torch.equal(read_back.float(), fake_quantize(weight, form))
 
 
@@ -94,15 +94,15 @@ def test_codes_fill_the_signed_and_the_unsigned_range() -> None:
     weight = torch.linspace(-1, 1, 64, dtype=torch.float64).view(1, 1, 64)
     for sym, expected in ((True, set(range(-8, 8))), (False, set(range(16)))):
         form = fmt(4, None, sym)
-        step, zero = quantization_grid(weight, form)
-        assert set(nearest_codes(weight, step, zero, form).flatten().int().tolist()) == expected
+        scale, zero = quantization_grid(weight, form)
+        assert set(nearest_codes(weight, scale, zero, form).flatten().int().tolist()) == expected
 
 
 def test_rounding_passes_the_gradient_and_clamping_stops_it() -> None:
     weight = torch.tensor([[-1.0, -0.3, 0.2, 1.0]], requires_grad=True)
-    step = torch.full((1, 1, 1), 0.25)
+    scale = torch.full((1, 1, 1), 0.25)
     zero = torch.full((1, 1, 1), 2.0)
-    code = nearest_codes(weight.unsqueeze(1), step, zero, fmt(2, dtype=torch.float32))
+    code = nearest_codes(weight.unsqueeze(1), scale, zero, fmt(2, dtype=torch.float32))
     code.sum().backward()
     # Grid points are -0.5 ... 0.25: the outer weights lie beyond it.
     assert code.flatten().tolist() == [0, 1, 3, 3]
@@ -114,9 +114,9 @@ def test_clipping_logits_receive_the_gradient_of_the_step() -> None:
     upper = torch.zeros(6, 4, dtype=torch.float64, requires_grad=True)
     lower = torch.zeros(6, 4, dtype=torch.float64, requires_grad=True)
     grouped = weight.unflatten(1, (4, 8))
-    step, _ = quantization_grid(grouped, fmt(2, 8), upper.unsqueeze(-1), lower.unsqueeze(-1))
-    step.sum().backward()
-    # d step / d u = s'(u) max(W, 0) / (2^b - 1) with s'(0) = 1/4.
+    scale, _ = quantization_grid(grouped, fmt(2, 8), upper.unsqueeze(-1), lower.unsqueeze(-1))
+    scale.sum().backward()
+    # d scale / d u = s'(u) max(W, 0) / (2^b - 1) with s'(0) = 1/4.
     torch.testing.assert_close(upper.grad, grouped.amax(-1).clamp(min=0) / 12)
     torch.testing.assert_close(lower.grad, -grouped.amin(-1).clamp(max=0) / 12)
 
@@ -168,16 +168,16 @@ def test_stored_integers_mean_what_was_simulated_bit_for_bit(bits, sym, dtype) -
     weight = random_weight().float().repeat(2, 1).view(2, 6, 32)
     weight[1] *= 100
     upper = torch.linspace(-2, 4, 48).view(2, 6, 4)
-    made = fmt(bits, 8, sym, dtype)
-    quantized = quantize_weight(weight, made, upper, upper.flip(0))
-    simulated = fake_quantize(weight, made, upper, upper.flip(0))
-    low, high = made.code_range
+    form = fmt(bits, 8, sym, dtype)
+    quantized = quantize_weight(weight, form, upper, upper.flip(0))
+    simulated = fake_quantize(weight, form, upper, upper.flip(0))
+    low, high = form.code_range
     assert quantized.codes.min() >= low
     assert quantized.codes.max() <= high
     assert quantized.scale.dtype == dtype
     assert torch.equal(quantized.dequantize().float(), simulated)
     assert torch.equal(quantized[1].dequantize().float(), simulated[1])
-    # Expert by expert the same as a stack of plain weights, but for the last bit of a step: where a
+    # Expert by expert the same as a stack of plain weights, but for the last bit of a scale: where a
     # number lies in a vector register decides how torch rounds its sigmoid.
-    alone = fake_quantize(weight[1], made, upper[1], upper[0])
+    alone = fake_quantize(weight[1], form, upper[1], upper[0])
     torch.testing.assert_close(simulated[1], alone, rtol=1e-6, atol=0)

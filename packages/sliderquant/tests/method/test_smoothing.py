@@ -32,21 +32,21 @@ def test_scales_make_inputs_and_weights_of_a_channel_equally_large(tiny, name) -
     sites, weights, squares = parts(tiny, name)
     letters = ["qkv"] if name == "phi3" else ["q", "k", "v"]
     names = [f"self_attn.{each}_proj.weight" for each in letters]
-    found = smoothing_factors(sites["norm -> qkv"], weights, squares)
+    factors = smoothing_factors(sites["norm -> qkv"], weights, squares)
     wanted = torch.tensor(
-        [by_hand([(n, j) for n in names], weights, squares) for j in range(len(found))]
+        [by_hand([(n, j) for n in names], weights, squares) for j in range(len(factors))]
     )
-    torch.testing.assert_close(found / found[0], wanted / wanted[0])
-    assert found.log().mean().abs() < 1e-6
+    torch.testing.assert_close(factors / factors[0], wanted / wanted[0])
+    assert factors.log().mean().abs() < 1e-6
 
 
 def test_heads_that_share_values_share_a_scale(tiny) -> None:
     sites, weights, squares = parts(tiny, "llama")  # 4 heads of 8, 2 of keys and values
     name = "self_attn.o_proj.weight"
-    found = smoothing_factors(sites["v -> o"], weights, squares)
+    factors = smoothing_factors(sites["v -> o"], weights, squares)
     columns = [[(name, 16 * (j // 8) + j % 8 + 8 * twin) for twin in (0, 1)] for j in range(16)]
     wanted = torch.tensor([by_hand(pair, weights, squares) for pair in columns])
-    torch.testing.assert_close(found / found[0], wanted / wanted[0])
+    torch.testing.assert_close(factors / factors[0], wanted / wanted[0])
 
 
 def test_what_nothing_reads_or_nothing_feeds_stays_as_it_is(tiny) -> None:
@@ -58,9 +58,9 @@ def test_what_nothing_reads_or_nothing_feeds_stays_as_it_is(tiny) -> None:
     squares[name][3] = 0
     weights[name] = weights[name].clone()
     weights[name][:, 5] = 0
-    found = smoothing_factors(sites["up -> down"], weights, squares)
-    assert found[3] == found[5] == 1
-    assert found.isfinite().all()
-    assert (found > 0).all()
+    factors = smoothing_factors(sites["up -> down"], weights, squares)
+    assert factors[3] == factors[5] == 1
+    assert factors.isfinite().all()
+    assert (factors > 0).all()
     squares = {name: torch.zeros_like(peak) for name, peak in squares.items()}
     assert torch.equal(smoothing_factors(sites["up -> down"], weights, squares), torch.ones(48))
