@@ -83,15 +83,15 @@ def plan_pair(
     (((12, (2, 2)), (16, (1, 1))), (32, (8, 8)), 0.5)
     """
     # What the two are, and the shapes of their features.
-    names = architecture(teacher.model), architecture(student.model)
+    teacher_name, student_name = architecture(teacher.model), architecture(student.model)
     kind = kind_of(student.model)
     shapes = dry_run(teacher, student, student_size, teacher_size)
     out = shapes.teacher
 
     # The released settings where the paper has this pair, rules elsewhere.
     traits = PairTraits(
-        teacher=names[0],
-        student=names[1],
+        teacher=teacher_name,
+        student=student_name,
         student_kind=kind,
         plain_teacher=teacher.plain,
         split_width=out.split.shape[-1],

@@ -125,7 +125,7 @@ class TeacherCache:
                 self._view = (view, load_file(self.folder / f"view-{view}.safetensors"))
             except (OSError, SafetensorError) as error:
                 raise InputError(
-                    f"view {view} of {self.folder} cannot be read: {error}; run again"
+                    f"view {view} of {self.folder} cannot be read: {error}; run scalekd cache again"
                 ) from error
         kept = {k: v[indices].to(self.device) for k, v in self._view[1].items()}
         return restore_teacher_out(kept, self.template, self.classes)
