@@ -65,9 +65,10 @@ def test_what_counts_as_a_pause(tmp_path) -> None:
     assert [f.place.split()[1] for f in style.without_air(functions)] == ["dense", "quoting"]
 
 
+@pytest.mark.parametrize("name", ["{}", "{}.cli"])  # documents of earlier versions say .cli
 @each_method
-def test_the_module_is_the_command(member: Member) -> None:
-    command = [sys.executable, "-m", member.module, "--version"]
+def test_the_module_is_the_command(member: Member, name: str) -> None:
+    command = [sys.executable, "-m", name.format(member.module), "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     script = next(iter(member.scripts))
     assert (done.returncode, done.stdout) == (0, f"{script} {member.version}\n"), done.stderr

@@ -74,3 +74,7 @@ COMMANDS = (
 def main() -> None:
     """Run the command line and exit."""
     raise SystemExit(run_command("af-dcd", "af-dcd", COMMANDS))
+
+
+if __name__ == "__main__":  # python -m PACKAGE.cli, as earlier documents had it
+    main()

@@ -57,3 +57,7 @@ COMMANDS = (
 def main() -> None:
     """Run the command line and exit."""
     raise SystemExit(run_command("fis-dit", "fis-dit", COMMANDS))
+
+
+if __name__ == "__main__":  # python -m PACKAGE.cli, as earlier documents had it
+    main()

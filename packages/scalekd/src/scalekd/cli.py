@@ -71,3 +71,7 @@ COMMANDS = (
 def main() -> None:
     """Run the command line and exit."""
     raise SystemExit(run_command("scalekd", "scalekd", COMMANDS))
+
+
+if __name__ == "__main__":  # python -m PACKAGE.cli, as earlier documents had it
+    main()

@@ -81,3 +81,7 @@ COMMANDS = (
 def main() -> None:
     """Run the command line and exit."""
     raise SystemExit(run_command("sliderquant", "sliderquant", COMMANDS))
+
+
+if __name__ == "__main__":  # python -m PACKAGE.cli, as earlier documents had it
+    main()
