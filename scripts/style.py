@@ -58,7 +58,12 @@ def _measured(node: ast.FunctionDef | ast.AsyncFunctionDef, place: str, lines: l
 
 
 def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Arguments that may be given by position, ``self`` aside."""
+    """Arguments that may be given by position, ``self`` aside.
+
+    A Triton kernel takes pointers, sizes and strides one by one: it cannot group them.
+    """
+    if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return 0
     names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
     return len([name for name in names if name not in ("self", "cls")])
 
