@@ -72,7 +72,7 @@ class CheckpointParameters:
     """Parameters read from a model directory, block by block, in float32.
 
     Args:
-        directory: Local Hugging Face directory with safetensors weights.
+        files: The safetensors files of a model directory.
         model: Its empty model, from ``empty_model``.
         device: Where parameters are put.
         r1: Rotation of the residual stream [hidden, hidden], float64.
@@ -84,7 +84,7 @@ class CheckpointParameters:
 
     def __init__(
         self,
-        directory: str | Path,
+        files: Sequence[Path],
         model: PreTrainedModel,
         device: torch.device | str = "cpu",
         r1: Float[Tensor, "h h"] | None = None,
@@ -97,10 +97,11 @@ class CheckpointParameters:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         self.dtype = torch.float32
-        for path in weight_files(directory):
+        self.files = files
+        for path in files:
             self._index(path)
         self.tied = HEAD not in self._files
-        self._check(Path(directory))
+        self._check(files[0].parent)
 
     def _index(self, path: Path) -> None:
         try:
@@ -292,8 +293,10 @@ def open_model(
     """
     # Names and shapes are checked, no weight of a block is read.
     config = load_config(directory, trust_remote_code)
+    files = weight_files(directory)
+    tokenizer = load_tokenizer(directory, trust_remote_code)
     model = empty_model(config, trust_remote_code)
-    source = CheckpointParameters(directory, model, device)
+    source = CheckpointParameters(files, model, device)
     decoder = TransformersDecoder(model, source)
     layout = decoder.layout(0)
 
@@ -304,7 +307,8 @@ def open_model(
                 f"rotate r1 does not fit {config.model_type}: {layout.output_norms[0]} stands between "
                 "its blocks and the residual stream; use --rotate r2"
             )
-        source.r1 = random_rotation(config.hidden_size, seeded((seed, 0))).to(device)
+        generator = seeded((seed, 0))
+        source.r1 = random_rotation(config.hidden_size, generator).to(device)
         if source.tied:
             warn("r1 unties the embeddings: the result holds a head of its own")
             config.tie_word_embeddings = False
@@ -319,7 +323,7 @@ def open_model(
     return StreamedModel(
         decoder=decoder,
         source=source,
-        tokenizer=load_tokenizer(directory, trust_remote_code),
+        tokenizer=tokenizer,
         config=config,
         context=config.max_position_embeddings,
     )

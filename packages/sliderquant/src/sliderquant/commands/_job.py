@@ -1,18 +1,15 @@
 """What one run of ``quantize`` works on: everything read, checked and planned, nothing written."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from effml_common.errors import InputError
 from sliderquant.adapters.caches import ActivationCache
-from sliderquant.adapters.files import weight_files
 from sliderquant.adapters.formats import check_expressible
-from sliderquant.adapters.shapes import ModelShape, decoder_shape
+from sliderquant.adapters.shapes import decoder_shape
 from sliderquant.adapters.simulation import fresh_learnables, weight_format
 from sliderquant.adapters.streaming import StreamedModel
 from sliderquant.adapters.text import calibration_samples, chunks, default_seqlen, read_tokens
@@ -95,13 +92,17 @@ def prepare_job(
         config=config,
         opened=opened,
         decoder=opened.decoder,
-        files=weight_files(config.model),
+        files=opened.source.files,
         samples=samples,
         texts=texts,
         plan=plan,
         weights=weights,
         activations=activations,
-        bits_per_weight=_mean_bits(shape, weights) if rounded else _stored_bits(opened.dtype),
+        bits_per_weight=(
+            weights.mean_bits_per_weight(shape.linears.values())
+            if rounded
+            else 8.0 * opened.dtype.itemsize
+        ),
         learnables=learnables,
         cache=cache,
         out=out,
@@ -119,14 +120,3 @@ def _read_samples(config: QuantizeConfig, opened: StreamedModel) -> Tensor:
     return calibration_samples(
         stream, config.nsamples, min(config.seqlen, opened.context), config.seed
     )
-
-
-def _stored_bits(dtype: torch.dtype) -> float:
-    return 8.0 * dtype.itemsize
-
-
-def _mean_bits(shape: ModelShape, weights: WeightFormat) -> float:
-    """Mean over the quantized weights of a block."""
-    shapes = shape.linears.values()
-    stored = sum(math.prod(sizes) * weights.bits_per_weight(sizes[-1]) for sizes in shapes)
-    return stored / sum(map(math.prod, shapes))

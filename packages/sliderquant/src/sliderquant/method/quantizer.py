@@ -7,6 +7,7 @@ in the released code, the range always holds zero, so that every grid can be sto
 """
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,11 @@ class WeightFormat:
         """Return the stored bits per weight of a row of ``columns``: codes, scales, zero points."""
         bits_per_group = BYTE_BITS * self.dtype.itemsize + (0 if self.sym else self.bits)
         return self.bits + bits_per_group / self.columns_per_group(columns)
+
+    def mean_bits_per_weight(self, shapes: Collection[Sequence[int]]) -> float:
+        """Return the stored bits per weight over several weights of these shapes, columns last."""
+        stored = sum(math.prod(shape) * self.bits_per_weight(shape[-1]) for shape in shapes)
+        return stored / sum(map(math.prod, shapes))
 
 
 def straight_through(exact: Tensor, approximate: Tensor) -> Tensor:
