@@ -120,7 +120,7 @@ def moment_of(kit: Kit, columns: int) -> Tensor:
     return (x.T @ x).double()
 
 
-def gridded(weight: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor, Tensor]:
+def grids_of(weight: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor, Tensor]:
     """Scale of each group, and scale and zero point of each weight."""
     size = fmt.columns_per_group(weight.shape[1])
     scale, zero = quantization_grid(weight.unflatten(-1, (-1, size)), fmt)
@@ -137,7 +137,7 @@ def solve_weights(kit: Kit, tiny: bool) -> Step:
         target = ridge_update(weight, h, cross)
         order = h.diagonal().argsort(descending=True)
         inverse_cholesky_factor(h[order][:, order])
-        scale, scales, zeros = gridded(weight, fmt)
+        scale, scales, zeros = grids_of(weight, fmt)
         levels = nearest_codes(target, scales, zeros, fmt) - zeros
         levels = levels.unflatten(-1, (-1, fmt.columns_per_group(weight.shape[1])))
         for _ in range(REFINEMENT_PASSES):
@@ -169,7 +169,7 @@ def loop_over_columns(kit: Kit, tiny: bool) -> Step:
     q, k, _, _, gate, _, down = shapes_of(tiny)
     for out, columns in (q, k, gate, down):
         weight = kit.randn(out, columns)
-        _, scales, zeros = gridded(weight, fmt)
+        _, scales, zeros = grids_of(weight, fmt)
         h = kit.randn(columns, columns)
         share = COLUMN_SHARE * (2 if (out, columns) == down else 1)
         visited = max(1, columns // share)

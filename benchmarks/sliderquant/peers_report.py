@@ -92,8 +92,7 @@ class Entry:
 def entries(config: PeersConfig) -> list[Entry]:
     """Return all rows of the comparison for which something is known."""
     # Full precision of every model, then every method at every setting.
-    families = dict.fromkeys(family for family, _ in config.pairs)
-    rows = [_entry(config, [full_cell(family)]) for family in families]
+    rows = [_entry(config, [full_cell(f)]) for f in dict.fromkeys(f for f, _ in config.pairs)]
     for family, name in config.pairs:
         for method in methods_of(config, name):
             reason = refusal(config, name, method)
@@ -203,7 +202,7 @@ def _claims(config: PeersConfig, peers: Sequence[Entry]) -> list[Claim]:
                 rivals.append("slider-compensated")
             for own in rivals:
                 if own in here:
-                    claims += _paired(config, here[own], entry)
+                    claims += _paired_claims(config, here[own], entry)
     return claims
 
 
@@ -213,11 +212,11 @@ def _ablation_claims(config: PeersConfig, arms: Sequence[Entry]) -> list[Claim]:
     for arm in arms:
         own = complete.get((arm.family, arm.setting))
         if own is not None and arm.label != WHOLE and arm.runs:
-            claims += _paired(config, own, arm)
+            claims += _paired_claims(config, own, arm)
     return claims
 
 
-def _paired(config: PeersConfig, own: Entry, other: Entry) -> list[Claim]:
+def _paired_claims(config: PeersConfig, own: Entry, other: Entry) -> list[Claim]:
     """Return a claim per text, on the seeds that both have."""
     pairs = [(own.of_seed(seed), other.of_seed(seed)) for seed in config.seeds]
     known = [(ours, theirs) for ours, theirs in pairs if ours and theirs]

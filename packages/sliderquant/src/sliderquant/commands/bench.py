@@ -118,7 +118,7 @@ def held_bytes(model: nn.Module) -> int:
 def measure(model: PreTrainedModel, prompt: Tensor, tokens: int) -> Speed:
     """Time one prompt and ``tokens`` greedy steps behind it."""
 
-    def timed(run: Callable[[], object]) -> float:
+    def measure_seconds(run: Callable[[], object]) -> float:
         synchronize(prompt.device)
         begin = time.perf_counter()
         run()
@@ -136,4 +136,6 @@ def measure(model: PreTrainedModel, prompt: Tensor, tokens: int) -> Speed:
             out = model(input_ids=state["next"], past_key_values=state["cache"], use_cache=True)
             state["next"] = out.logits[:, -1:].argmax(-1)
 
-    return Speed(prefill=prompt.shape[1] / timed(prefill), decode=tokens / timed(decode))
+    return Speed(
+        prefill=prompt.shape[1] / measure_seconds(prefill), decode=tokens / measure_seconds(decode)
+    )
