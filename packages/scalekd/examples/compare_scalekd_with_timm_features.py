@@ -3,9 +3,8 @@
     python compare_scalekd_with_timm_features.py photos swin.safetensors [STUDENT TEACHER EPOCHS ...]
 
 The same student is trained in three ways with the same images, order and epochs: with labels alone, with
-timm's own task, and with ScaleKD. ScaleKD needs more time for an epoch; the script prints the seconds
-beside the accuracy on val. Further arguments are the batch size and the side of the images in pixels.
-Repeat it with other learning rates and seeds before you decide.
+timm's own task, and with ScaleKD, which needs more time for an epoch. Further arguments are the batch
+size and the side of the images in pixels. Try other rates and seeds before you decide.
 """
 
 import sys

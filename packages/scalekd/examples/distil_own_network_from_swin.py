@@ -56,5 +56,5 @@ for step in range(steps):
     optimizer.step()
     if step % 100 == 0 or step == steps - 1:
         shares = {name: f"{share:.0%}" for name, share in task.shares(result).items()}
-        print(f"step {step}: loss {float(result['loss']):.3f}, of which {shares}")
+        print(f"step {step}: loss {result['loss'].item():.3f}, of which {shares}")
 torch.save(student.state_dict(), "own-network.pt")

@@ -46,8 +46,8 @@ for epoch in range(epochs):
         torch.nn.utils.clip_grad_norm_(task.parameters(), 5.0)
         optimizer.step()
         schedule.step()
-    terms = {name: round(float(value), 3) for name, value in result.items() if name != "output"}
-    print(f"epoch {epoch + 1}: {terms}")
+    terms = {name: value.item() for name, value in result.items() if name != "output"}
+    print(f"epoch {epoch + 1}:", {name: round(value, 3) for name, value in terms.items()})
 
 student.eval()
 with torch.no_grad():
