@@ -67,12 +67,13 @@ def check_alone(member: Member, dist: Path, away: Path) -> Path:
 
 
 def check_tests(member: Member, dist: Path, away: Path, python: Path) -> None:
-    """Run the package's fast tests from a copy, against the installed wheel."""
+    """Run the package's fast tests and examples from a copy, against the installed wheel."""
     if not list((member.path / "tests").rglob("test_*.py")):
         raise RuntimeError(f"{member.name} has no tests")
-    shutil.copytree(
-        member.path / "tests", away / "tests", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    for name in ("tests", "examples"):
+        if (member.path / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(member.path / name, away / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", away / "config.toml")
     install = ("uv", "pip", "install", "--quiet", "--python", python, "-c", "pins.txt")
     wheel = f"{member.name}{member.extras} @ {wheel_of(member, dist).as_uri()}"
