@@ -8,7 +8,6 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from workspace import Member, members
 
@@ -39,7 +38,9 @@ def functions_of(member: Member) -> Iterator[Function]:
                 yield _measured(node, place, lines)
 
 
-def _measured(node: ast.FunctionDef | ast.AsyncFunctionDef, place: str, lines: list[str]) -> Function:
+def _measured(
+    node: ast.FunctionDef | ast.AsyncFunctionDef, place: str, lines: list[str]
+) -> Function:
     # The docstring is prose, not code.
     body = node.body[1:] if ast.get_docstring(node) is not None else node.body
     if not body:

@@ -135,7 +135,9 @@ def test_json_puts_the_summary_alone_on_stdout(
 
 
 def test_every_package_with_a_demo_takes_part(run: ModuleType) -> None:
-    with_demo = {m.name for m in members() if m.name != COMMON and (m.source / "demo" / "report.py").exists()}
+    with_demo = {
+        m.name for m in members() if m.name != COMMON and (m.source / "demo" / "report.py").exists()
+    }
     found = run.find_demos()
     assert set(found) == with_demo
     assert all(os.access(command[0], os.X_OK) for command in found.values())
