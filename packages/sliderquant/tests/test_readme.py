@@ -1,0 +1,170 @@
+"""Commands, Python and links of the README and of docs/ are what they say."""
+
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import sliderquant
+from effml_common.cli import main, parse
+from sliderquant.adapters.harness import read_tasks
+from sliderquant.cli import COMMANDS
+from sliderquant.config import QuantizeConfig
+
+PACKAGE = Path(__file__).parents[1]
+README = PACKAGE / "README.md"
+PAGES = [README, *sorted((PACKAGE / "docs").glob("*.md"))]
+FORMATS, SETTINGS = PACKAGE / "docs/formats.md", PACKAGE / "docs/settings.md"
+
+pytestmark = pytest.mark.skipif(not README.exists(), reason="the README is not beside these tests")
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def command_lines(page: Path) -> list[str]:
+    """Every command in a block, launched or not, and every one in backticks that has a setting."""
+    lines = [line for block in blocks(page, "") for line in block.splitlines()]
+    lines = [re.sub(r"^torchrun .* -m sliderquant ", "sliderquant ", line) for line in lines]
+    lines += re.findall(r"`(sliderquant \w+ [^`]+)`", page.read_text())
+    return [line for line in lines if line.startswith("sliderquant ")]
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_the_readme_is_short() -> None:
+    text = README.read_text()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert 500 <= len(prose.split()) <= 700
+    assert len(text.split()) <= 800
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_line_is_accepted_by_its_parser(page: Path) -> None:
+    lines = command_lines(page)
+    assert lines
+    for line in lines:
+        _, verb, *words = shlex.split(line)
+        command = next(command for command in COMMANDS if command.name == verb)
+        module, _, name = command.config.partition(":")
+        settings = getattr(importlib.import_module(module), name)
+        words = [word for word in words if word != "--json"]
+        assert isinstance(parse(settings, words, prog=f"sliderquant {verb}"), settings), line
+
+
+def test_the_table_of_commands_is_complete() -> None:
+    rows = re.findall(r"^\| `sliderquant (\w+)` \|", README.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(command.name for command in COMMANDS)
+
+
+@pytest.fixture
+def workplace(save, tmp_path, monkeypatch) -> Path:
+    """A folder with a tiny model and text under the names that the documents use."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    save("llama", hidden_size=128, intermediate_size=128, num_hidden_layers=1).rename(
+        "models/llama"
+    )
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    Path("models/llama/chat_template.jinja").write_text(template)
+    text = Path("text.txt").read_text()
+    Path("chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": text}]}))
+    for name in ("notes.txt", "held_out.txt"):
+        Path(name).write_text(text)
+    return tmp_path
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(workplace, capsys) -> None:
+    lines = [shlex.split(line) for line in blocks(README, "")[1].splitlines()]
+    assert [line[1] for line in lines] == ["quantize", "eval"]
+    few = {"quantize": ["--nsamples", "4"], "eval": []}
+    for _, verb, *words in lines:
+        code = main("sliderquant", "sliderquant", COMMANDS, [verb, *words, *few[verb], "--json"])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+
+    # The folder has the perplexity that was reported when it was made.
+    reported = json.loads((workplace / "models/llama-w4/run/report.json").read_text())["rows"][-1]
+    measured = json.loads(out)["rows"][0]
+    assert reported["name"] == "compensated rounding"
+    want = reported["metrics"]["perplexity held_out.txt"]["mean"]
+    assert measured["metrics"]["perplexity held_out.txt"]["mean"] == pytest.approx(want, rel=1e-5)
+
+
+def test_the_python_of_the_readme_quantizes_and_generates(workplace, monkeypatch, capsys) -> None:
+    """With fewer samples; the model and the text are tiny."""
+    original = sliderquant.quantize
+
+    def quantize(config):
+        return original(dataclasses.replace(config, nsamples=4, device="cpu"))
+
+    monkeypatch.setattr(sliderquant, "quantize", quantize, raising=False)
+    (code,) = blocks(README, "python")
+    assert len(code.splitlines()) <= 10
+    scope: dict = {}
+    exec(code, scope)
+    weight = scope["model"].model.layers[0].mlp.up_proj.weight.detach()
+    assert max(len(row.unique()) for row in weight) <= 16  # groups are as wide as the rows
+    assert capsys.readouterr().out.strip()
+
+    # No other setting chooses the method.
+    assert scope["config"].method == "compensated"
+    with pytest.raises(ValueError, match="only the method slider"):
+        dataclasses.replace(scope["config"], epochs=21)
+
+
+def test_the_python_of_the_formats_loads_a_packed_model(workplace) -> None:
+    config = QuantizeConfig(
+        model="models/llama", calib=("notes.txt",), out="models/llama-w2", wbits=2, group_size=64,
+        sym=False, format="native", nsamples=4, device="cpu",
+    )  # fmt: skip
+    sliderquant.quantize(config)
+    (code,) = blocks(FORMATS, "python")
+    scope: dict = {}
+    exec(code, scope)
+    logits = scope["model"](torch.arange(1, 9)[None]).logits
+    assert logits.isfinite().all()
+
+
+def test_the_task_file_of_the_settings_is_accepted(tmp_path) -> None:
+    (text,) = blocks(SETTINGS, "yaml")
+    (tmp_path / "questions.yaml").write_text(text)
+    question = {"question": "1 + 1?", "choices": ["2", "3"], "answer": 0}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question))
+    (task,) = read_tasks([str(tmp_path / "questions.yaml")])
+    assert task["task"] == "questions"
+    assert yaml.safe_load(text)["doc_to_choice"] in question
+
+
+def test_every_setting_is_explained() -> None:
+    first_column = re.findall(r"^\| (.+?) \|", SETTINGS.read_text(), re.MULTILINE)
+    explained = set(re.findall(r"`(\w+)`", " ".join(first_column)))
+    assert {field.name for field in dataclasses.fields(QuantizeConfig)} <= explained
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_file_names_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        inside = target.resolve().is_relative_to(PACKAGE)
+        if not inside and not (PACKAGE.parents[1] / ".git").exists():
+            continue  # the package alone, outside of its repository
+        assert target.exists(), link
+        if anchor:
+            assert anchor in map(slug, re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE))
+
+    # Modules are named relative to src/sliderquant.
+    for name in re.findall(r"`((?:method|adapters|commands|kernels|demo)/\w+\.py)\b", text):
+        assert (PACKAGE / "src/sliderquant" / name).exists(), name
