@@ -90,14 +90,14 @@ def test_the_torchvision_student_loads_into_a_plain_model(run, tmp_path) -> None
     names = run("distil_lraspp_from_deeplabv3", *words)
     assert [set(terms) for terms in names["history"]] == [TERMS]
     weights = torch.load(tmp_path / "student.pth", weights_only=True)
-    models.get_model("lraspp_mobilenet_v3_large", **shape).load_state_dict(weights)
 
     # The teacher is the one that was given, and stayed so; every weight of the student has moved.
     kept = names["teacher"].state_dict()
     assert all(torch.equal(kept[name], value) for name, value in teacher.state_dict().items())
     torch.manual_seed(0)
-    start = models.get_model("lraspp_mobilenet_v3_large", **shape)
-    assert not any(torch.equal(p, weights[name]) for name, p in start.named_parameters())
+    plain = models.get_model("lraspp_mobilenet_v3_large", **shape)
+    assert not any(torch.equal(p, weights[name]) for name, p in plain.named_parameters())
+    plain.load_state_dict(weights)
 
 
 def test_the_segformer_student_is_a_folder_of_transformers(run, segformers) -> None:
@@ -171,7 +171,7 @@ def test_the_predicted_costs_follow_from_the_shapes(run, mmseg_pair, capsys) -> 
     costs = run("predict_cost_of_a_distillation_step", "student.py", "teacher.py")["costs"]
     times = {name: cost["step against a step of logits KD"] for name, cost in costs.items()}
     # Here 256 are more than the teacher's 32 channels.
-    assert 1 < times["the whole method"] < times["with a generator of 256 channels"]
+    assert 1 <= times["the whole method"] < times["with a generator of 256 channels"]
 
     # The alignment has 16 to 32 channels, the generator two 3x3 convolutions between 32 and 32 or 256.
     align, wide = 16 * 32 + 32, 2 * 9 * 32 * 256 + 256 + 32
