@@ -49,7 +49,7 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
-            raise ConfigError(f"seeds must be 1 or more, got {self.seeds}; use 3 for claims")
+            raise ConfigError(f"seeds is {self.seeds}; give 1 or more, and 3 or more for claims")
 
 
 @dataclass

@@ -113,8 +113,12 @@ def test_a_command_that_is_not_there_counts_as_failed(run: ModuleType, tmp_path:
     ("words", "message"),
     [
         (["--only", "god"], "error: there is no demo god; use one of crashing, good, mute\n"),
-        (["--seeds", "0"], "error: seeds must be 1 or more, got 0; use 3 for claims\n"),
-        (["--seeds", "many"], "error: --seeds got many; give int\n"),
+        (["--seeds", "0"], "error: seeds is 0; give 1 or more, and 3 or more for claims\n"),
+        (
+            ["--seeds", "many"],
+            "error: Parser key \"seeds\": Expected a <class 'int'>. Got value: many; "
+            "see python benchmarks/run.py --help\n",
+        ),
         (["--sees", "1"], "error: there is no flag --sees; did you mean --seeds?\n"),
         (["--out", "."], "error: . is already there; name a new folder with --out\n"),
     ],

@@ -94,6 +94,7 @@ def test_the_clip_family_learns_its_captions(run, pictures, capsys) -> None:
     assert again["members"] == names["members"]
 
 
+@pytest.mark.slow
 def test_the_timm_chain_classifies_and_its_later_member_starts_ahead(run, pictures) -> None:
     rows = "\n".join(f"{i}.png,{i % 3}" for i in range(48))
     (pictures / "labels.csv").write_text(f"path,label\n{rows}\n")

@@ -225,6 +225,7 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 def test_a_thousand_mutations_of_a_good_file_and_line_never_crash(capsys, tmp_path) -> None:
     draw, config = random.Random(1), tmp_path / "c.yaml"
     good = ["go", "--config", str(config), "--rate=0.25", "--files", "c", "--no-sym"]

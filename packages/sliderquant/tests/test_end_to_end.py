@@ -80,6 +80,7 @@ def test_compensated_rounding_holds_codes_of_one_block_unless_they_are_to_be_mea
     assert perplexity(out) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["slider", "compensated"])
 def test_weights_and_activations_with_channel_scaling_and_rotation(family, method, save) -> None:
     """Scaling and rotation go into the weights: without activation rounding the result is near full."""

@@ -105,6 +105,7 @@ torch.save(found, sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_plain_mmseg_loads_the_student_without_us(trained, tmp_path) -> None:
     words = [sys.executable, "-W", "ignore", "-c", PLAIN, "student.py", "student.pth"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -238,6 +239,7 @@ def test_a_dry_run_tells_every_weighted_term_and_writes_nothing(pair, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_on_gloo_train_what_one_does(pair, tmp_path) -> None:
     """Without dropout, random masks, augmentation and batch statistics, which differ by design."""
     from dcd_tiny import SIDE, write_images

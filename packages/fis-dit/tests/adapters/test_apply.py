@@ -166,6 +166,7 @@ class TestEveryAdapter:
                 with family.model.cache_context("c", step_index=step, num_inference_steps=4):
                     assert torch.equal(family(), dense) == (step in (0, 3))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("equalize", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_compiled_blocks_need_one_graph_per_number_of_anchors(
         self, family, equalize: bool

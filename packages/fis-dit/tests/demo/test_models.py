@@ -35,6 +35,7 @@ def test_the_student_makes_shapes_that_the_classifier_recognises() -> None:
     assert right > 0.9
 
 
+@pytest.mark.slow
 def test_a_short_training_and_distillation_learn_something(monkeypatch) -> None:
     short = dataclasses.replace(CLIP_SETS["shapes"], teacher_steps=30, student_steps=8, paths=8)
     monkeypatch.setitem(CLIP_SETS, "shapes", short)

@@ -67,6 +67,7 @@ def test_training_says_where_it_runs(pixels, photos, tmp_path, capsys) -> None:
     assert capsys.readouterr().err.startswith("device: cpu\n")
 
 
+@pytest.mark.slow
 def test_nothing_here_needs_peft(pixels, trained) -> None:
     code = (
         "import sys; sys.modules['peft'] = None\n"

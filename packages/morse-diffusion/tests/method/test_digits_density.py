@@ -72,7 +72,7 @@ def test_morse_on_the_digits_density_is_nearer_than_ddim_at_equal_cost() -> None
         pair = make_pair(density.noise, PROCESS, clean, draws)
         error, _ = residual_losses(dot, pair)
         optimizer.zero_grad()
-        # With the plain loss of the paper the Dot gains at 5 LSD only (see the README).
+        # With the plain loss of the paper the Dot gains at 5 LSD only (docs/results.md).
         (min_snr_weight(PROCESS, pair.t_o) * error).mean().backward()
         optimizer.step()
         schedule.step()

@@ -70,6 +70,7 @@ def test_morse_is_nearer_to_the_truth_than_ddim_at_equal_cost(trained, distance)
     assert distance(trained[0], plan_of(20, 4)) < 0.8 * distance(ZeroDot(), plan_of(20, 0))
 
 
+@pytest.mark.slow
 def test_a_dot_without_the_trajectory_is_worse_than_one_with_it(mixture, trained, distance) -> None:
     blind, _ = trained_dot(mixture, trajectory=False)
     assert distance(blind, plan_of(10, 3)) > distance(trained[0], plan_of(10, 3))

@@ -174,6 +174,7 @@ if made.accelerator.is_main_process:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2])
 def test_two_processes_train_the_same_dot_as_one(processes, tmp_path) -> None:
     alone = trainer(steps=3, dtype=torch.float64)

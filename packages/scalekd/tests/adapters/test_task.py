@@ -196,6 +196,7 @@ def test_positions_and_queries_are_free_of_weight_decay_and_layers_are_known() -
     assert len({group["lr_scale"] for group in optimizer.param_groups}) > 2
 
 
+@pytest.mark.slow
 def test_a_compiled_task_equals_the_plain_one_without_graph_breaks() -> None:
     plain = make("vit", "vit")
     x, y = batch()

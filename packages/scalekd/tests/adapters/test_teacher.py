@@ -156,6 +156,7 @@ def test_a_teacher_that_drops_patches_is_refused() -> None:
         TeacherSplit.from_timm(model)
 
 
+@pytest.mark.slow
 def test_the_tail_compiles_without_a_graph_break() -> None:
     for family in ("swin", "vit", "dinov3"):
         split = TeacherSplit.from_timm(tiny_teacher(family))

@@ -208,6 +208,7 @@ def test_a_damaged_shard_is_named(photos, tmp_path, capsys) -> None:
     )
 
 
+@pytest.mark.slow
 def test_real_digits_are_learned_from_a_folder(tmp_path) -> None:
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     from PIL import Image

@@ -66,6 +66,7 @@ def test_shards_of_webdataset_train(photos, tmp_path) -> None:
     assert metrics_of(tmp_path / "run")[-1]["step"] >= 8
 
 
+@pytest.mark.slow
 def test_torchrun_trains_one_student_in_two_processes(photos, tmp_path) -> None:
     out = tmp_path / "run"
     words = ["train", "--data-dir", photos, *WORDS, "--out", out]
@@ -82,6 +83,7 @@ def test_torchrun_trains_one_student_in_two_processes(photos, tmp_path) -> None:
     assert model(torch.zeros(1, 3, 32, 32)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(photos, tmp_path) -> None:
     words = ["train", "--data-dir", photos, *WORDS, "--epochs", "5", "--save-every", "2"]
     assert scalekd(*words, "--out", tmp_path / "whole") == 0

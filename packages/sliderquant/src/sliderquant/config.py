@@ -103,7 +103,7 @@ class SliderConfig(WindowConfig):
     )
     rounding: Literal["auto", "nearest", "compensated"] | None = setting(
         None,
-        "earlier name of method: nearest is slider, auto is slider if a setting of it is given",
+        "earlier spelling of method, for files of earlier versions; leave it out",
     )
     lwc: bool = setting(True, "train the clipping range; no-lwc keeps it open")
     channel_scale: Literal["auto", "on", "off"] = setting(

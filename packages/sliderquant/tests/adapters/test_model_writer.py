@@ -144,6 +144,7 @@ for name in names:
 """
 
 
+@pytest.mark.slow
 def test_transformers_alone_computes_what_was_simulated(make, tmp_path, tokens) -> None:
     want = {name: make(name, case)[1] for name, case in LOADED_BY_TRANSFORMERS.items()}
     save_file({"tokens": tokens}, tmp_path / "tokens")

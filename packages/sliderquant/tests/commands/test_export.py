@@ -32,6 +32,7 @@ def native(model_directory, text_file, held_out_file, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_format_has_the_perplexity_that_quantize_reported(
     native, held_out_file, tmp_path
 ) -> None:

@@ -245,6 +245,7 @@ def test_layers_aim_at_the_full_precision_output_from_rounded_inputs(decoder, sa
         assert errors[0] - errors[1] > 0.9 * (errors[0] - errors[2])
 
 
+@pytest.mark.slow
 def test_it_recovers_what_outlier_channels_cost_where_activations_are_rounded(
     decoder, loaded, samples
 ) -> None:

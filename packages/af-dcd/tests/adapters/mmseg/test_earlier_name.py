@@ -38,6 +38,7 @@ def test_a_config_that_imports_the_earlier_name_trains(earlier_config, tmp_path)
     assert (tmp_path / "run/student.pth").is_file()
 
 
+@pytest.mark.slow
 def test_the_earlier_modules_register_what_they_did() -> None:
     code = (
         "import af_dcd.mm, af_dcd.mm.datasets, af_dcd.mm.loop, af_dcd.mm.models, af_dcd.mm.optim\n"

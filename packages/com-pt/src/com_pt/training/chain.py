@@ -43,7 +43,7 @@ def load_chain(path: str | Path) -> ChainConfig:
             f"give a chain file or one of {recipes}"
         ) from error
     if not isinstance(document, dict) or not isinstance(document.get("stages"), list):
-        raise ConfigError(f"{path} has no list of stages; see the README for a chain file")
+        raise ConfigError(f"{path} has no list of stages; see docs/settings.md for one")
     return parse_chain(document)
 
 
@@ -72,7 +72,7 @@ def _make(kind: type[Any], values: Mapping[str, Any]) -> Any:
     try:
         return kind(**converted)
     except TypeError as error:
-        raise ConfigError(f"{one_line(str(error))}; see the README for a chain file") from error
+        raise ConfigError(f"{one_line(str(error))}; see docs/settings.md for one") from error
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

@@ -1,6 +1,6 @@
 """The formats a quantized model is written in: what each can express, and what ``config.json`` says.
 
-What transformers can load of compressed-tensors was found by loading (README, table of formats).
+What transformers can load of compressed-tensors was found by loading (docs/formats.md).
 """
 
 import re

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
@@ -10,9 +10,6 @@ from sliderquant.adapters.shapes import ModelShape, check_linears, model_shape
 from sliderquant.config import FULL_BITS, InspectConfig, SliderConfig
 from sliderquant.method.window_training import RECOMPUTE_ABOVE
 from sliderquant.method.windows import block_visits, make_windows
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
