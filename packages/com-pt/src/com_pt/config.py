@@ -259,7 +259,7 @@ class TrainConfig:
     """
 
     chain: str = _chain_setting()
-    out: str | None = setting(None, "folder of the members; default runs/train-<time>")
+    out: str | None = setting(None, "folder of the members; default runs/<command>-<time>")
     train_data: str | None = setting(None, "replaces data: train of the chain file")
     val_data: str | None = setting(None, "replaces data: val")
     precision: Literal["fp32", "bf16", "fp16"] | None = setting(None, "replaces precision")

@@ -56,6 +56,10 @@ def test_folders_that_do_not_suit_are_refused(pixels, trained, photos, tmp_path,
     assert "48 training samples are fewer" in run(capsys, *few, "--out", tmp_path / "x", code=2)
     again = ["train-dot", pixels, photos, *TRAIN, "--out", trained]
     assert "holds config.json of an earlier run" in run(capsys, *again, code=2)
+    # An interrupted run is not begun anew: its checkpoints would later be taken for the new run's.
+    (tmp_path / "cut" / "run" / "checkpoints").mkdir(parents=True)
+    again[-1] = tmp_path / "cut"
+    assert "holds run/checkpoints of an earlier run" in run(capsys, *again, code=2)
     deep = ["--m", 3, "--channels", 8, 8, 8, "--rank", 2, "--steps", 2, "--batch", 4]
     error = run(capsys, "train-dot", pixels, photos, *deep, "--out", tmp_path / "y", code=2)
     assert "a side of 16 cannot be halved 3 times" in error

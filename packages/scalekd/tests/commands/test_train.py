@@ -229,3 +229,10 @@ def test_real_digits_are_learned_from_a_folder(tmp_path) -> None:
     assert scalekd("train", "--data-dir", tmp_path / "digits", *WORDS, *words, "--out", out) == 0
     report = json.loads((out / "run" / "report.json").read_text())
     assert report["rows"][0]["metrics"]["top1"]["mean"] > 45  # chance is 33
+
+
+def test_an_interrupted_run_is_not_begun_anew_in_its_folder(photos, tmp_path, capsys) -> None:
+    """Its checkpoints would later be taken for those of the new run."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert scalekd("train", "--data-dir", photos, *WORDS, "--out", tmp_path) == 2
+    assert "holds run/checkpoints of an earlier run; choose another" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def train_dot(config: TrainDotConfig) -> Report:
     builder = ReportBuilder("morse-diffusion", ("diffusers", "accelerate"))
     settings, is_resumed = config.settings_of_result(), config.resume == "auto"
     out = run_folder(config.out, "train-dot")
-    check_out_folder(out, ["config.json"], resume=is_resumed)
+    check_out_folder(out, ["config.json", "run/checkpoints"], resume=is_resumed)
 
     # Everything that can be refused is refused before a file of an earlier run changes.
     inputs = read_inputs(config, out / "run")

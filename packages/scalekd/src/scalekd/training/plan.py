@@ -51,8 +51,8 @@ def plan_training(config: TrainConfig) -> TrainingPlan:
     """Settle recipe and out folder.
 
     Raises:
-        InputError: If the folder holds a student of an earlier run that is not to be resumed.
+        InputError: If the folder holds an earlier run that is not to be resumed.
     """
     out = run_folder(config.out, "train")
-    check_out_folder(out, [STUDENT_FILE], resume=config.resume == "auto")
+    check_out_folder(out, [STUDENT_FILE, "run/checkpoints"], resume=config.resume == "auto")
     return TrainingPlan(config=config, recipe=resolve_recipe(config), out=out)
