@@ -53,8 +53,11 @@ def cuda_sh(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def start(parts: Sequence[Part], folder: Path, *before: str) -> subprocess.Popen[str]:
     """Start the script with stand-ins for the parts and wait until the first one runs."""
     (folder / "thing-1-py3-none-any.whl").touch()
+    # The tests themselves may run under nohup, which children inherit.
+    hang_up = "" if before else "signal.signal(signal.SIGHUP, signal.SIG_DFL)"
     code = f"""
-import sys
+import signal, sys
+{hang_up}
 sys.path.insert(0, {str(ROOT / "scripts")!r})
 import run_on_cuda
 from run_on_cuda import Part
