@@ -11,10 +11,8 @@ from effml_common import checkpoint
 from effml_common.errors import CheckpointError, NonFiniteError
 from effml_common.finite import check_finite
 from effml_common.state import (
-    host_rng_state,
     restore_training_state,
     rng_state,
-    set_host_rng_state,
     set_rng_state,
     training_state,
 )
@@ -189,14 +187,3 @@ def test_a_card_in_use_is_saved_and_put_back(a_card, monkeypatch, capsys) -> Non
     set_rng_state(rng_state())
     assert a_card == ["state of the card"]
     assert not capsys.readouterr().err
-
-
-def test_the_states_of_main_memory_never_touch_a_card(a_card, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    state = host_rng_state()
-    drawn = torch.rand(3), random.random()
-    set_host_rng_state(state)
-    assert "cuda" not in state
-    assert not a_card
-    assert torch.equal(torch.rand(3), drawn[0])
-    assert random.random() == drawn[1]

@@ -1,7 +1,9 @@
 """--device of every command that computes, and loading processes beside a card, without a card."""
 
+import random
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +14,7 @@ from torch import nn
 from scalekd import ScaleKDTask
 from scalekd.demo.arms import BASELINES, SCALEKD, make_task
 from scalekd.demo.models import build_demo_student, build_demo_teacher
-from scalekd.training.data import CheckedImages
+from scalekd.training.data import CheckedImages, repeatable
 
 META = torch.device("meta")
 
@@ -98,6 +100,29 @@ def test_repeatable_crops_load_in_processes_that_may_not_touch_cuda(monkeypatch)
     )
     loaded = torch.cat([batch for batch, *_ in loader])
     assert loaded.tolist() == alone
+
+
+def test_repeatable_numbers_leave_the_generators_outside_as_they_were(monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a card was touched")
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for name in ("get_rng_state_all", "set_rng_state", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    outside = draw()
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+    with repeatable(3, 1):
+        inside = draw()
+    assert draw() == outside
+    with repeatable(3, 1):
+        assert draw() == inside
 
 
 def test_tensors_of_the_loss_follow_the_device() -> None:

@@ -22,9 +22,12 @@ from effml_common.parsing import dump_config as dump_config
 from effml_common.parsing import parse as parse
 
 # Errors of the file system that come from what the user named, not from a fault of ours.
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
-_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another disk"),
+    **dict.fromkeys(_PATH, "check the path"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions"),
+}
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,9 @@ def _outcome(error: BaseException) -> tuple[int, str]:
         # The reader went away, as in "| head"; Python would fail again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0, ""
-    if isinstance(error, OSError) and error.errno in (*_FULL, *_PATH, *_PERMISSION):
+    if isinstance(error, OSError) and error.errno in _ADVICE:
         path = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        advice = "check the path" if error.errno in _PATH else "check its permissions"
-        advice = "free some space or choose another disk" if error.errno in _FULL else advice
-        return 2, f"{path}{os.strerror(error.errno).lower()}; {advice}"
+        return 2, f"{path}{os.strerror(error.errno).lower()}; {_ADVICE[error.errno]}"
     raise error
 
 

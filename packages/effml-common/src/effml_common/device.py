@@ -20,7 +20,7 @@ def resolve_device(name: str = "auto", *, float64: bool = False) -> "torch.devic
 
     Args:
         name: What the user wrote: auto, cpu, cuda, cuda:N, mps or xpu.
-        float64: Whether the computation needs double precision on the device, which mps lacks.
+        float64: Whether the computation needs double precision, which mps lacks.
 
     Returns:
         The device, with an index if it is a card.
@@ -38,10 +38,9 @@ def resolve_device(name: str = "auto", *, float64: bool = False) -> "torch.devic
         raise InputError(f"device {name!r} is unknown; use {DEVICE_HELP}")
 
     # Whether it is there, and can do what is asked.
-    count = device_count(kind)
-    number = int(index) if index else int(os.environ.get("LOCAL_RANK", "0"))
-    if kind in ("cpu", "mps"):
-        number = int(index or 0)
+    count = _device_count(kind)
+    local_rank = os.environ.get("LOCAL_RANK", "0") if kind in ("cuda", "xpu") else "0"
+    number = int(index or local_rank)
     if number >= count:
         there = f"{count} {kind} device{'s' * (count != 1)}" if count else f"no {kind} device"
         usable = f"use {kind}:{count - 1}" if count > 1 else f"use {kind}" if count else "use cpu"
@@ -60,35 +59,26 @@ def resolve_device(name: str = "auto", *, float64: bool = False) -> "torch.devic
     return device
 
 
-def device_count(kind: str) -> int:
-    """Number of devices of a kind (cpu, cuda, mps, xpu) that torch can compute on here."""
+def _device_count(kind: str) -> int:
     import torch
 
-    if kind == "cuda":
-        return torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "mps":
         return int(torch.backends.mps.is_available())
-    if kind == "xpu":
-        return torch.xpu.device_count() if torch.xpu.is_available() else 0
-    return 1
+    backend = torch.get_device_module(kind)
+    return backend.device_count() if backend.is_available() else 0
 
 
 def device_name(device: "torch.device") -> str:
     """Device and, for a card, its product name: "cuda:0 (NVIDIA H100)"."""
     import torch
 
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return str(device)
+    is_card = device.type == "cuda"
+    return f"{device} ({torch.cuda.get_device_name(device)})" if is_card else str(device)
 
 
 def synchronize(device: "torch.device") -> None:
     """Wait until a device has done what was asked of it, so that a clock can be read."""
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    elif device.type == "xpu":
-        torch.xpu.synchronize(device)
+    if device.type in ("cuda", "mps", "xpu"):
+        torch.accelerator.synchronize(device)

@@ -12,9 +12,8 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> None:
     ``command --help`` then answers without waiting for torch. Editors and type checkers read the
     same names from imports under ``if TYPE_CHECKING:``, written ``from x import A as A``.
 
-    Args:
-        package: ``__name__`` of the package's ``__init__``, which calls this once.
-        homes: For each public name the module that defines it, relative to the package.
+    Called once in the package's ``__init__`` with its ``__name__`` and, for each public name, the
+    module that defines it, relative to the package.
     """
     module = sys.modules[package]
 

@@ -13,14 +13,8 @@ def check_finite(
     """Check a loss and the gradient norm (numbers or scalar tensors) before they are used.
 
     When torch.distributed is initialised every rank must call this at the same step; then all
-    ranks raise together, whichever of them saw the bad number.
-
-    Args:
-        loss: Value of the loss.
-        grad_norm: Global gradient norm, if known.
-        step: Update that is about to be applied.
-        term: Name of the loss term.
-        last_good: Checkpoint to go back to.
+    ranks raise together, whichever of them saw the bad number. The message names the ``term`` of
+    the loss, the ``step`` that is about to be applied and the checkpoint to go back to.
 
     Raises:
         NonFiniteError: If either is NaN or infinite, on any rank.

@@ -24,9 +24,7 @@ def cache_folder(distribution: str) -> Path:
 def cache_key(settings: Any, libraries: Sequence[str]) -> str:
     """Name for a cached result: 16 hex digits that change with what the result depends on.
 
-    Args:
-        settings: Whatever it depends on, in JSON types.
-        libraries: Distributions whose versions it depends on.
+    That is ``settings``, in JSON types, and the versions of some distributions, ``libraries``.
     """
     versions = {name: version(name) for name in libraries}
     text = json.dumps([settings, versions], sort_keys=True)

@@ -32,7 +32,6 @@ def parse(
     argv: Sequence[str],
     *,
     prog: str,
-    description: str = "",
     examples: Sequence[str] = (),
 ) -> T:
     """Read a command line into a config object.
@@ -42,14 +41,10 @@ def parse(
     win over it. Optional fields take ``none``.
 
     Args:
-        config_class: Dataclass whose fields carry ``metadata={"help": ...}``.
+        config_class: Dataclass whose fields carry ``metadata={"help": ...}``; validates itself.
         argv: Words after the command's name.
         prog: Command as the user types it, for the help text.
-        description: First lines of the help; default the docstring of ``config_class``.
         examples: Worked command lines for the help.
-
-    Returns:
-        The validated config.
 
     Raises:
         ConfigError: If a flag, a key, a type or a value is wrong.
@@ -57,7 +52,7 @@ def parse(
     """
     see_help = f"see {prog} --help"
     hints = get_type_hints(config_class)
-    parser = _parser(prog, description or inspect.getdoc(config_class) or "", examples, hints)
+    parser = _parser(prog, inspect.getdoc(config_class) or "", examples, hints)
     flags, positionals = {}, []
     for field in fields(config_class):  # pyright: ignore[reportArgumentType]
         if _add(parser, field, hints[field.name]):
@@ -115,10 +110,8 @@ def _parser(prog: str, description: str, examples: Sequence[str], hints: Mapping
         """Types and defaults beside the help, and the line breaks of the examples."""
 
         def _get_help_string(self, action: argparse.Action) -> str:
-            text = super()._get_help_string(action)
-            if action.dest in hints:
-                text = text.replace("%(type)s", _words(hints[action.dest]))
-            return text
+            words = _words(hints[action.dest]) if action.dest in hints else "%(type)s"
+            return super()._get_help_string(action).replace("%(type)s", words)
 
     lines = ["common flags:", *(f"  {flag:<9}{text}" for flag, text in COMMON_FLAGS.items())]
     if examples:
@@ -142,10 +135,9 @@ def _add(parser: Any, field: Field[Any], hint: Any) -> bool:
 
     required = field.default is MISSING and field.default_factory is MISSING
     options: dict[str, Any] = {"type": hint, "help": field.metadata.get("help", "")}
-    if field.default is not MISSING:
-        options["default"] = field.default
-    elif field.default_factory is not MISSING:
-        options["default"] = field.default_factory()
+    if not required:
+        factory = field.default_factory
+        options["default"] = field.default if factory is MISSING else factory()
     positional = required and not _is_list(hint) and hint is not bool
     if not positional:
         options["required"] = required
@@ -167,11 +159,13 @@ def _regroup(
 ) -> list[str]:
     """Dashes in names, config files first, the words after a list flag as one JSON list."""
     item_types = {flag: get_args(hint)[0] for flag, hint in flags.items() if _is_list(hint)}
-    known = [*flags, *(f"--no-{flag[2:]}" for flag, hint in flags.items() if hint is bool)]
-    known += ["--config", "--help", "--"]
+    switches = [f"--no-{flag[2:]}" for flag, hint in flags.items() if hint is bool]
+    known = [*flags, *switches, "--config", "--help", "--"]
     lists: dict[str, list[str]] = {}
     first: list[str] = []
     others: list[str] = []
+
+    # Word by word; a flag may take the words that follow it.
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -194,6 +188,7 @@ def _regroup(
                 equals, value = "=", words.pop(0)
             (first if name == "--config" else others).append(name + equals + value)
 
+    # The parser reads a list from one word.
     for name, items in lists.items():
         is_json = len(items) == 1 and items[0].startswith("[")
         quote = json.dumps if item_types[name] is str else str
@@ -203,15 +198,13 @@ def _regroup(
 
 
 def _words(hint: Any) -> str:
-    if hint is NoneType:
-        return "none"
-    if get_origin(hint) is Literal:
-        return " or ".join(map(str, get_args(hint)))
+    parts = get_args(hint)
+    if get_origin(hint) is Literal or NoneType in parts:
+        return " or ".join(map(_words, parts))
     if _is_list(hint):
-        return f"list of {_words(get_args(hint)[0])}"
-    if NoneType in get_args(hint):
-        return " or ".join(map(_words, get_args(hint)))
-    return getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
+        return f"list of {_words(parts[0])}"
+    name = "none" if hint is NoneType else getattr(hint, "__name__", str(hint))
+    return str(hint) if parts else name
 
 
 def _flag(name: str) -> str:

@@ -11,10 +11,7 @@ from effml_common.logging import jsonable
 def check_out_folder(out: Path, results: Sequence[str], *, resume: bool) -> None:
     """Refuse a folder that holds the result of another run, unless that run is to be resumed.
 
-    Args:
-        out: Folder of the run; it need not exist.
-        results: Names inside it that only a run writes, such as "student.safetensors".
-        resume: Whether the user asked to continue.
+    ``results`` are names inside it that only a run writes, such as "student.safetensors".
 
     Raises:
         InputError: If ``out`` is a file, or holds one of ``results`` and ``resume`` is off.
@@ -36,8 +33,8 @@ def check_same_settings(
     Args:
         earlier: Settings that were stored with the run, in JSON types.
         now: Settings of this command; compared as the JSON that they would be stored as.
-        place: Folder or checkpoint that ``earlier`` was read from, for the message.
-        free: Names that may differ, because the result does not depend on them.
+        place: Folder or checkpoint that ``earlier`` was read from.
+        free: Names of settings that the result does not depend on.
 
     Raises:
         CheckpointError: If another setting differs; the message has its name and both values.

@@ -12,12 +12,7 @@ def setting(default: Any, text: str) -> Any:
 
 
 def require(condition: bool, problem: str, remedy: str) -> None:
-    """Refuse a setting.
-
-    Args:
-        condition: What must hold.
-        problem: What is wrong, with the value.
-        remedy: What to do about it.
+    """Refuse a setting: what is wrong, with the value, and what to do about it.
 
     Raises:
         ConfigError: "problem; remedy", if ``condition`` does not hold.

@@ -20,14 +20,6 @@ def rng_state() -> dict[str, Any]:
     CUDA's belong to it only if this process has used CUDA: a run on the CPU must not wake the cards,
     and a forked loading process, which may not touch them, has the host's generators alone.
     """
-    state = host_rng_state()
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def host_rng_state() -> dict[str, Any]:
-    """States of the generators that draw in main memory, for what computes there alone."""
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
@@ -36,12 +28,20 @@ def host_rng_state() -> dict[str, Any]:
     if "numpy" in sys.modules:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
         state["numpy"] = [name, keys.tolist(), *rest]
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put the generators back where ``rng_state`` found them; warns if the cards are others."""
-    set_host_rng_state(state)
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(state["torch"])
+    if "numpy" in state:
+        import_module("numpy").random.set_state(tuple(state["numpy"]))
+
+    # Cards have their generators only in a process that uses them.
     saved = state.get("cuda", [])
     devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     if len(saved) != devices:
@@ -50,15 +50,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
         )
     for device, one in zip(range(devices), saved, strict=False):
         torch.cuda.set_rng_state(one, device)
-
-
-def set_host_rng_state(state: dict[str, Any]) -> None:
-    """Put the generators of main memory back where ``host_rng_state`` found them."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    torch.set_rng_state(state["torch"])
-    if "numpy" in state:
-        import_module("numpy").random.set_state(tuple(state["numpy"]))
 
 
 def training_state(

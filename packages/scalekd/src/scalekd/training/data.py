@@ -15,7 +15,6 @@ from timm.data import create_dataset
 from effml_common.errors import ConfigError, InputError
 from effml_common.logging import warn
 from effml_common.parsing import one_line
-from effml_common.state import host_rng_state, set_host_rng_state
 from scalekd.config import DataConfig, TrainConfig
 from scalekd.training.plan import TrainingPlan
 from scalekd.training.processes import Processes
@@ -299,7 +298,7 @@ def repeatable(*key: int) -> Iterator[None]:
     It covers what draws in main memory, as augmentation does. The generators of cards are left alone:
     a forked loading process may not touch them.
     """
-    outside = host_rng_state()
+    outside = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     seed = hash(key) % 2**32
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (timm's augmentations draw from it)
@@ -307,4 +306,6 @@ def repeatable(*key: int) -> Iterator[None]:
     try:
         yield
     finally:
-        set_host_rng_state(outside)
+        random.setstate(outside[0])
+        np.random.set_state(outside[1])  # noqa: NPY002
+        torch.set_rng_state(outside[2])
