@@ -11,6 +11,7 @@ from scalekd_runs import WORDS, make_photos, scalekd
 from scalekd_tiny import CLASSES, STUDENTS, tiny_teacher
 from torch import nn
 
+from effml_common.state import rng_state, set_rng_state
 from scalekd import ScaleKDTask
 from scalekd.demo.arms import BASELINES, SCALEKD, make_task
 from scalekd.demo.models import build_demo_student, build_demo_teacher
@@ -107,17 +108,15 @@ def test_repeatable_numbers_leave_the_generators_outside_as_they_were(monkeypatc
         raise AssertionError("a card was touched")
 
     def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(1))
+        return random.random(), float(np.random.rand()), float(torch.rand(1))  # noqa: NPY002
+
+    state = rng_state()
+    outside = draw()
+    set_rng_state(state)
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     for name in ("get_rng_state_all", "set_rng_state", "manual_seed_all"):
         monkeypatch.setattr(torch.cuda, name, refuse)
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    outside = draw()
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-
     with repeatable(3, 1):
         inside = draw()
     assert draw() == outside
