@@ -5,7 +5,6 @@ A checkpoint is a folder ``step-<n>`` of ``model.safetensors``, ``trainer.pt`` (
 written as ``.tmp-<n>-<pid>`` and renamed when complete: its name exists only if it is whole.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -22,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from effml_common.errors import CheckpointError
-from effml_common.files import atomic_write as atomic_write
 from effml_common.files import fsync_path
 from effml_common.logging import jsonable, rank, warn
 from effml_common.parsing import one_line
@@ -59,11 +57,8 @@ def save(
         step: Number of finished updates.
         tensors: Weights by name, on any device; tied ones are stored twice.
         state: Numbers, strings, tensors, and dicts and lists of them.
-        config: Settings of the run, kept as JSON.
+        config: Settings of the run, in types that ``jsonable`` knows.
         keep: Number of good checkpoints to keep, at least 1.
-
-    Returns:
-        The folder of the checkpoint.
 
     Raises:
         CheckpointError: If the step exists, the state holds other types, or the disk fails;
@@ -89,10 +84,9 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(
-            f"cannot save step {step} in {root}: {one_line(str(error))}; "
-            "earlier ones are untouched, so correct this and run again with --resume auto"
-        ) from error
+        remedy = "earlier ones are untouched, so correct this and run again with --resume auto"
+        why = f"cannot save step {step} in {root}: {one_line(str(error))}"
+        raise CheckpointError(f"{why}; {remedy}") from error
 
     # Only now, with the new one verified, are older ones dispensable.
     _prune(root, step, keep)
@@ -192,14 +186,12 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Any, c
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors that share no memory, as the format wants; tied weights are copied."""
-    result: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        if plain.untyped_storage().data_ptr() in seen:
-            plain = plain.clone()
-        seen.add(plain.untyped_storage().data_ptr())
-        result[name] = plain
+    result = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    storages: set[int] = set()
+    for name, tensor in result.items():
+        storage = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     return result
 
 
@@ -229,30 +221,32 @@ def _steps(root: Path) -> list[int]:
 def _make_way(target: Path) -> None:
     """A good checkpoint is never overwritten; a damaged one is put aside for a resumed run."""
     sweep(target.parent)
-    if target.exists():
-        try:
-            verify(target)
-        except CheckpointError as error:
-            aside = target.with_name(f"{target.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(target, aside)
-            return warn(f"{error}; it is now {aside.name}")
+    if not target.exists():
+        return
+    try:
+        verify(target)
+    except CheckpointError as error:
+        aside = target.with_name(f"{target.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+        warn(f"{error}; it is now {aside.name}")
+    else:
         raise CheckpointError(f"{target} exists already; choose another --out, or --resume auto")
-    return None
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
     kept = 1  # the new one, which has been verified
     for older in [number for number in _steps(root) if number < step]:
-        if kept < keep:
-            with contextlib.suppress(CheckpointError):
+        try:
+            if kept < keep:
                 verify(root / f"step-{older}")
                 kept += 1
-            continue
-        # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
-        doomed = root / f".tmp-{older}-{os.getpid()}"
-        try:
-            os.rename(root / f"step-{older}", doomed)
-            shutil.rmtree(doomed)
+            else:
+                # Renamed first: a kill in the middle must not leave half of it under its name.
+                doomed = root / f".tmp-{older}-{os.getpid()}"
+                os.rename(root / f"step-{older}", doomed)
+                shutil.rmtree(doomed)
+        except CheckpointError:
+            continue  # a damaged one is neither counted nor removed
         except OSError as error:
             warn(f"the old checkpoint step-{older} could not be removed: {error.strerror}")

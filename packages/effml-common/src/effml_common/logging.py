@@ -72,7 +72,12 @@ class Progress:
         self._next_line = self._start + _LINE_SECONDS
         self._speaks = rank() == 0 and not _quiet and not _bar_on_screen
         if self._speaks and sys.stderr.isatty():
-            self._bar = _rich_bar()
+            from rich.console import Console
+            from rich.progress import Progress, TextColumn
+
+            fields = TextColumn("{task.fields[fields]}", markup=False)
+            columns = (*Progress.get_default_columns(), fields)
+            self._bar = Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(self._description, total=self._total, fields="")
             self._bar.start()
             _bar_on_screen = True
@@ -102,21 +107,10 @@ class Progress:
         share = f"{self._done}/{self._total} ({100 * self._done // max(self._total, 1)} %)"
         words = f", {_words(self._fields)}" if self._fields else ""
         if self._speaks:
-            times = f"{elapsed:.0f} s elapsed, {left:.0f} s left"
-            say(f"{self._description}: {share}{words}, {times}")
+            say(f"{self._description}: {share}{words}, {elapsed:.0f} s elapsed, {left:.0f} s left")
 
 
-def progress(description: str, total: int) -> Progress:
-    """Progress of a loop that belongs to no run folder; see ``Progress``."""
-    return Progress(description, total)
-
-
-def _rich_bar() -> Any:
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn
-
-    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[fields]}", markup=False))
-    return Progress(*columns, console=Console(stderr=True))
+progress = Progress  # of a loop that belongs to no run folder
 
 
 def _words(fields: Mapping[str, Any]) -> str:
@@ -133,8 +127,7 @@ class RunLog:
         run_dir: Folder of the file, made if missing; None keeps no file.
         every: Step interval of progress lines where stderr is no terminal.
         sink: Called with (step, metrics), for any tracker.
-        resume_step: Keep the lines of an earlier run up to this step, and drop later ones and a
-            torn last line. None begins a new file.
+        resume_step: Last step of an earlier run whose line is kept; None begins a new file.
 
     Raises:
         OSError: If the folder or the file cannot be written.

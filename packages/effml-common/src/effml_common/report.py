@@ -53,38 +53,31 @@ class Claim:
 def environment(libraries: Sequence[str] = (), device: str = "cpu") -> dict[str, Any]:
     """Versions and hardware of this run; libraries that are not installed are left out."""
     versions = {}
-    for name in ("torch", *libraries):
+    for name in libraries:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
         "python": platform.python_version(),
-        "torch": versions.get("torch"),
+        "torch": importlib.metadata.version("torch"),
         "device": device,
         "cpu_count": os.cpu_count(),
-        "libraries": {name: versions[name] for name in libraries if name in versions},
+        "libraries": versions,
     }
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that a run measured; prints as a table with rich.
-
-    Args:
-        seconds: Wall time of the run.
-        command: Words of the command line.
-        files: Results, relative to the out folder.
-        environment: What the function ``environment`` returns.
-    """
+    """All that a run measured; prints as a table with rich."""
 
     package: str
     version: str
     command: Sequence[str]
     seeds: Sequence[int]
-    seconds: float
+    seconds: float  # of wall time
     rows: Sequence[Row]
     claims: Sequence[Claim] = ()
     notes: Sequence[str] = ()
-    files: Sequence[str] = ()
+    files: Sequence[str] = ()  # results, relative to the out folder
     environment: Mapping[str, Any] = field(default_factory=environment)
 
     def to_json(self) -> dict[str, Any]:
@@ -93,12 +86,9 @@ class Report:
         for row in self.rows:
             metrics = {name: _statistics(values) for name, values in row.metrics.items()}
             document["rows"].append({**vars(row), "metrics": metrics})
-
         for claim in self.claims:
-            value, stderr, holds = resolve(claim.gaps)
-            verdict = {"value": value, "stderr": stderr, "holds": holds}
-            document["claims"].append({"id": claim.id, "text": claim.text, **verdict})
-
+            verdict = zip(("value", "stderr", "holds"), resolve(claim.gaps), strict=True)
+            document["claims"].append({"id": claim.id, "text": claim.text, **dict(verdict)})
         if not self.notes:
             del document["notes"]
         return without_paths(jsonable(document))
@@ -106,19 +96,18 @@ class Report:
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.text import Text
 
-        # Cells cut to an ellipsis say nothing, so columns at the right that do not fit are left out.
         document = self.to_json()
-        cells = table_cells(document["rows"])
-        columns = len(cells[0])
-        unlimited = options.update(max_width=10_000)
-        table = _terminal_table(f"{self.package} {self.version}", cells)
-        while columns > FEWEST_COLUMNS and (
-            console.measure(table, options=unlimited).minimum > options.max_width
-        ):
+        cells, title = table_cells(document["rows"]), f"{self.package} {self.version}"
+
+        # Cells cut to an ellipsis say nothing, so columns at the right that do not fit are left out.
+        measure = functools.partial(console.measure, options=options.update(max_width=10_000))
+        columns, table = len(cells[0]), _terminal_table(title, cells)
+        while columns > FEWEST_COLUMNS and measure(table).minimum > options.max_width:
             columns -= 1
-            table = _terminal_table(str(table.title), [row[:columns] for row in cells])
+            table = _terminal_table(title, [row[:columns] for row in cells])
         yield table
 
+        # What the table does not show, and what it means.
         if omitted := cells[0][columns:]:
             yield Text(f"{len(omitted)} more columns in report.html: {', '.join(omitted)}")
         for line in (*map(sentence, document["claims"]), *self.notes):
@@ -144,13 +133,7 @@ class ReportBuilder:
     def build(
         self, rows: Sequence[Row], *, device: "torch.device | str" = "cpu", **fields: Any
     ) -> Report:
-        """Report of the run as it stands now.
-
-        Args:
-            rows: What was measured.
-            device: Where it computed.
-            fields: ``seeds``, ``claims``, ``notes`` and ``files`` of the report.
-        """
+        """Report of the run as it stands now; ``fields`` are ``seeds``, ``claims`` and the like."""
         name = device if isinstance(device, str) else device_name(device)
         return Report(
             package=self._package,
@@ -167,11 +150,8 @@ class ReportBuilder:
     ) -> Report:
         """Build the report, write it into ``run_dir``, created if missing, and say where it is.
 
-        Args:
-            run_dir: The folder ``run`` inside the out folder.
-            rows: What was measured.
-            figures: PNG files for the page; the report names them unless ``files`` is given.
-            fields: The other arguments of ``build``.
+        ``figures`` are PNG files for the page; the report names them unless ``files`` is given.
+        The other ``fields`` are those of ``build``.
 
         Raises:
             OSError: If a figure cannot be read or the folder cannot be written.
@@ -204,8 +184,8 @@ def resolve(gaps: Sequence[float]) -> tuple[float, float | None, str]:
     """Judge a claim by its paired gaps over seeds.
 
     Returns:
-        Mean, standard error (None for fewer than 2 gaps) and "yes", "no" or "not resolved". "no"
-        means that the opposite is significant; fewer than 3 gaps resolve nothing.
+        Mean, standard error (None for fewer than 2 gaps) and "yes", "no" (the opposite is
+        significant) or "not resolved", as always with fewer than 3 gaps.
     """
     mean, stderr, n, _ = _statistics(gaps).values()
     if n < FEWEST_SEEDS or not abs(mean) > t_quantile(n - 1) * stderr:
@@ -216,23 +196,21 @@ def resolve(gaps: Sequence[float]) -> tuple[float, float | None, str]:
 def t_quantile(df: int) -> float:
     """The t that Student's T with ``df`` >= 1 degrees of freedom stays within, in 95 % of cases.
 
-    The mass within t is the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    With T = sqrt(df) tan(a), the density of the angle a is proportional to cos(a) ** (df - 1).
     """
 
-    def mass_within(t: float) -> float:
-        angle, odd = math.atan(t / math.sqrt(df)), df % 2
-        total = term = 0.0 if df == 1 else math.cos(angle) if odd else 1.0
-        for k in range(2 + odd, df, 2):
-            term *= (k - 1) / k * math.cos(angle) ** 2
-            total += term
-        mass = math.sin(angle) * total
-        return (angle + mass) * 2 / math.pi if odd else mass
+    def mass_up_to(angle: float) -> float:
+        total = angle if df % 2 else math.sin(angle)
+        for k in range(3 - df % 2, df, 2):  # the integral of cos ** k, by parts
+            total = (math.cos(angle) ** (k - 1) * math.sin(angle) + (k - 1) * total) / k
+        return total
 
-    low, high = 1.0, 16.0
-    while high - low > 1e-12:
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if mass_within(middle) < 0.95 else (low, middle)
-    return high
+        is_low = mass_up_to(middle) < 0.95 * mass_up_to(math.pi / 2)
+        low, high = (middle, high) if is_low else (low, middle)
+    return math.sqrt(df) * math.tan(high)
 
 
 def _statistics(values: Sequence[float]) -> dict[str, Any]:

@@ -10,17 +10,6 @@ from pathlib import Path
 from typing import Any
 
 _PATH = re.compile(r"""(?<![\w/.~)\]}-])/(?=[^\s/])[^\s"'<>,;:|)\]}]*""")
-_CSS = """
-:root{color-scheme:light dark;--yes:#18794e;--no:#cd2b31;--open:#946800}
-@media(prefers-color-scheme:dark){:root{--yes:#4cc38a;--no:#ff6369;--open:#f1a10d}}
-body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
-th,td{padding:.3rem .8rem;border-bottom:1px solid #8885;text-align:left}
-td{font-variant-numeric:tabular-nums} img{max-width:100%;background:#fff;border-radius:4px}
-figcaption,footer{opacity:.7;font-size:.9em} pre{white-space:pre-wrap}
-.yes{color:var(--yes)} .no,.error{color:var(--no)} .open{color:var(--open)}
-section+section{border-top:1px solid #8885;margin-top:2rem}
-"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,8 @@ def render_html(title: str, sections: Sequence[Section]) -> str:
     Raises:
         OSError: If a figure cannot be read.
     """
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_CSS}</style>'
+    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>\n{style}</style>'
     body = "\n".join(f"<section>{_section(section)}</section>" for section in sections)
     return f'<!doctype html>\n<html lang="en">{head}<h1>{escape(title)}</h1>\n{body}\n'
 
