@@ -64,8 +64,8 @@ def save(
         CheckpointError: If the step exists, the state holds other types, or the disk fails;
             earlier checkpoints are then untouched.
     """
-    root, pid = Path(root), os.getpid()
-    target, staging = root / f"step-{step}", root / f".tmp-{step}-{pid}"
+    root = Path(root)
+    target, staging = root / f"step-{step}", root / f".tmp-{step}-{os.getpid()}"
     if rank() > 0:
         return target
     if keep < 1 or step < 0:
@@ -84,8 +84,8 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, CheckpointError):
             raise
+        why = f"cannot save step {step} in {root}: {one_line(error)}"
         remedy = "earlier ones are untouched, so correct this and run again with --resume auto"
-        why = f"cannot save step {step} in {root}: {one_line(str(error))}"
         raise CheckpointError(f"{why}; {remedy}") from error
 
     # Only now, with the new one verified, are older ones dispensable.
@@ -132,6 +132,7 @@ def verify(path: Path) -> int:
         raw = (path / _MANIFEST).read_bytes()
         manifest = json.loads(raw)
         digest, step = manifest.pop("sha256"), manifest["step"]
+
         # The manifest must be, byte for byte, what its own content makes.
         sound = raw == _manifest_bytes(manifest) and path.name == f"step-{step}"
         if not (sound and digest and manifest["format"] == FORMAT):
@@ -141,8 +142,9 @@ def verify(path: Path) -> int:
                 raise ValueError(f"{name} is not the one that was written")
         return step
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = one_line(str(error))
-        raise CheckpointError(f"{path} is damaged: {why}; use an earlier step") from error
+        raise CheckpointError(
+            f"{path} is damaged: {one_line(error)}; use an earlier step"
+        ) from error
 
 
 def sweep(root: str | os.PathLike[str]) -> None:
@@ -170,10 +172,9 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Any, c
     try:
         torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise CheckpointError(
-            f"step {step} is not saved: its state would not load again: {_reason(error)}; "
-            "keep numbers, strings, tensors, and lists and dicts of them in it"
-        ) from error
+        why = f"step {step} is not saved: its state would not load again: {_reason(error)}"
+        remedy = "keep numbers, strings, tensors, and lists and dicts of them in it"
+        raise CheckpointError(f"{why}; {remedy}") from error
 
     # The manifest is written last, of files that are complete.
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "safetensors")}
@@ -209,12 +210,11 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     # torch advises to allow the class by hand, which would be wrong here; only name it.
     found = re.search(r"GLOBAL (\S+)", str(error))
-    return f"it holds {found[1]}, not plain data" if found else one_line(str(error))
+    return f"it holds {found[1]}, not plain data" if found else one_line(error)
 
 
 def _steps(root: Path) -> list[int]:
-    names = [path.name for path in root.iterdir()] if root.is_dir() else []
-    found = [re.fullmatch(r"step-(0|[1-9]\d*)", name) for name in names]
+    found = [re.fullmatch(r"step-(0|[1-9]\d*)", path.name) for path in root.glob("step-*")]
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 

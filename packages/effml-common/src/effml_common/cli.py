@@ -34,20 +34,15 @@ _ADVICE = {
 class Command:
     """One subcommand; its modules are imported only when it is called.
 
-    Args:
-        name: What the user types.
-        help: One line for the list of commands.
-        config: "module:Class" of the frozen keyword-only dataclass of its settings.
-        run: "module:function" that takes the config and returns a result: an object that rich can
-            print, with a ``to_json()`` and, where it matters, an ``exit_code``.
-        examples: Two worked command lines.
+    ``run`` returns a result: an object that rich can print, with a ``to_json()`` and, where it
+    matters, an ``exit_code``.
     """
 
-    name: str
-    help: str
-    config: str
-    run: str
-    examples: tuple[str, ...] = ()
+    name: str  # what the user types
+    help: str  # one line for the list of commands
+    config: str  # "module:Class" of the frozen keyword-only dataclass of its settings
+    run: str  # "module:function" that takes the config
+    examples: tuple[str, ...] = ()  # two worked command lines
 
 
 def main(

@@ -22,9 +22,6 @@ def resolve_device(name: str = "auto", *, float64: bool = False) -> "torch.devic
         name: What the user wrote: auto, cpu, cuda, cuda:N, mps or xpu.
         float64: Whether the computation needs double precision, which mps lacks.
 
-    Returns:
-        The device, with an index if it is a card.
-
     Raises:
         InputError: If torch does not know the device, or it is not there.
     """
@@ -37,8 +34,9 @@ def resolve_device(name: str = "auto", *, float64: bool = False) -> "torch.devic
     if kind not in _KINDS or (":" in name and not index.isdecimal()):
         raise InputError(f"device {name!r} is unknown; use {DEVICE_HELP}")
 
-    # Whether it is there, and can do what is asked.
-    count = _device_count(kind)
+    # Whether it is there, and can do what is asked. An mps device is the only one of its kind.
+    backend = torch.backends.mps if kind == "mps" else torch.get_device_module(kind)
+    count = getattr(backend, "device_count", lambda: 1)() if backend.is_available() else 0
     local_rank = os.environ.get("LOCAL_RANK", "0") if kind in ("cuda", "xpu") else "0"
     number = int(index or local_rank)
     if number >= count:
@@ -57,15 +55,6 @@ def resolve_device(name: str = "auto", *, float64: bool = False) -> "torch.devic
         torch.cuda.set_device(device)
     say(f"device: {device_name(device)}")
     return device
-
-
-def _device_count(kind: str) -> int:
-    import torch
-
-    if kind == "mps":
-        return int(torch.backends.mps.is_available())
-    backend = torch.get_device_module(kind)
-    return backend.device_count() if backend.is_available() else 0
 
 
 def device_name(device: "torch.device") -> str:

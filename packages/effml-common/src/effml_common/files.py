@@ -8,9 +8,7 @@ from pathlib import Path
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
-    Args:
-        path: Target; its folder must exist.
-        data: Bytes, or text to be written as UTF-8.
+    Text is written as UTF-8. The folder must exist.
 
     Raises:
         OSError: If the disk is full, read-only or gone; the old file is then untouched and no
@@ -20,10 +18,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     content = data.encode() if isinstance(data, str) else data
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(content)
+        fsync_path(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

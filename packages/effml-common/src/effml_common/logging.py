@@ -53,6 +53,15 @@ def jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def words(value: Any) -> str:
+    """The text of a value: numbers with four digits, lists and mappings on one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {words(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(words, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 class Progress:
     """Progress of one loop: a bar with the time left on a terminal, elsewhere a line now and then.
 
@@ -86,9 +95,9 @@ class Progress:
     def advance(self, n: int = 1, **fields: Any) -> None:
         """Count ``n`` more steps and show ``fields``, such as the loss, beside them."""
         self._done += n
-        self._fields.update(fields)
+        self._fields.update(jsonable(fields))
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, fields=_words(self._fields))
+            self._bar.update(self._task, completed=self._done, fields=words(self._fields))
         elif self._done % self._every == 0 and self._next_line <= time.monotonic():
             self._line()
 
@@ -105,17 +114,12 @@ class Progress:
         self._next_line, elapsed = now + _LINE_SECONDS, now - self._start
         left = elapsed / max(self._done, 1) * max(self._total - self._done, 0)
         share = f"{self._done}/{self._total} ({100 * self._done // max(self._total, 1)} %)"
-        words = f", {_words(self._fields)}" if self._fields else ""
+        fields = f", {words(self._fields)}" if self._fields else ""
         if self._speaks:
-            say(f"{self._description}: {share}{words}, {elapsed:.0f} s elapsed, {left:.0f} s left")
+            say(f"{self._description}: {share}{fields}, {elapsed:.0f} s elapsed, {left:.0f} s left")
 
 
 progress = Progress  # of a loop that belongs to no run folder
-
-
-def _words(fields: Mapping[str, Any]) -> str:
-    plain = jsonable(fields).items()
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain)
 
 
 class RunLog:

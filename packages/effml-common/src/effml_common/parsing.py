@@ -28,11 +28,7 @@ COMMON_FLAGS = {
 
 
 def parse(
-    config_class: type[T],
-    argv: Sequence[str],
-    *,
-    prog: str,
-    examples: Sequence[str] = (),
+    config_class: type[T], argv: Sequence[str], *, prog: str, examples: Sequence[str] = ()
 ) -> T:
     """Read a command line into a config object.
 
@@ -65,7 +61,7 @@ def parse(
     try:
         values = parser.parse_args(words)
     except Exception as error:  # odd words make the parsers fail in odd ways, AttributeError too
-        raise ConfigError(f"{one_line(str(error)).rstrip('.')}; {see_help}") from error
+        raise ConfigError(f"{one_line(error).rstrip('.')}; {see_help}") from error
 
     # The config refuses values of the right type that make no sense.
     try:
@@ -73,7 +69,7 @@ def parse(
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{one_line(str(error))}; {see_help}") from error
+        raise ConfigError(f"{one_line(error)}; {see_help}") from error
 
 
 def dump_config(config: Any) -> str:
@@ -92,9 +88,9 @@ def dump_config(config: Any) -> str:
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def one_line(text: str) -> str:
+def one_line(message: object) -> str:
     """Collapse white space and line breaks; escape what no stream could print."""
-    return " ".join(text.encode(errors="backslashreplace").decode().split())
+    return " ".join(str(message).encode(errors="backslashreplace").decode().split())
 
 
 def did_you_mean(word: str, known: Sequence[str], otherwise: str) -> str:

@@ -117,9 +117,7 @@ class Report:
 class ReportBuilder:
     """What every report says of its run: version, command, wall time, libraries and device.
 
-    Args:
-        package: Distribution that the command belongs to. Its clock starts here.
-        libraries: Distributions whose versions the result may depend on.
+    The clock starts here. ``libraries`` are distributions that the result may depend on.
 
     >>> builder = ReportBuilder("effml-common")
     >>> builder.build([Row("adam", "lr 0.1", {"loss": [0.5, 0.4]})]).to_json()["rows"][0]["name"]

@@ -42,10 +42,9 @@ def _section(section: Section) -> str:
     # Numbers first, then what they mean.
     document = section.document or {"rows": [], "claims": []}
     if document["rows"]:
-        header, *rows = table_cells(document["rows"])
-        lines = [[f"<th>{escape(cell)}" for cell in header]]
-        lines += [[f"<td>{escape(cell)}" for cell in row] for row in rows]
-        parts.append(f"<table>{''.join('<tr>' + ''.join(line) for line in lines)}</table>")
+        header, *rows = [map(escape, row) for row in table_cells(document["rows"])]
+        lines = ["<tr><th>" + "<th>".join(header), *("<tr><td>" + "<td>".join(row) for row in rows)]
+        parts.append(f"<table>{''.join(lines)}</table>")
     for claim in document["claims"]:
         kind = claim["holds"] if claim["holds"] in ("yes", "no") else "open"
         parts.append(f'<p class="{kind}">{escape(sentence(claim))}</p>')

@@ -20,9 +20,8 @@ def check_out_folder(out: Path, results: Sequence[str], *, resume: bool) -> None
         raise InputError(f"{out} is a file; give a folder for --out")
     for name in results:
         if (out / name).exists() and not resume:
-            raise InputError(
-                f"{out} holds {name} of an earlier run; choose another --out, or add --resume auto"
-            )
+            remedy = "choose another --out, or add --resume auto"
+            raise InputError(f"{out} holds {name} of an earlier run; {remedy}")
 
 
 def check_same_settings(
@@ -43,7 +42,5 @@ def check_same_settings(
     for name in dict.fromkeys((*now, *earlier)):
         old, new = earlier.get(name), now.get(name)
         if name not in free and old != new:
-            raise CheckpointError(
-                f"{place} was made with {name} {old}, not {new}; resume with the same settings, "
-                "or choose another --out"
-            )
+            remedy = "resume with the same settings, or choose another --out"
+            raise CheckpointError(f"{place} was made with {name} {old}, not {new}; {remedy}")

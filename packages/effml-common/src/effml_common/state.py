@@ -21,10 +21,8 @@ def rng_state() -> dict[str, Any]:
     and a forked loading process, which may not touch them, has the host's generators alone.
     """
     version, words, gauss = random.getstate()
-    state: dict[str, Any] = {
-        "python": [version, list(words), gauss],
-        "torch": torch.get_rng_state(),
-    }
+    state: dict[str, Any] = {"python": [version, list(words), gauss]}
+    state["torch"] = torch.get_rng_state()
     if "numpy" in sys.modules:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
         state["numpy"] = [name, keys.tolist(), *rest]
@@ -80,7 +78,6 @@ def restore_training_state(
         set_rng_state(checkpoint.state["rng"])
         return checkpoint.state["extra"]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path} does not fit this run: {one_line(str(error))}; "
-            "resume with the settings it was made with, or choose another --out"
-        ) from error
+        why = f"{checkpoint.path} does not fit this run: {one_line(error)}"
+        remedy = "resume with the settings it was made with, or choose another --out"
+        raise CheckpointError(f"{why}; {remedy}") from error
