@@ -15,7 +15,8 @@ _FIGURES = ("launches", "read", "written", "peak", "device_ms", "step_ms")
 def each(paths: Sequence[HotPath], slow: Sequence[str] = ()) -> list[Any]:
     """Parameters of a test of every path; those whose name begins so are left to ``-m slow``.
 
-    Slow are paths that another one contains, at a second setting or as a part.
+    Slow are paths that another one contains, at a second setting or as a part, and the longest of those
+    that are counted on a tiny model too.
     """
     return [
         pytest.param(

@@ -9,7 +9,7 @@ import torch
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _OURS = ("counter.py", "costs.py", "fakes.py", "frames.py")
-_SKIPPED = (_TORCH, *(str(Path(__file__).with_name(name)) for name in _OURS))
+_SKIPPED = (_TORCH, "<", *(str(Path(__file__).with_name(name)) for name in _OURS))
 
 
 def frames() -> Iterator[tuple[str, str, int]]:
@@ -18,7 +18,7 @@ def frames() -> Iterator[tuple[str, str, int]]:
     while frame is not None:
         # Comprehensions have frames of their own in some versions of Python and none in others.
         path, function = frame.f_code.co_filename, frame.f_code.co_name
-        if not path.startswith((*_SKIPPED, "<")) and not function.endswith("comp>"):
+        if not path.startswith(_SKIPPED) and not function.endswith("comp>"):
             yield path, function, frame.f_lineno
         frame = frame.f_back
 
@@ -26,7 +26,7 @@ def frames() -> Iterator[tuple[str, str, int]]:
 def line() -> str:
     """The innermost frame that is not torch's, as "file.py:function"."""
     path, function, _ = next(frames(), ("torch", "backward", 0))
-    return f"{Path(path).name}:{function}"
+    return f"{path.rpartition(os.sep)[2]}:{function}"
 
 
 def place() -> str:

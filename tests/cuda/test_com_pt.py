@@ -16,7 +16,7 @@ STEPS = [
 ONE = [path.name for path in STEPS if "1 micro" in path.name]  # the steps of PATHS have one
 
 
-@pytest.mark.parametrize("path", each(PATHS))
+@pytest.mark.parametrize("path", each(PATHS, slow=["CLIP step"]))
 def test_a_path_costs_what_was_committed_and_copies_nothing(path: HotPath) -> None:
     cost = assert_within_budget("com_pt", path)
     assert not cost["copies"]

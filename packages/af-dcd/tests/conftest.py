@@ -1,6 +1,9 @@
 """One thread, the helpers beside this file, and a tiny pair of mmsegmentation configs."""
 
+import ast
+import importlib.util
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def plain_config_text() -> Iterator[None]:
+    """Leave mmengine's config text as it is, if it parses.
+
+    A run lays it out with yapf three times, which takes seconds; ``trained`` of test_train.py does, too.
+    """
+    if importlib.util.find_spec("mmengine") is None:
+        yield
+        return
+
+    def parsed(text: str, **_style: object) -> tuple[str, bool]:
+        ast.parse(text)
+        return text, False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmengine.config.config.FormatCode", parsed)
+        yield
 
 
 @dataclass

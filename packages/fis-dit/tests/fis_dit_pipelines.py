@@ -121,7 +121,7 @@ def make_hunyuan() -> HunyuanVideo15Pipeline:
         eos_token_id=1,
     )
     t5 = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    return HunyuanVideo15Pipeline(
+    pipe = HunyuanVideo15Pipeline(
         text_encoder=Qwen2_5_VLTextModel(qwen).eval(),
         tokenizer=characters(),
         transformer=HunyuanVideo15Transformer3DModel(
@@ -153,6 +153,10 @@ def make_hunyuan() -> HunyuanVideo15Pipeline:
         tokenizer_2=ByT5Tokenizer(),
         guider=ClassifierFreeGuidance(guidance_scale=1.0),
     )
+    # Of 1,985 tokens beside the clip's, most would be padding.
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 24, 16
+    pipe.vision_num_semantic_tokens = 9
+    return pipe
 
 
 MAKERS = {

@@ -1,6 +1,8 @@
 """A tiny Llama trained for seconds, with its directory, and tiny random models of every family."""
 
 import dataclasses
+import fcntl
+import os
 import shutil
 from pathlib import Path
 
@@ -206,14 +208,17 @@ def corpus():
 @pytest.fixture(scope="session")
 def model_directory(corpus, tmp_path_factory) -> Path:
     """Five blocks of width 64: enough for every kind of window."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     config = DemoModelConfig(
         layers=5, hidden_size=64, context=64, vocab_size=384, train_steps=200, train_batch=8
     )
-    directory = demo_model(config, corpus)
-    patch.undo()
-    return directory
+    # Workers of pytest-xdist share one model: the first trains it, the others wait.
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with (shared / "sliderquant.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
+        return demo_model(config, corpus)
 
 
 @pytest.fixture
@@ -232,7 +237,7 @@ def text_file(corpus, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def held_out_file(corpus, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "held_out.txt"
-    path.write_text(corpus.code[:20_000])
+    path.write_text(corpus.code[:6_000])
     return path
 
 

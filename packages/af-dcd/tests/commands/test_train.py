@@ -49,7 +49,11 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def trained(pair, tmp_path_factory) -> Path:
-    return train(pair, tmp_path_factory.mktemp("trained") / "run")
+    from yapf.yapflib.yapf_api import FormatCode
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmengine.config.config.FormatCode", FormatCode)
+        return train(pair, tmp_path_factory.mktemp("trained") / "run")
 
 
 def test_one_command_distils_and_writes_student_config_and_report(trained, pair) -> None:

@@ -12,6 +12,7 @@ def test_the_demo_compares_arms_and_draws_them(tmp_path, monkeypatch) -> None:
 
     small = DigitPairs({"held_out": 60})
     monkeypatch.setattr("com_pt.demo.report.DigitPairs", lambda data: small)
+    monkeypatch.setattr("com_pt.demo.report.BATCH", 8)
     report = demo(DemoConfig(steps=20, out=str(tmp_path / "out")))
     names = [row.name for row in report.rows]
     assert {"T alone", "S lossless + feature", "B embed", "chain of T, S, B"} <= set(names)
