@@ -14,6 +14,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import TrainingTask
 from torch import nn
 from torch.nn import functional as F
+from two_processes import squared_gradients
 
 from effml_common.errors import ConfigError, InputError
 from scalekd import ScaleKDConfig, ScaleKDTask, StudentTap, TeacherSplit
@@ -223,67 +224,20 @@ def test_non_square_images_keep_rows_and_columns() -> None:
     assert torch.isfinite(task(torch.randn(2, 3, 16, 48), torch.tensor([0, 1]))["loss"])
 
 
-WORKER = """
-import json, sys
-import torch
-sys.path.insert(0, sys.argv[1])
-torch.set_num_threads(1)
-from torch import distributed
-from scalekd_tiny import CLASSES, STUDENTS, tiny_teacher
-from scalekd import ScaleKDConfig, ScaleKDTask
-distributed.init_process_group("gloo")
-rank = distributed.get_rank()
-torch.manual_seed(0)
-task = ScaleKDTask(STUDENTS["vit"](), tiny_teacher(), img_size=(32, 32),
-                   config=ScaleKDConfig(stem_norm="ln")).double().train()
-task.split.model.double()
-task.prepare_distributed(None)
-x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
-y = torch.tensor([0, 1, 2, 3])
-task(x[rank::2], y[rank::2])["loss"].backward()
-if rank == 0:
-    sums = {n: float(p.grad.square().sum()) for n, p in task.inner().named_parameters()}
-    open(sys.argv[2], "w").write(json.dumps(sums))
-distributed.destroy_process_group()
-"""
-
-
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    (tmp_path / "worker.py").write_text(WORKER)
-    out = tmp_path / "sums.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += [
-        "--master-port",
-        "29671",
-        str(tmp_path / "worker.py"),
-        str(Path(__file__).parents[1]),
-        str(out),
-    ]
+    script = Path(__file__).parents[1] / "two_processes.py"
     done = subprocess.run(
-        command,
+        [sys.executable, str(script), str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         timeout=240,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    torch.manual_seed(0)
-    task = (
-        ScaleKDTask(
-            STUDENTS["vit"](),
-            tiny_teacher(),
-            img_size=(32, 32),
-            config=ScaleKDConfig(stem_norm="ln"),
-        )
-        .double()
-        .train()
-    )
-    task.split.model.double()
-    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
-    task(x, torch.tensor([0, 1, 2, 3]))["loss"].backward()
-    both = json.loads(out.read_text())
-    for name, p in task.inner().named_parameters():
-        assert both[name] == pytest.approx(float(p.grad.square().sum()), rel=1e-6, abs=1e-18), name
+    alone = squared_gradients()
+    for rank in range(2):
+        both = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert both == {n: pytest.approx(v, rel=1e-6, abs=1e-18) for n, v in alone.items()}
 
 
 # Bad input
