@@ -34,6 +34,8 @@ from sliderquant.method.smoothing import smoothing_factors
 from sliderquant.method.window_training import train_window
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi4")
+# Plain, with four norms and two windows, with fused projections.
+FIRST = ("llama", "gemma3", "phi3")
 SETTINGS = {"wbits": 4, "group_size": 8, "nsamples": 2, "seqlen": 12}
 
 
@@ -64,7 +66,13 @@ def two_columns(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "abits", "cache"),
-    [("llama", 16, lambda name, hidden: hidden.clone()), *((name, 8, kept) for name in DENSE)],
+    [
+        pytest.param("llama", 16, lambda name, hidden: hidden.clone(), id="llama-16"),
+        *(
+            pytest.param(name, 8, kept, id=name, marks=[] if name in FIRST else [pytest.mark.slow])
+            for name in DENSE
+        ),
+    ],
 )
 def test_the_default_method_keeps_to_the_card(
     name, abits, cache, fake_decoder, fake_card, two_columns
