@@ -3,11 +3,12 @@
 import importlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 import style
-from workspace import COMMON, Member, members
+from workspace import COMMON, ROOT, Member, members
 
 METHODS = [member for member in members() if member.name != COMMON]
 each_package = pytest.mark.parametrize("member", members(), ids=lambda member: member.name)
@@ -83,6 +84,13 @@ def test_accelerate_launch_runs_the_command(member: Member) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert f" {member.version}\n" in done.stdout
+
+
+def test_the_type_checker_reads_every_package() -> None:
+    """A folder that it does not find is no error to it, so a pattern would check nothing."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]
+    assert "packages" in settings["include"]
+    assert all((ROOT / folder).is_dir() for folder in settings["include"])
 
 
 @pytest.mark.slow

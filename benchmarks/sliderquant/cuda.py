@@ -19,10 +19,9 @@ from benchmarks.hot_path_timing import main
 from benchmarks.hot_paths import HotPath, Kit, Step
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.simulation import model_logits
+from sliderquant.method.block_rounding import BlockRun, collect_moments
 from sliderquant.method.error_compensation import (
     REFINEMENT_PASSES,
-    BlockRun,
-    collect_moments,
     damped_hessian,
     inverse_cholesky_factor,
     refit_scales,

@@ -11,7 +11,7 @@ from effml_common.cli import main
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.loading import load_any
 from sliderquant.adapters.shapes import decoder_shape
-from sliderquant.adapters.simulation import finished_block, fresh_learnables, simulated_logits
+from sliderquant.adapters.simulation import fresh_learnables, simulated_logits
 from sliderquant.cli import COMMANDS
 from sliderquant.commands import _estimates as estimates
 from sliderquant.commands._estimates import estimate_rounding, measure_seconds
@@ -91,7 +91,7 @@ def test_the_default_method_keeps_to_the_card(
         on_card.append(
             {linear.closed_form.codes.device.type for linear in learnables[block].linears}
         )
-        for value in finished_block(decoder, learnables[block], block).values():
+        for value in learnables[block].to_storage(decoder.tensors(block)).values():
             assert getattr(value, "codes", value).device == fake_card.device
 
     tokens = torch.zeros(2, 12, dtype=torch.int64)

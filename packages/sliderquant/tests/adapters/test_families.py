@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 from sliderquant.adapters.decoder import TransformersDecoder, UnsupportedArchitectureError
 from sliderquant.adapters.rounding import ActivationRounding
 from sliderquant.method.activations import ActivationFormat
-from sliderquant.method.calibration import run_blocks
+from sliderquant.method.decoder import run_blocks
 from sliderquant.method.layout import scale_channels
 from sliderquant.method.rotation import random_rotation, rotate_block, rotate_rows
 

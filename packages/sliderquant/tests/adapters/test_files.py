@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from effml_common.errors import InputError
 from sliderquant.adapters.files import load_config, load_model
-from sliderquant.adapters.streaming import open_model
+from sliderquant.adapters.model_folder import open_model
 from sliderquant.adapters.text import calibration_samples, encode, read_documents
 
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"

@@ -19,9 +19,10 @@ from sliderquant.adapters.simulation import (
 )
 from sliderquant.adapters.text import calibration_samples, chunks, encode
 from sliderquant.config import SliderConfig
-from sliderquant.method import calibration, window_training
+from sliderquant.method import window_passes, window_training
 from sliderquant.method.activations import activation_format
-from sliderquant.method.calibration import calibrate, run_blocks
+from sliderquant.method.calibration import calibrate
+from sliderquant.method.decoder import run_blocks
 from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.metrics import perplexity
 from sliderquant.method.round_to_nearest import rtn_weights
@@ -123,7 +124,7 @@ def test_inputs_and_targets_are_the_relays(decoder, samples, monkeypatch) -> Non
         seen.append((list(window), rest["ratio"], inputs.clone(), targets.clone()))
         return 1.0, 0.0, 0
 
-    monkeypatch.setattr(calibration, "train_window_guarded", record)
+    monkeypatch.setattr(window_passes, "train_window_guarded", record)
     config = settings(schedule="0-1,1-2,2-4", gamma=0.5)
     learnables = calibrated(decoder, samples, config)
     assert [(w, r) for w, r, _, _ in seen] == [
@@ -314,7 +315,7 @@ def test_targets_can_see_the_quantized_models_input(decoder, samples, monkeypatc
         seen.append((list(window), inputs.clone(), targets.clone()))
         return 1.0, 0.0, 0
 
-    monkeypatch.setattr(calibration, "train_window_guarded", record)
+    monkeypatch.setattr(window_passes, "train_window_guarded", record)
     calibrated(decoder, samples, settings(target_input="quant", gamma=1.0, schedule="0-1,2-4"))
     for window, inputs, targets in seen:
         assert torch.equal(targets, run_blocks(decoder, window, inputs, 4))

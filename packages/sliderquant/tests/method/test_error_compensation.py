@@ -17,7 +17,8 @@ from sliderquant.adapters.simulation import (
 from sliderquant.adapters.text import calibration_samples, chunks, encode
 from sliderquant.config import SliderConfig
 from sliderquant.method.activations import activation_format, fake_quantize_tokens
-from sliderquant.method.calibration import calibrate, round_blocks_, run_blocks
+from sliderquant.method.calibration import calibrate
+from sliderquant.method.decoder import run_blocks
 from sliderquant.method.error_compensation import (
     DAMPING,
     coordinate_descent_sweep,
@@ -213,7 +214,7 @@ def test_later_blocks_make_up_for_the_error_of_earlier_ones(decoder, samples) ->
         noise = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0))
         return hidden + 0.1 * noise * hidden.std() if name == "x_q" else hidden.clone()
 
-    round_blocks_(decoder, samples, learnables, 4, on_block=lambda block: None, cache=damaged)
+    calibrate(decoder, samples, [], learnables, config, cache=damaged)
     start = decoder.block_inputs(samples)
     blocks = range(decoder.depth)
     exact = run_blocks(decoder, blocks, start, 4)

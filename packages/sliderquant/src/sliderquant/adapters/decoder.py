@@ -6,6 +6,7 @@ the parameters come from is the source's affair: the model itself, or its files,
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -43,7 +44,7 @@ class ModelParameters:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self.device = model.get_input_embeddings().weight.device
+        self.device: torch.device = next(model.parameters()).device
 
     def block(self, block: int) -> dict[str, Tensor]:
         """Return the model's own tensors, not copies."""
@@ -110,17 +111,24 @@ class TransformersDecoder:
         source: Where parameters come from; default the model itself.
 
     Raises:
-        UnsupportedArchitectureError: If the family is not in the table.
+        UnsupportedArchitectureError: If the family is not in the table, or a block is not built as its
+            entry says.
     """
 
     def __init__(self, model: PreTrainedModel, source: ParameterSource | None = None) -> None:
-        family_of(model.config.model_type)
         self.model = model.eval().requires_grad_(False)
-        self.blocks: nn.ModuleList = model.model.layers
-        self.source = source or ModelParameters(model)
+        self.source: ParameterSource = source or ModelParameters(model)
+
+        # What blocks need beside their parameters, and which parameters are in memory.
+        self._calls: dict[int, Any] = {}
         self._held: dict[int, dict[str, Tensor]] = {}
         self._keep: frozenset[int] = frozenset()
-        self._calls: dict[int, Any] = {}
+
+        # The roles of each block's parameters follow from the family and their shapes.
+        family_of(model.config.model_type)  # raises before anything is taken to be where it says
+        self.blocks: nn.ModuleList = model.model.layers
+        shapes = [self.shapes(block) for block in range(self.depth)]
+        self._layouts = [block_layout(model.config, of_block) for of_block in shapes]
 
     @property
     def depth(self) -> int:
@@ -133,13 +141,8 @@ class TransformersDecoder:
         return self.source.device
 
     def layout(self, block: int) -> BlockLayout:
-        """Return the roles of a block's parameters.
-
-        Raises:
-            UnsupportedArchitectureError: If the block is not built as its family's entry says.
-        """
-        shapes = self.shapes(block)
-        return block_layout(self.model.config, shapes)
+        """Return the roles of a block's parameters."""
+        return self._layouts[block]
 
     def shapes(self, block: int) -> dict[str, torch.Size]:
         """Return the shapes of all parameters of one block by name; no weight is read."""
@@ -238,15 +241,13 @@ class TransformersDecoder:
         """
         seen: dict[str, Tensor] = {}
 
-        def keep(name: str, args: tuple[Any, ...]) -> None:
+        def keep(name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
             seen[name] = args[0]
             if len(seen) == len(modules):
                 raise _StopForward
 
         handles = [
-            self.blocks[block]
-            .get_submodule(name)
-            .register_forward_pre_hook(lambda _module, args, name=name: keep(name, args))
+            self.blocks[block].get_submodule(name).register_forward_pre_hook(partial(keep, name))
             for name in modules
             if name
         ]
@@ -273,10 +274,11 @@ class TransformersDecoder:
 
             return hook
 
+        mlps: list[Any] = [module.mlp for module in self.blocks]
         handles = [
-            module.mlp.gate.register_forward_hook(count(number, module.mlp.experts.num_experts))
-            for number, module in enumerate(self.blocks)
-            if hasattr(module.mlp, "experts")
+            mlp.gate.register_forward_hook(count(number, mlp.experts.num_experts))
+            for number, mlp in enumerate(mlps)
+            if hasattr(mlp, "experts")
         ]
         try:
             yield counts

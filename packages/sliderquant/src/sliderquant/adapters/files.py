@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from effml_common.errors import InputError
 from sliderquant.adapters.families import family_of
-from sliderquant.adapters.formats import refuse_quantized
+from sliderquant.adapters.formats import MARK
 
 # Everything beside weights and config.json that a loader or a server reads.
 COMPANION_FILES = (
@@ -94,7 +95,7 @@ def load_config(
     try:
         raw = json.loads((directory / "config.json").read_text())
         if not allow_rounded:
-            refuse_quantized(directory, raw)
+            _refuse_quantized(directory, raw)
         with quiet_transformers():
             config = AutoConfig.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=trust_remote_code
@@ -106,6 +107,25 @@ def load_config(
         raise InputError(f"{directory}/config.json cannot be read ({reason}); restore it") from None
     family_of(config.model_type)
     return config
+
+
+def _refuse_quantized(directory: str | Path, raw: Any) -> None:
+    """Refuse to quantize a model a second time, whatever format it is in.
+
+    Args:
+        directory: For the message.
+        raw: Content of its ``config.json``.
+
+    Raises:
+        InputError: If the weights were rounded.
+    """
+    if not isinstance(raw, dict):
+        return  # no config at all, which its reader will say
+    mark = raw.get(MARK)
+    if "quantization_config" in raw or (isinstance(mark, dict) and mark.get("rounded")):
+        raise InputError(
+            f"{directory} is quantized already; quantize the full-precision model instead"
+        )
 
 
 def load_tokenizer(
@@ -150,13 +170,14 @@ def load_model(
     dtype = _stored_dtype(directory)
     try:
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=torch.float32 if upcast else dtype,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
             )
+        model, info = loaded
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{directory} cannot be loaded ({reason}); restore its files") from None

@@ -6,10 +6,9 @@ What transformers can load of compressed-tensors was found by loading (docs/form
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from effml_common.errors import ConfigError, InputError
+from effml_common.errors import ConfigError
 from effml_common.logging import warn
 from sliderquant.adapters.families import DOWN_EXPERTS, GATE_UP_EXPERTS
 from sliderquant.method.activations import ActivationFormat
@@ -23,25 +22,6 @@ NATIVE_VERSION = 1
 LAYOUT_VERSION = "0.20.0"
 CONTAINER_BITS = (4, 8)
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-
-
-def refuse_quantized(directory: str | Path, raw: Any) -> None:
-    """Refuse to quantize a model a second time, whatever format it is in.
-
-    Args:
-        directory: For the message.
-        raw: Content of its ``config.json``.
-
-    Raises:
-        InputError: If the weights were rounded.
-    """
-    if not isinstance(raw, dict):
-        return  # no config at all, which its reader will say
-    mark = raw.get(MARK)
-    if "quantization_config" in raw or (isinstance(mark, dict) and mark.get("rounded")):
-        raise InputError(
-            f"{directory} is quantized already; quantize the full-precision model instead"
-        )
 
 
 def check_expressible(

@@ -145,7 +145,8 @@ def run_tasks(
             raise InputError("tasks need lm-eval; pip install 'sliderquant[eval]'") from None
 
         # The datasets library writes what it reads into a cache, which is thrown away here.
-        host = HFLM(
+        host_class: Any = HFLM  # whose decorators hide the parameters
+        host = host_class(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
         )
         cached_tasks = [
@@ -154,7 +155,8 @@ def run_tasks(
 
         # A task that does not fit its data may fail anywhere in the harness.
         try:
-            results = simple_evaluate(
+            evaluate: Any = simple_evaluate
+            results = evaluate(
                 model=host,
                 tasks=cached_tasks,
                 task_manager=TaskManager(include_defaults=False),

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -57,10 +58,11 @@ def _load_compressed(directory: Path, device: torch.device | str) -> PreTrainedM
     try:
         # compressed-tensors draws four progress bars on stderr.
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, dtype="auto", use_safetensors=True, local_files_only=True,
                 output_loading_info=True,
             )  # fmt: skip
+            model, info = loaded
 
             # transformers fills in what is missing with random values; here it is an error.
             if info["missing_keys"]:

@@ -38,7 +38,7 @@ class ActivationRounding:
     ) -> None:
         # What ``remove`` puts back.
         self._config = config
-        self._attention = config._attn_implementation
+        self._attention: Any = config._attn_implementation
         self._experts = getattr(config, "_experts_implementation", None)
         self._token = _active.set(fmt)
         self._hooks = [

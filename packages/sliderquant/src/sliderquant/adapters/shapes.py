@@ -1,7 +1,7 @@
 """The sizes of a model that cost and formats depend on, read without touching a weight."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from effml_common.errors import ConfigError, InputError
 from sliderquant.config import FULL_BITS, SliderConfig
@@ -50,11 +50,12 @@ def decoder_shape(decoder: "TransformersDecoder") -> ModelShape:
     """Return the sizes of a model; its parameters may be on the meta device."""
     config = decoder.model.config
     shapes = decoder.shapes(0)
+    embedding: Any = decoder.model.get_input_embeddings()
     return ModelShape(
         layers=decoder.depth,
         hidden=config.hidden_size,
         linears={name: tuple(shapes[name]) for name in decoder.layout(0).linears},
-        embedding=decoder.model.get_input_embeddings().weight.numel(),
+        embedding=embedding.weight.numel(),
         context=config.max_position_embeddings,
     )
 

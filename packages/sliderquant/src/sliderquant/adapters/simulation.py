@@ -1,6 +1,6 @@
 """The quantized model before it is stored: simulated parameters, logits, perplexities, codes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -8,13 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sliderquant.adapters.shapes import check_linears
-from sliderquant.config import FULL_BITS, SliderConfig
+from sliderquant.config import SliderConfig
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.decoder import Decoder
 from sliderquant.method.learnables import BlockLearnables
-from sliderquant.method.metrics import perplexity
-from sliderquant.method.quantizer import QuantizedWeight, WeightFormat, quantize_weight
-from sliderquant.method.round_to_nearest import rtn_weights
+from sliderquant.method.quantizer import WeightFormat
 from sliderquant.method.sampling import seeded
 
 BlockWeights = Sequence[dict[str, Tensor]]
@@ -71,31 +69,6 @@ def simulated_weights(
     return [learnables[block](decoder.tensors(block)) for block in range(decoder.depth)]
 
 
-def finished_block(
-    decoder: Decoder, learnables: BlockLearnables, block: int, rounded: bool = True
-) -> dict[str, Tensor | QuantizedWeight]:
-    """Return every parameter of a block as it is to be stored: codes, or floats in the stored type.
-
-    Args:
-        decoder: The model.
-        learnables: Of the block.
-        block: Its number.
-        rounded: Round the weights; else W~ is returned, for another quantizer to finish.
-    """
-    tensors = decoder.tensors(block)
-    merged = tensors | learnables.merge(tensors)
-    finished: dict[str, Tensor | QuantizedWeight] = {}
-    for name, value in merged.items():
-        if rounded and name in learnables.names and learnables.fmt.bits != FULL_BITS:
-            linear = learnables.linear(name)
-            finished[name] = linear.closed_form or quantize_weight(
-                value, learnables.fmt, linear.upper, linear.lower
-            )
-        else:
-            finished[name] = value.to(learnables.fmt.dtype)
-    return finished
-
-
 def model_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """Return a function from tokens to the logits of a transformers model, without cache."""
     return lambda tokens: model(input_ids=tokens.to(model.device), use_cache=False).logits
@@ -126,55 +99,3 @@ def merge_(decoder: Decoder, weights: BlockWeights) -> None:
         tensors = decoder.tensors(block)
         for name, weight in replaced.items():
             tensors[name].copy_(weight)
-
-
-def learned_parameters(decoder: Decoder, learnables: Sequence[BlockLearnables]) -> Replacement:
-    """Return the parameters that learnables simulate, computed block by block."""
-
-    @torch.no_grad()
-    def replaced(block: int) -> dict[str, Tensor]:
-        return learnables[block](decoder.tensors(block))
-
-    return replaced
-
-
-def nearest_parameters(decoder: Decoder, fmt: WeightFormat) -> Replacement:
-    """Return the weights rounded to nearest, computed block by block."""
-    return lambda block: rtn_weights(decoder, block, fmt)
-
-
-@torch.no_grad()
-def blockwise_perplexity(
-    decoder: Decoder,
-    texts: Mapping[str, Sequence[Int[Tensor, "1 t"]]],
-    replaced: Replacement,
-    activations: ActivationFormat | None = None,
-    cache: Callable[[str, Tensor], Tensor] = lambda name, hidden: hidden,
-) -> dict[str, float]:
-    """Return perplexities of texts with one block in memory at a time.
-
-    Args:
-        decoder: The model.
-        texts: Chunks of equal length, by name.
-        replaced: Parameters to use.
-        activations: Rounding of activations.
-        cache: May put hidden states on disk.
-    """
-    result = {}
-    for name, chunks in texts.items():
-        hidden = cache("evaluation", decoder.block_inputs(torch.cat(list(chunks))))
-        for block in range(decoder.depth):
-            decoder.hold([block])
-            parameters = decoder.tensors(block) | (replaced(block) or {})
-            for part in hidden.split(1):
-                part.copy_(decoder.run_block(block, part, parameters, activations))
-        decoder.hold([])
-        result[name] = perplexity(_heads(decoder, hidden), chunks)
-    return result
-
-
-def _heads(decoder: Decoder, hidden: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return logits of successive chunks; the head is read once."""
-    outside = decoder.outside()
-    parts: Iterator[Tensor] = iter(hidden.split(1))
-    return lambda tokens: decoder.logits(next(parts), outside)

@@ -8,38 +8,25 @@ not kept here.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from effml_common.errors import InputError
-from effml_common.logging import progress, warn
-from sliderquant.adapters.decoder import TransformersDecoder
+from effml_common.logging import progress
 from sliderquant.adapters.families import (
     DOWN_EXPERTS,
     GATE_UP_EXPERTS,
     ROUTER,
+    Family,
     block_layout,
-    family_of,
 )
-from sliderquant.adapters.files import (
-    load_config,
-    load_tokenizer,
-    quiet_transformers,
-    weight_files,
-)
-from sliderquant.method.rotation import random_rotation, rotate_block, rotate_rows
-from sliderquant.method.sampling import seeded
+from sliderquant.adapters.files import quiet_transformers
+from sliderquant.method.rotation import rotate_block, rotate_rows
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -49,10 +36,10 @@ def _parameters_on_meta() -> Iterator[None]:
     """Give parameters no memory while models are built; buffers are real."""
     original = nn.Module.register_parameter
 
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        original(module, name, parameter)
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(self, name, param)
+        if param is not None:
+            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
 
     nn.Module.register_parameter = register
     try:
@@ -74,6 +61,7 @@ class CheckpointParameters:
     Args:
         files: The safetensors files of a model directory.
         model: Its empty model, from ``empty_model``.
+        family: Entry of its family in the table.
         device: Where parameters are put.
         r1: Rotation of the residual stream [hidden, hidden], float64.
         r2: Rotation of the value heads [head_dim, head_dim] of every block.
@@ -86,12 +74,13 @@ class CheckpointParameters:
         self,
         files: Sequence[Path],
         model: PreTrainedModel,
+        family: Family,
         device: torch.device | str = "cpu",
         r1: Float[Tensor, "h h"] | None = None,
         r2: Sequence[Float[Tensor, "d d"]] | None = None,
     ) -> None:
-        self.model, self.device, self.r1, self.r2 = model, torch.device(device), r1, r2
-        self.family = family_of(model.config.model_type)
+        self.model, self.family, self.device = model, family, torch.device(device)
+        self.r1, self.r2 = r1, r2
 
         # Which file holds which tensor; nothing but the type of the embedding is read.
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -245,85 +234,3 @@ class CheckpointParameters:
     def _as_stored(self, value: Tensor) -> Tensor:
         """Round to the checkpoint's type, and compute on in float32."""
         return value.to(self.dtype).float()
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamedModel:
-    """A checked model directory whose weights are read when they are needed.
-
-    Attributes:
-        decoder: Its blocks.
-        source: Its parameters, in the basis that the result will have.
-        tokenizer: Its tokenizer.
-        config: What the result's ``config.json`` says; a rotation unties the embeddings.
-        context: Longest sequence the model supports, in tokens.
-    """
-
-    decoder: TransformersDecoder
-    source: CheckpointParameters
-    tokenizer: PreTrainedTokenizerBase
-    config: PreTrainedConfig
-    context: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights on disk."""
-        return self.source.dtype
-
-
-def open_model(
-    directory: str | Path,
-    *,
-    device: torch.device | str = "cpu",
-    rotate: str = "none",
-    seed: int = 0,
-    trust_remote_code: bool = False,
-) -> StreamedModel:
-    """Check a model directory and open it for reading block by block.
-
-    Args:
-        directory: Local Hugging Face directory.
-        device: Torch device.
-        rotate: "none", "r1", "r2" or "both", see ``rotation``.
-        seed: Of the rotations.
-        trust_remote_code: Run Python code that comes with the model.
-
-    Raises:
-        InputError: If something is missing, damaged or does not fit, or R1 is not possible.
-    """
-    # Names and shapes are checked, no weight of a block is read.
-    config = load_config(directory, trust_remote_code)
-    files = weight_files(directory)
-    tokenizer = load_tokenizer(directory, trust_remote_code)
-    model = empty_model(config, trust_remote_code)
-    source = CheckpointParameters(files, model, device)
-    decoder = TransformersDecoder(model, source)
-    layout = decoder.layout(0)
-
-    # The residual stream has one basis; a norm between a writer and the stream has its own.
-    if rotate in ("r1", "both"):
-        if layout.output_norms:
-            raise InputError(
-                f"rotate r1 does not fit {config.model_type}: {layout.output_norms[0]} stands between "
-                "its blocks and the residual stream; use --rotate r2"
-            )
-        generator = seeded((seed, 0))
-        source.r1 = random_rotation(config.hidden_size, generator).to(device)
-        if source.tied:
-            warn("r1 unties the embeddings: the result holds a head of its own")
-            config.tie_word_embeddings = False
-
-    # The value heads of each block have a basis of their own.
-    if rotate in ("r2", "both"):
-        source.r2 = [
-            random_rotation(layout.head_dim, seeded((seed, 1, block))).to(device)
-            for block in range(decoder.depth)
-        ]
-
-    return StreamedModel(
-        decoder=decoder,
-        source=source,
-        tokenizer=tokenizer,
-        config=config,
-        context=config.max_position_embeddings,
-    )

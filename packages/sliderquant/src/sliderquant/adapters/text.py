@@ -66,7 +66,7 @@ def _record_text(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> s
         if not tokenizer.chat_template:
             raise InputError(f"{where} is a chat, the model has no chat template; use 'text' lines")
         try:
-            return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+            return str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
         except Exception as error:  # a template is a program: any error may come
             raise InputError(f"{where} does not fit the chat template ({error}); fix it") from None
     raise InputError(f"{where} has neither 'text' nor 'messages'; add one of them")

@@ -10,7 +10,7 @@ from torch import Tensor
 from effml_common.device import synchronize
 from effml_common.logging import say, warn
 from sliderquant.commands._job import Job
-from sliderquant.method.calibration import run_blocks
+from sliderquant.method.decoder import run_blocks
 from sliderquant.method.error_compensation import REFINEMENT_PASSES, refit_scales, sweep_columns_
 from sliderquant.method.quantizer import WeightFormat, nearest_codes, quantization_grid
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from effml_common.errors import InputError
 from sliderquant.adapters.caches import ActivationCache
 from sliderquant.adapters.formats import check_expressible
+from sliderquant.adapters.model_folder import StreamedModel
 from sliderquant.adapters.shapes import decoder_shape
 from sliderquant.adapters.simulation import fresh_learnables, weight_format
-from sliderquant.adapters.streaming import StreamedModel
 from sliderquant.adapters.text import calibration_samples, chunks, default_seqlen, read_tokens
 from sliderquant.commands.inspect import Plan, make_plan
 from sliderquant.config import FULL_BITS, QuantizeConfig

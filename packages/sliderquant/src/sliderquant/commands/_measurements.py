@@ -1,13 +1,19 @@
 """The rows of ``quantize``'s report: the result, beside full precision and round-to-nearest."""
 
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
 from effml_common.report import Row
-from sliderquant.adapters.simulation import (
-    blockwise_perplexity,
-    learned_parameters,
-    nearest_parameters,
-)
 from sliderquant.commands._job import Job
 from sliderquant.config import FULL_BITS, SliderConfig
+from sliderquant.method.activations import ActivationFormat
+from sliderquant.method.metrics import perplexity
+from sliderquant.method.round_to_nearest import rtn_weights
+
+# Parameters of a block to use in place of the model's own.
+Replacement = Callable[[int], dict[str, Tensor]]
 
 
 def reference_rows(job: Job) -> list[Row]:
@@ -15,33 +21,56 @@ def reference_rows(job: Job) -> list[Row]:
     if not job.texts:
         return []
 
-    # Perplexities of the model as it is, and of the baseline without calibration.
-    decoder, dtype = job.decoder, job.opened.dtype
-    full = blockwise_perplexity(decoder, job.texts, lambda block: None, cache=job.cache)
-    nearest = None
-    if job.config.wbits != FULL_BITS:
-        nearest = blockwise_perplexity(
-            decoder, job.texts, nearest_parameters(decoder, job.weights), job.activations, job.cache
-        )
-
+    # The model as it is, and the baseline without calibration.
+    dtype, setting = job.opened.dtype, describe_setting(job.config)
+    full = _measure(job, lambda block: {}, None)
     rows = [_row("full precision", str(dtype), full, 8.0 * dtype.itemsize)]
-    if nearest is not None:
-        setting = describe_setting(job.config)
+    if job.config.wbits != FULL_BITS:
+        nearest = _measure(
+            job, lambda block: rtn_weights(job.decoder, block, job.weights), job.activations
+        )
         rows.append(_row("round-to-nearest", setting, nearest, job.bits_per_weight))
     return rows
 
 
 def result_row(job: Job) -> Row:
     """Return the calibrated model's row."""
-    measured = blockwise_perplexity(
-        job.decoder,
-        job.texts,
-        learned_parameters(job.decoder, job.learnables),
-        job.activations,
-        job.cache,
-    )
     way = f"SliderQuant ({job.config.schedule})" if job.plan.windows else "compensated rounding"
-    return _row(way, describe_setting(job.config), measured, job.bits_per_weight)
+    setting = describe_setting(job.config)
+    measured = _measure(
+        job,
+        lambda block: job.learnables[block](job.decoder.tensors(block)),
+        job.activations,
+    )
+    return _row(way, setting, measured, job.bits_per_weight)
+
+
+@torch.no_grad()
+def _measure(
+    job: Job, replaced: Replacement, activations: ActivationFormat | None
+) -> dict[str, float]:
+    """Return perplexities of the job's texts with one block in memory at a time.
+
+    Args:
+        job: Model, texts, and where hidden states live.
+        replaced: Parameters to use.
+        activations: Rounding of activations; ``None`` for none.
+    """
+    decoder, result = job.decoder, {}
+    for name, chunks in job.texts.items():
+        hidden = job.cache("evaluation", decoder.block_inputs(torch.cat(list(chunks))))
+        for block in range(decoder.depth):
+            decoder.hold([block])
+            parameters = decoder.tensors(block) | replaced(block)
+            for part in hidden.split(1):
+                part.copy_(decoder.run_block(block, part, parameters, activations))
+        decoder.hold([])
+
+        # The head is read once, for all chunks.
+        outside = decoder.outside()
+        logits = (decoder.logits(part, outside) for part in hidden.split(1))
+        result[name] = perplexity(lambda tokens, logits=logits: next(logits), chunks)
+    return result
 
 
 def _row(name: str, setting: str, perplexities: dict[str, float], bits: float) -> Row:

@@ -64,7 +64,6 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
 
     Raises:
         ConfigError: If the windows do not fit.
-        ShapeError: If the group size does not divide.
     """
     # Windows and updates follow from the number of blocks.
     trained = config.method == "slider"
@@ -76,7 +75,6 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
     bits = memory = None
     lean = False
     if shape is not None:
-        check_linears(shape.linears, config)
         bits = _bits_per_weight(config, shape)
         largest = max(map(len, windows), default=1)
         lean = largest * sum(map(math.prod, shape.linears.values())) > RECOMPUTE_ABOVE
@@ -156,4 +154,5 @@ def inspect(config: InspectConfig) -> Plan:
         assert config.layers is not None  # checked by the config
         return make_plan(config, None, config.layers)
     shape = model_shape(config.model)
+    check_linears(shape.linears, config)
     return make_plan(config, shape, shape.layers)

@@ -9,8 +9,8 @@ from effml_common.logging import rank, say
 from effml_common.report import Report, ReportBuilder, write_report
 from sliderquant.adapters.caches import ActivationCache
 from sliderquant.adapters.heap import return_large_blocks
+from sliderquant.adapters.model_folder import open_model
 from sliderquant.adapters.processes import process_group
-from sliderquant.adapters.streaming import open_model
 from sliderquant.commands._estimates import announce
 from sliderquant.commands._job import prepare_job
 from sliderquant.commands._measurements import reference_rows, result_row
@@ -37,9 +37,7 @@ def quantize(config: QuantizeConfig) -> Report:
         CalibrationDivergedError: If a window diverges at three learning rates.
     """
     builder = ReportBuilder("sliderquant", ("transformers", "tokenizers"))
-    out = run_folder(config.out, "quantize")
-    if rank() == 0:
-        _check_out(out, config.resume)
+    out = _output_folder(config)
 
     # Windows compute in float32; compensated rounding and rotations need double precision.
     float64 = config.method == "compensated" or config.rotate != "none"
@@ -80,13 +78,18 @@ def quantize(config: QuantizeConfig) -> Report:
     return report
 
 
-def _check_out(out: Path, resume: str) -> None:
-    """Refuse a folder that holds something, unless it is to be continued."""
-    if out.exists() and not out.is_dir():
+def _output_folder(config: QuantizeConfig) -> Path:
+    """Return where to write; refuses a folder that holds something, unless it is to be continued."""
+    out = run_folder(config.out, "quantize")
+    if rank() > 0 or not out.exists():
+        return out
+
+    # What is there is a run that may go on, or it is left alone.
+    if not out.is_dir():
         raise InputError(f"{out} is a file; give a folder for --out")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if resume == "never":
-        raise InputError(f"{out} is not empty; choose another --out or add --resume auto")
-    if not (out / "run").is_dir():
-        raise InputError(f"{out} holds no run to resume; choose another --out")
+    if any(out.iterdir()):
+        if config.resume == "never":
+            raise InputError(f"{out} is not empty; choose another --out or add --resume auto")
+        if not (out / "run").is_dir():
+            raise InputError(f"{out} holds no run to resume; choose another --out")
+    return out

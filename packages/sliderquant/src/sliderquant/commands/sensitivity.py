@@ -20,8 +20,8 @@ from effml_common.folders import run_folder
 from effml_common.logging import progress, say
 from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.decoder import TransformersDecoder
+from sliderquant.adapters.model_folder import open_model
 from sliderquant.adapters.shapes import check_group_size, decoder_shape
-from sliderquant.adapters.streaming import open_model
 from sliderquant.adapters.text import chunks, read_tokens
 from sliderquant.config import SensitivityConfig
 from sliderquant.method.quantizer import WeightFormat, fake_quantize

@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -54,7 +55,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, ...])
     Returns:
         Token ids, int64 [n].
     """
-    ids: list[int] = []
+    ids: list[Any] = []
     for encoding in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
         ids.extend(encoding)
         ids.append(tokenizer.eos_token_id)
@@ -83,7 +84,7 @@ def train_llama(
     """
     # The seed decides the initial weights.
     torch.manual_seed(config.model_seed)
-    model = LlamaForCausalLM(
+    model: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=config.hidden_size,

@@ -8,6 +8,9 @@ Words must hold whole codes: 2, 4 and 8 bits. Decoding is bound by the bytes of 
 this pays for few rows only.
 """
 
+# Triton's compile-time constants are integers in a kernel, and a type of their own to a type checker.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 import torch
 import triton
 import triton.language as tl

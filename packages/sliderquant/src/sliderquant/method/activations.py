@@ -31,12 +31,12 @@ class ActivationFormat:
     ratio: float = 1.0
 
 
-def activation_format(config: SliderConfig, ratio: float = 1.0) -> ActivationFormat | None:
-    """Return how ``config`` rounds activations at an intra-layer ratio; ``None`` if it does not."""
+def activation_format(config: SliderConfig) -> ActivationFormat | None:
+    """Return how ``config`` rounds activations in the end; ``None`` if it does not."""
     if config.abits == FULL_BITS:
         return None
     return ActivationFormat(
-        bits=config.abits, sym=config.act_sym, attention=config.quantize_attention, ratio=ratio
+        bits=config.abits, sym=config.act_sym, attention=config.quantize_attention
     )
 
 

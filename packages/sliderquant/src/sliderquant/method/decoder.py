@@ -1,6 +1,6 @@
 """What calibration sees of a language model, without any host library; ``adapters`` implement it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -10,6 +10,10 @@ from torch import Tensor
 
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.layout import BlockLayout
+from sliderquant.method.learnables import BlockLearnables
+
+# Given a name and hidden states, returns a copy of them that may live on disk.
+HiddenStateCache = Callable[[str, Tensor], Tensor]
 
 
 class Decoder(Protocol):
@@ -83,3 +87,43 @@ class Decoder(Protocol):
     ) -> Float[Tensor, "n t v"]:
         """Return the logits for the output of the last block; ``outside`` saves reading the head."""
         ...
+
+
+@torch.no_grad()
+def run_blocks(
+    decoder: Decoder,
+    blocks: Sequence[int],
+    hidden: Float[Tensor, "n t h"],
+    batch_size: int,
+    learnables: Sequence[BlockLearnables] | None = None,
+    ratio: float = 1.0,
+    activations: ActivationFormat | None = None,
+    out: Float[Tensor, "n t h"] | None = None,
+) -> Float[Tensor, "n t h"]:
+    """Push hidden states through blocks, in full precision or simulated.
+
+    Args:
+        decoder: The model.
+        blocks: Block numbers, in order.
+        hidden: Hidden states entering the first block.
+        batch_size: Samples per forward pass. The same value gives the same bits again.
+        learnables: Of all blocks, for the simulated model; ``None`` for full precision.
+        ratio: Intra-layer ratio of the simulation.
+        activations: Rounding of activations in the simulation.
+        out: Where to put the result; ``hidden`` itself makes it an update in place.
+
+    Returns:
+        ``out``, or a new tensor.
+    """
+    if out is None:
+        out = torch.empty_like(hidden)
+    if out is not hidden:
+        out.copy_(hidden)
+
+    for block in blocks:
+        tensors = decoder.tensors(block)
+        if learnables is not None:
+            tensors = tensors | learnables[block](tensors, ratio)
+        for batch in out.split(batch_size):
+            batch.copy_(decoder.run_block(block, batch, tensors, activations))
+    return out

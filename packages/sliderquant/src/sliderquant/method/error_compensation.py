@@ -5,7 +5,7 @@ of a block are solved in the order in which the block computes them, each for th
 in the quantized model. Symbols: W [out, in] is the weight, X [n, in] those inputs, E [n, out] what the
 layer's output lacks to equal the full-precision model's, d the damping.
 
-1. ``collect_moments`` runs both models over the calibration samples and sums X^T X and X^T E.
+1. ``block_rounding.collect_moments`` runs both models over the samples and sums X^T X and X^T E.
 2. ``damped_hessian`` gives H = X^T X + d mean(diag(X^T X)) I.
 3. ``ridge_update`` gives W* = W + (H^-1 X^T E)^T, the ridge regression that makes up for the errors of
    all layers before. The target is the output that the layer would have in the full-precision model, as
@@ -23,144 +23,20 @@ Where activations are rounded too, X is what the layer multiplies with, after ro
 scaled first (see ``smoothing``), and W and X are those of the scaled model.
 """
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sliderquant.method.activations import ActivationFormat, fake_quantize_tokens
-from sliderquant.method.decoder import Decoder
-from sliderquant.method.layout import WEIGHT_SUFFIX, LayerGroup, layer_groups, scale_channels
-from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.quantizer import (
     QuantizedWeight,
     WeightFormat,
-    nearest_codes,
     quantization_grid,
     simulate_storage,
 )
-from sliderquant.method.smoothing import set_smoothing_factors_
 
 DAMPING = 0.01  # d, the share of the mean diagonal that is added to X^T X, as in GPTQ
 REFINEMENT_PASSES = 4  # times that scales and codes are improved in turn (step 5)
 COLUMN_BLOCK = 128  # columns whose errors reach all columns behind them in one matrix product
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockRun:
-    """One block as one of the two models runs it.
-
-    Attributes:
-        hidden: Hidden states that enter the block, [n, t, h].
-        tensors: Its parameters by name.
-        activations: How the model rounds activations; ``None`` if it does not.
-    """
-
-    hidden: Float[Tensor, "n t h"]
-    tensors: dict[str, Tensor]
-    activations: ActivationFormat | None = None
-
-
-def round_block_(
-    decoder: Decoder,
-    block: int,
-    learnables: BlockLearnables,
-    full_precision: BlockRun,
-    x_q: Float[Tensor, "n t h"],
-    batch_size: int,
-    activations: ActivationFormat | None,
-) -> BlockRun:
-    """Round the linear layers of one block, in the order in which the block computes them.
-
-    Args:
-        decoder: The model.
-        block: Number of the block.
-        learnables: Of the block; channel scales and ``closed_form`` weights are set in place.
-        full_precision: The block in the full-precision model.
-        x_q: Hidden states that enter the block in the quantized model.
-        batch_size: Samples per forward pass.
-        activations: How the quantized model rounds activations; ``None`` if it does not.
-
-    Returns:
-        The block in the quantized model.
-    """
-    # Scaling channels leaves the function as it is, and makes rounded activations more precise.
-    tensors, x_fp = full_precision.tensors, full_precision.hidden
-    set_smoothing_factors_(decoder, block, learnables, tensors, x_fp, batch_size)
-    scaled = scale_channels(tensors, learnables.sites, list(learnables.factors))
-    exact = BlockRun(hidden=x_fp, tensors=tensors | scaled)
-
-    # The quantized block starts with all linear layers at full precision.
-    current = tensors | {n: simulate_storage(t, learnables.fmt) for n, t in scaled.items()}
-    quantized = BlockRun(hidden=x_q, tensors=current, activations=activations)
-
-    # Each group sees the inputs that the groups before it produce once they are rounded.
-    for group in layer_groups(decoder.layout(block)):
-        second_moment, cross_moments = collect_moments(
-            decoder, block, group, exact, quantized, batch_size
-        )
-        for name in group.weights:
-            linear = learnables.linear(name)
-            linear.closed_form = round_weight(
-                exact.tensors[name], linear.fmt, second_moment, cross_moments[name]
-            )
-            current[name] = linear(exact.tensors[name])
-    return quantized
-
-
-def collect_moments(
-    decoder: Decoder,
-    block: int,
-    group: LayerGroup,
-    exact: BlockRun,
-    quantized: BlockRun,
-    batch_size: int,
-) -> tuple[Float[Tensor, "in in"], dict[str, Float[Tensor, "in out"]]]:
-    """Return X^T X of a layer group, and X^T E of each of its weights, in float64.
-
-    Args:
-        decoder: The model.
-        block: Number of the block.
-        group: Linear layers that read the same input.
-        exact: The block in the full-precision model.
-        quantized: The block in the quantized model, whose earlier groups are rounded already.
-        batch_size: Samples per forward pass.
-    """
-    reader = group.weights[0].removesuffix(WEIGHT_SUFFIX)
-    modules = [reader] if group.target_module is None else [reader, group.target_module]
-    second_moment: Tensor | float = 0.0
-    cross_moments: dict[str, Tensor | float] = dict.fromkeys(group.weights, 0.0)
-    batches = zip(exact.hidden.split(batch_size), quantized.hidden.split(batch_size), strict=True)
-    for hidden_of_both in batches:
-        # What enters the group, and the place where its output arrives, in both models.
-        wanted, present = (
-            {
-                name: value.flatten(0, -2)
-                for name, value in decoder.inputs_inside(
-                    block, hidden, run.tensors, modules, run.activations
-                ).items()
-            }
-            for hidden, run in zip(hidden_of_both, (exact, quantized), strict=True)
-        )
-
-        # X is what the layers multiply with.
-        x = present[reader]
-        if quantized.activations is not None:
-            x = fake_quantize_tokens(x, quantized.activations)
-        second_moment = second_moment + (x.T @ x).double()
-
-        # E is what the full-precision weight on X lacks, or what the residual stream lacks.
-        for name in group.weights:
-            if group.target_module is None:
-                error = (wanted[reader] - x) @ exact.tensors[name].T
-            else:
-                error = wanted[group.target_module] - present[group.target_module]
-            cross_moments[name] = cross_moments[name] + (x.T @ error).double()
-    return (
-        torch.as_tensor(second_moment),
-        {name: torch.as_tensor(moment) for name, moment in cross_moments.items()},
-    )
 
 
 def round_weight(
@@ -280,15 +156,17 @@ def round_columns_(
         factor: U, the upper Cholesky factor of H^-1.
         columns: How many to round; fewer than all only to measure what one costs.
     """
+    low, high = fmt.code_range
     codes = torch.empty_like(remaining)
     for begin in range(0, columns, COLUMN_BLOCK):
         # Within a block of columns, errors are passed on at once.
         end = min(begin + COLUMN_BLOCK, columns)
         errors = []
         for j in range(begin, end):
-            codes[:, j] = nearest_codes(remaining[:, j], scale[:, j], zero[:, j], fmt)
-            value = simulate_storage((codes[:, j] - zero[:, j]) * scale[:, j], fmt)
-            errors.append((remaining[:, j] - value) / factor[j, j])
+            wanted, d, z = remaining[:, j], scale[:, j], zero[:, j]
+            codes[:, j] = ((wanted / d).round() + z).clamp(low, high)
+            value = ((codes[:, j] - z) * d).to(fmt.dtype)
+            errors.append((wanted - value) / factor[j, j])
             remaining[:, j + 1 : end] -= torch.outer(errors[-1], factor[j, j + 1 : end])
 
         # The columns behind the block get the errors of the whole block in one product.
@@ -376,8 +254,10 @@ def sweep_columns_(
         hessian: H.
         columns: How many to visit; fewer than all only to measure what one costs.
     """
+    low, high = fmt.code_range
     for j in range(columns):
-        value = (codes[:, j] - zero[:, j]) * scale[:, j]
-        best = nearest_codes(value + slope[:, j] / hessian[j, j], scale[:, j], zero[:, j], fmt)
-        slope -= torch.outer((best - codes[:, j]) * scale[:, j], hessian[j])
+        q, d, z = codes[:, j], scale[:, j], zero[:, j]
+        best_value = (q - z) * d + slope[:, j] / hessian[j, j]
+        best = ((best_value / d).round() + z).clamp(low, high)
+        slope -= torch.outer((best - q) * d, hessian[j])
         codes[:, j] = best

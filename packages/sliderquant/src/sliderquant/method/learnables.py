@@ -20,6 +20,7 @@ from sliderquant.method.quantizer import (
     QuantizedWeight,
     WeightFormat,
     fake_quantize,
+    quantize_weight,
     simulate_storage,
 )
 
@@ -136,9 +137,7 @@ def _pieces(shape: Sequence[int]) -> Iterator[tuple[Any, ...]]:
             yield (block,) if expert is None else (expert, block)
 
 
-def _views_of_piece(
-    tensors: Sequence[Tensor | None], index: tuple[Any, ...]
-) -> list[Tensor | None]:
+def _views_of_piece(tensors: Sequence[Tensor | None], index: tuple[Any, ...]) -> list[Any]:
     """Return the views of (weight, A, B, u, l) that belong to a piece; all its rows share A."""
     expert = index[:-1]
     return [
@@ -187,7 +186,7 @@ class BlockLearnables(nn.Module):
 
         # Of each linear layer: its correction and its clipping range.
         self.names = tuple(weights)
-        self.linears = nn.ModuleList(
+        self.linears: Any = nn.ModuleList(
             LinearLearnables(weight.shape, fmt, rank, generator) for weight in weights.values()
         )
         if not clipping:
@@ -235,6 +234,27 @@ class BlockLearnables(nn.Module):
             if linear.closed_form is None:
                 merged[name] = linear.add_correction(merged.get(name, tensors[name]))
         return merged
+
+    @torch.no_grad()
+    def to_storage(
+        self, tensors: Mapping[str, Tensor], rounded: bool = True
+    ) -> dict[str, Tensor | QuantizedWeight]:
+        """Return every parameter as it is to be stored: codes, or floats in the stored type.
+
+        Args:
+            tensors: All parameters of the block.
+            rounded: Round the weights; else W~ is returned, for another quantizer to finish.
+        """
+        stored: dict[str, Tensor | QuantizedWeight] = {}
+        for name, value in (dict(tensors) | self.merge(tensors)).items():
+            if rounded and name in self.names and self.fmt.bits != UNQUANTIZED_BITS:
+                linear = self.linear(name)
+                stored[name] = linear.closed_form or quantize_weight(
+                    value, self.fmt, linear.upper, linear.lower
+                )
+            else:
+                stored[name] = value.to(self.fmt.dtype)
+        return stored
 
     def linear(self, name: str) -> LinearLearnables:
         """Return what is trained for one weight."""

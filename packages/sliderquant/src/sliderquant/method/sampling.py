@@ -49,9 +49,10 @@ def all_reduce_(loss: Float[Tensor, ""], parameters: Sequence[Tensor]) -> float:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([loss.view(1), *(p.grad.flatten() for p in parameters)])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)])
     distributed.all_reduce(flat)
-    value, *gradients = flat.split([1, *(p.numel() for p in parameters)])
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad.copy_(gradient.view_as(parameter))
+    value, *sums = flat.split([1, *(gradient.numel() for gradient in gradients)])
+    for gradient, total in zip(gradients, sums, strict=True):
+        gradient.copy_(total.view_as(gradient))
     return value.item()

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effml_common.errors import NonFiniteError
 from sliderquant.config import SliderConfig
-from sliderquant.method.activations import ActivationFormat, activation_format
+from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.decoder import Decoder
 from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.sampling import all_reduce_, batches, own_share, to_device
@@ -61,6 +61,7 @@ def train_window_guarded(
         for block in window
     ]
 
+    failure: CalibrationDivergedError | None = None
     for retry in range(RETRIES + 1):
         try:
             first_loss, last_loss = train_window(
@@ -88,6 +89,7 @@ def train_window(
     config: SliderConfig,
     seed: tuple[int, ...],
     rate: float = 1.0,
+    activations: ActivationFormat | None = None,
     on_update: Callable[[float], None],
 ) -> tuple[float, float]:
     """Fit the learnables of one window to its targets, in place.
@@ -105,6 +107,7 @@ def train_window(
         config: Epochs, batch size, learning rates.
         seed: Of the batch order.
         rate: Multiplier on the learning rates.
+        activations: How activations are rounded at that ratio; ``None`` if they are not.
         on_update: Called after each update with its loss.
 
     Returns:
@@ -126,14 +129,12 @@ def train_window(
     )
 
     # Every epoch visits all samples once; under several processes, each computes its share.
-    activations = activation_format(config, ratio)
     simulate = window_simulation(decoder, window, learnables, ratio, activations)
     losses: list[list[float]] = [[] for _ in range(epochs)]
     for epoch, batch in batches(len(inputs), config.batch_size, epochs, seed):
         share = own_share(batch)
-        loss = update_window(
-            simulate, inputs[share], targets[share], len(batch), trained, optimizer
-        )
+        wanted = to_device(targets[share], decoder.device)
+        loss = update_window(simulate, inputs[share], wanted, len(batch), trained, optimizer)
         schedule.step()
         losses[epoch].append(loss)
         on_update(loss)
@@ -154,7 +155,7 @@ def update_window(
     Args:
         simulate: F^ of the window.
         inputs: x_q of this process's samples, of which there may be none.
-        targets: F(x_fp) of the same samples.
+        targets: F(x_fp) of the same samples, on the device that computes.
         batch_size: Samples of all processes together.
         learnables: Of the window's blocks.
         optimizer: Holds their parameters.
@@ -172,7 +173,7 @@ def update_window(
     loss = parameters[0].new_zeros(())
     if len(inputs):
         simulated = simulate(inputs)
-        error = simulated - to_device(targets, simulated.device)
+        error = simulated - targets
         # The mean over the whole batch, of which this process may hold a part.
         loss = error.square().sum() / (batch_size * error[0].numel())
         loss.backward()
@@ -215,9 +216,13 @@ def window_simulation(
         return decoder.run_block(block, hidden, simulated, activations)
 
     def simulate(hidden: Tensor) -> Tensor:
-        settings = {"use_reentrant": False, "preserve_rng_state": False}
         for block in window:
-            hidden = checkpoint(run, block, hidden, **settings) if recompute else run(block, hidden)
+            if recompute:
+                hidden = checkpoint(
+                    run, block, hidden, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden = run(block, hidden)
         return hidden
 
     return simulate

@@ -1,0 +1,95 @@
+"""What ``quantize`` does whenever an update, a window or a block is finished."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+from torch import Tensor
+
+from effml_common.interrupt import StopSignal
+from effml_common.logging import Progress, RunLog, say, warn
+from sliderquant.commands._job import Job
+from sliderquant.commands.inspect import Plan
+from sliderquant.method.task import WindowResult
+
+
+class RunListener:
+    """What is done whenever an update, a window or a block is finished."""
+
+    def __init__(
+        self,
+        job: Job,
+        write_block: Callable[[int], None],
+        save_window: Callable[[int], None],
+        log: RunLog,
+        bar: Progress,
+        stop: StopSignal,
+        clock: "WindowClock",
+    ) -> None:
+        self._job, self._write_block, self._save_window = job, write_block, save_window
+        self._log, self._bar, self._stop, self._clock = log, bar, stop, clock
+
+    def on_update(self, loss: float) -> None:
+        """Advance the bar; stop if asked, because the last finished window is saved."""
+        self._bar.advance(loss=f"{loss:.3g}")
+        self._stop.check()
+
+    def on_block(self, block: int) -> None:
+        """Write a final block."""
+        self._write_block(block)
+        if self._job.plan.windows:
+            return
+
+        # Compensated rounding has no updates to count; its codes are needed once more to measure.
+        if not self._job.texts:
+            self._job.learnables[block].forget_codes()
+        self._bar.advance()
+        self._stop.check()
+
+    def on_window(self, result: WindowResult) -> None:
+        """Save a finished window."""
+        # Logged first: a resumed run drops lines that no checkpoint covers.
+        metrics = asdict(result)
+        self._log.log(metrics.pop("step"), metrics)
+        self._save_window(result.step)
+        self._clock.tell(result)
+
+    def on_experts(self, block: int, counts: Tensor) -> None:
+        """Say how many tokens each expert received."""
+        least = self._job.config.min_expert_tokens
+        rare = int((counts < least).sum())
+        say(f"block {block}: experts received {counts.min()} to {counts.max()} tokens")
+        if rare:
+            warn(
+                f"block {block}: {rare} of {len(counts)} experts received fewer than {least} "
+                "tokens and are rounded without training; give more text"
+            )
+
+
+class WindowClock:
+    """Says how long each window took and how much time is left."""
+
+    def __init__(self, plan: Plan, done: int) -> None:
+        self._total = plan.stages * len(plan.windows)
+        self._left = plan.stages * plan.block_visits
+        self._skipped = done
+        self._visited = 0
+        self._start = self._last = time.monotonic()
+
+    def tell(self, result: WindowResult) -> None:
+        """Print one line for a finished window."""
+        now = time.monotonic()
+        self._visited += len(result.window)
+        share = self._visited / (self._visited + self._remaining(result))
+        left = (now - self._start) * (1 - share) / share
+        blocks = "-".join(map(str, sorted({result.window[0], result.window[-1]})))
+        say(
+            f"window {result.step}/{self._total} (blocks {blocks}, ratio {result.ratio:g}): "
+            f"{now - self._last:.1f} s, loss {result.first_loss:.3g} -> {result.last_loss:.3g}, "
+            f"about {left:.0f} s left"
+        )
+        self._last = now
+
+    def _remaining(self, result: WindowResult) -> float:
+        # Windows differ in size; the average is near enough.
+        return self._left / self._total * (self._total - result.step)
