@@ -13,6 +13,7 @@ import tomllib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,8 +21,7 @@ from typing import Any
 from effml_common.cli import COMMON_FLAGS, parse
 from effml_common.errors import ConfigError, InputError
 from effml_common.files import atomic_write
-from effml_common.report import SCHEMA
-from effml_common.report_page import Section, render_html
+from effml_common.report import SCHEMA, html_section, render_html, without_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 PROG = "python benchmarks/run.py"
@@ -126,17 +126,19 @@ def read_report(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise ValueError(f"it is of schema {document['schema']}, not {SCHEMA}")
-        render_html("", [Section("", document)])  # what cannot be shown is no report either
+        html_section(document)  # what cannot be shown is no report either
         return document
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no readable report: {error}; run its command again") from error
 
 
-def section(outcome: Outcome, folder: Path) -> Section:
+def section(outcome: Outcome, folder: Path) -> str:
     """One demo's part of the page: its report and pictures, or how it failed."""
-    if outcome.failure:
-        return Section(outcome.name, error="\n".join([outcome.failure, "", *outcome.last_lines]))
-    return Section(outcome.name, outcome.report, sorted((folder / "run").glob("*.png")))
+    if outcome.report is not None:
+        figures = sorted((folder / "run").glob("*.png"))
+        return html_section(outcome.report, figures, heading=outcome.name)
+    error = without_paths("\n".join([outcome.failure, "", *outcome.last_lines]))
+    return f'<h2>{escape(outcome.name)}</h2>\n<pre class="error">{escape(error)}</pre>'
 
 
 def write_report(outcomes: Sequence[Outcome], out: Path, seeds: int) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from effml_common.cli import parse
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.logging import progress, warn
+from effml_common.parsing import setting
 from effml_common.report import resolve
-from effml_common.settings import setting
 from fis_dit.adapters.apply import apply_fis
 from fis_dit.adapters.block_scores import score_blocks
 from fis_dit.config import PRESETS, FISConfig

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from benchmarks.sliderquant.peers_methods import Grid, why_not
 from effml_common.logging import say
-from effml_common.settings import require, setting
+from effml_common.parsing import require, setting
 from sliderquant.commands.inspect import make_plan
 from sliderquant.config import FULL_BITS, DemoModelConfig, SliderConfig
 from sliderquant.demo.arms import LEARNING_RATES

@@ -26,7 +26,7 @@ from effml_common.cli import parse
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.logging import warn
-from effml_common.settings import setting
+from effml_common.parsing import setting
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
 from sliderquant.adapters.simulation import weight_format

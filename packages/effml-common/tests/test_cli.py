@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from effml_common.cli import Command, dump_config, main, parse
 from effml_common.errors import ConfigError, InputError, Interrupted, NonFiniteError
+from effml_common.parsing import require, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +349,28 @@ def test_flags_win_over_the_file_wherever_it_stands(tmp_path) -> None:
     assert everything(*file) == Everything(name="f", count=9, bits=(8,), use_it=True)
     mixed = everything("--bits", "2", "--scale", "1", *file)
     assert mixed == Everything(name="f", count=9, bits=(2,), scale=1.0, use_it=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Count:
+    """Count."""
+
+    count: int = setting(3, "how many")
+
+    def __post_init__(self) -> None:
+        require(self.count > 0, f"count must be 1 or more, got {self.count}", "use 3")
+
+
+def test_a_setting_has_its_default_and_shows_its_help(capsys) -> None:
+    assert parse(Count, [], prog="x") == Count(count=3)
+    with pytest.raises(SystemExit):
+        parse(Count, ["--help"], prog="x")
+    assert "how many" in capsys.readouterr().out
+
+
+def test_a_refused_setting_says_what_is_wrong_and_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"^count must be 1 or more, got 0; use 3$"):
+        parse(Count, ["--count", "0"], prog="x")
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=8)

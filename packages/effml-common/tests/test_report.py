@@ -19,12 +19,15 @@ from effml_common.report import (
     Report,
     ReportBuilder,
     Row,
+    Summary,
     environment,
+    html_section,
+    render_html,
     resolve,
     t_quantile,
+    without_paths,
     write_report,
 )
-from effml_common.report_page import Section, render_html
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d4944415478da63"
@@ -105,12 +108,11 @@ def test_page_is_self_contained_and_escaped(tmp_path) -> None:
     assert str(tmp_path) not in page
 
 
-def test_failed_package_is_a_section_with_its_error(tmp_path) -> None:
-    page = render_html(
-        "all", [Section("good", report(tmp_path).to_json()), Section("bad", error="it <broke>")]
-    )
-    assert "it &lt;broke&gt;" in page
-    assert "ours is lower" in page
+def test_a_page_can_hold_several_reports_under_headings(tmp_path) -> None:
+    document = report(tmp_path).to_json()
+    page = render_html("all", [html_section(document, heading=name) for name in ("a <b>", "c")])
+    assert page.count("<section>") == page.count("ours is lower") == 2
+    assert "<h2>a &lt;b&gt;</h2>" in page
 
 
 def test_the_page_prints_in_a_terminal_too(tmp_path) -> None:
@@ -210,20 +212,18 @@ def test_absolute_paths_become_relative_or_bare_names(tmp_path, monkeypatch, wor
     assert data["command"] == data["files"] == [expected]
     if " " not in expected or "/" not in word or word == expected:
         assert data["notes"] == [f"see {expected}"]
-    page = render_html(
-        "x", [Section("y", told.to_json()), Section("z", error=f"Traceback: {word}")]
-    )
-    assert str(tmp_path) not in page
-    assert "/data" not in page
-    assert "/srv" not in page
+    shown = html_section(told.to_json()) + without_paths(f"Traceback: {word}")
+    assert str(tmp_path) not in shown
+    assert "/data" not in shown
+    assert "/srv" not in shown
 
 
 def test_figures_are_embedded_byte_for_byte(tmp_path) -> None:
     (tmp_path / "a <curve>.png").write_bytes(PNG)
-    page = render_html("x", [Section("s", figures=[tmp_path / "a <curve>.png"])])
-    (embedded,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    section = html_section(report(tmp_path).to_json(), [tmp_path / "a <curve>.png"])
+    (embedded,) = re.findall(r'src="data:image/png;base64,([^"]+)"', section)
     assert base64.b64decode(embedded) == PNG
-    assert "<curve>" not in page
+    assert "<curve>" not in section
 
 
 def test_other_ranks_write_no_report(tmp_path, monkeypatch) -> None:
@@ -269,3 +269,37 @@ def test_a_builder_fills_in_what_is_the_same_for_every_run(tmp_path, monkeypatch
 def test_a_report_names_other_files_than_its_figures_if_told() -> None:
     builder = ReportBuilder("effml-common")
     assert builder.build([], files=["student.safetensors"]).files == ["student.safetensors"]
+
+
+def printed(summary: Summary) -> str:
+    console = Console(width=100, file=io.StringIO())
+    console.print(summary)
+    return console.file.getvalue()
+
+
+def test_values_are_a_table_with_title_and_note() -> None:
+    text = printed(
+        Summary(
+            {"model": "vit [tiny]", "share": 0.123456, "sizes": [1, 2.5], "by part": {"mlp": 3}},
+            title="a plan",
+            note="counted, not measured",
+        )
+    )
+    for part in ("a plan", "vit [tiny]", "0.1235", "1, 2.5", "mlp 3", "counted, not measured"):
+        assert part in text
+
+
+def test_a_cell_can_show_another_text_than_the_value() -> None:
+    summary = Summary({"weights": 12_345_678, "depth": 3}, shown={"weights": "12.35M"})
+    assert "12.35M" in printed(summary)
+    assert "12345678" not in printed(summary)
+    assert summary.to_json() == {"weights": 12_345_678, "depth": 3}
+
+
+def test_json_is_strict_whatever_the_numbers() -> None:
+    values = Summary({"gap": float("nan"), "shape": (2, 3)}).to_json()
+    assert json.loads(json.dumps(values, allow_nan=False)) == {"gap": "nan", "shape": [2, 3]}
+
+
+def test_a_long_value_does_not_fill_the_terminal() -> None:
+    assert printed(Summary({"x": "a" * 5000})).count("a") <= 300

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from effml_common.device import DEVICE_HELP
 from effml_common.errors import ConfigError
-from effml_common.settings import require, setting
+from effml_common.parsing import require, setting
 
 Side = Literal["none", "student", "teacher"]
 

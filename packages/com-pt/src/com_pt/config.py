@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from effml_common.device import DEVICE_HELP
 from effml_common.errors import ConfigError
-from effml_common.settings import require, setting
+from effml_common.parsing import require, setting
 
 # Where ruff checks a default it knows the word Literal only, so fields spell these out.
 GrowthMode = Literal["embed", "official", "lossless", "random"]

@@ -1,18 +1,59 @@
-"""Where a command writes, and where it keeps what it would not like to compute twice."""
+"""Where a command writes, whether a run may go on there, and where costly results are kept."""
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from effml_common.errors import CheckpointError, InputError
+from effml_common.logging import jsonable
 
 
 def run_folder(out: str | os.PathLike[str] | None, command: str) -> Path:
     """The folder of ``--out``, or ``runs/<command>-<time>``; it is not created here."""
     return Path(out or time.strftime(f"runs/{command}-%Y%m%d-%H%M%S"))
+
+
+def check_out_folder(out: Path, results: Sequence[str], *, resume: bool) -> None:
+    """Refuse a folder that holds the result of another run, unless that run is to be resumed.
+
+    ``results`` are names inside it that only a run writes, such as "student.safetensors".
+
+    Raises:
+        InputError: If ``out`` is a file, or holds one of ``results`` and ``resume`` is off.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a folder for --out")
+    for name in results:
+        if (out / name).exists() and not resume:
+            remedy = "choose another --out, or add --resume auto"
+            raise InputError(f"{out} holds {name} of an earlier run; {remedy}")
+
+
+def check_same_settings(
+    earlier: Mapping[str, Any], now: Mapping[str, Any], *, place: Path, free: Collection[str] = ()
+) -> None:
+    """Refuse to resume a run with settings that would have given another result.
+
+    Args:
+        earlier: Settings that were stored with the run, in JSON types.
+        now: Settings of this command; compared as the JSON that they would be stored as.
+        place: Folder or checkpoint that ``earlier`` was read from.
+        free: Names of settings that the result does not depend on.
+
+    Raises:
+        CheckpointError: If another setting differs; the message has its name and both values.
+    """
+    now = jsonable(now)
+    for name in dict.fromkeys((*now, *earlier)):
+        old, new = earlier.get(name), now.get(name)
+        if name not in free and old != new:
+            remedy = "resume with the same settings, or choose another --out"
+            raise CheckpointError(f"{place} was made with {name} {old}, not {new}; {remedy}")
 
 
 def cache_folder(distribution: str) -> Path:

@@ -1,4 +1,4 @@
-"""Config objects from words and YAML files, and back.
+"""Config classes, and their objects from words and YAML files, and back.
 
 The frozen dataclass is the only home of names, types, defaults and help. Users write dashes
 (``--group-size 64``), fields have underscores. jsonargparse is imported inside functions, because
@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, field, fields
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -25,6 +25,21 @@ COMMON_FLAGS = {
     "--quiet": "no progress, only warnings",
     "--debug": "show the traceback of an error",
 }
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with a default and the help that the command line shows."""
+    return field(default=default, metadata={"help": text})
+
+
+def require(condition: bool, problem: str, remedy: str) -> None:
+    """Refuse a setting: what is wrong, with the value, and what to do about it.
+
+    Raises:
+        ConfigError: "problem; remedy", if ``condition`` does not hold.
+    """
+    if not condition:
+        raise ConfigError(f"{problem}; {remedy}")
 
 
 def parse(
@@ -50,11 +65,11 @@ def parse(
     hints = get_type_hints(config_class)
     parser = _parser(prog, inspect.getdoc(config_class) or "", examples, hints)
     flags, positionals = {}, []
-    for field in fields(config_class):  # pyright: ignore[reportArgumentType]
-        if _add(parser, field, hints[field.name]):
-            positionals.append(_flag(field.name))
+    for entry in fields(config_class):  # pyright: ignore[reportArgumentType]
+        if _add(parser, entry, hints[entry.name]):
+            positionals.append(_flag(entry.name))
         else:
-            flags[_flag(field.name)] = hints[field.name]
+            flags[_flag(entry.name)] = hints[entry.name]
 
     # What the parser says is passed on as it is, on one line.
     words = _regroup(argv, flags, positionals, see_help)
@@ -84,7 +99,7 @@ def dump_config(config: Any) -> str:
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
     Dumper.add_representer(str, quoted)
-    values = {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
+    values = {entry.name: _plain(getattr(config, entry.name)) for entry in fields(config)}
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -125,28 +140,28 @@ def _parser(prog: str, description: str, examples: Sequence[str], hints: Mapping
     return parser
 
 
-def _add(parser: Any, field: Field[Any], hint: Any) -> bool:
+def _add(parser: Any, entry: Field[Any], hint: Any) -> bool:
     """Add one field to the parser; returns whether it is given by its place, without a flag."""
     from jsonargparse import ActionYesNo
 
-    required = field.default is MISSING and field.default_factory is MISSING
-    options: dict[str, Any] = {"type": hint, "help": field.metadata.get("help", "")}
+    required = entry.default is MISSING and entry.default_factory is MISSING
+    options: dict[str, Any] = {"type": hint, "help": entry.metadata.get("help", "")}
     if not required:
-        factory = field.default_factory
-        options["default"] = field.default if factory is MISSING else factory()
+        factory = entry.default_factory
+        options["default"] = entry.default if factory is MISSING else factory()
     positional = required and not _is_list(hint) and hint is not bool
     if not positional:
         options["required"] = required
     if _is_list(hint):
         # The same spelling for both kinds: for list[...] jsonargparse would add a flag "--name+".
         options["type"] = tuple[get_args(hint)[0], ...]
-        options["metavar"] = f"{field.name.upper()}..."
+        options["metavar"] = f"{entry.name.upper()}..."
     elif hint is bool:
         del options["type"]
         options["action"] = ActionYesNo(no_prefix="no-")
     elif NoneType in get_args(hint) and str not in get_args(hint):
         options["type"] = hint | Literal["none"]
-    parser.add_argument(field.name if positional else _flag(field.name), **options)
+    parser.add_argument(entry.name if positional else _flag(entry.name), **options)
     return positional
 
 

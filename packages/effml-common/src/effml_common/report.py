@@ -4,25 +4,28 @@ A claim holds only if the mean of its paired gaps over seeds exceeds the two-sid
 Student's t times its standard error. No absolute path of the user's machine appears in a report.
 """
 
+import base64
 import contextlib
-import functools
 import importlib.metadata
 import json
 import math
 import operator
 import os
 import platform
+import re
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial, reduce
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effml_common.device import device_name
 from effml_common.files import atomic_write
-from effml_common.logging import jsonable, rank, say
-from effml_common.report_page import Section, render_html, sentence, table_cells, without_paths
+from effml_common.logging import jsonable, rank, say, words
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 FEWEST_COLUMNS = 3  # of a table on the terminal: name, setting and one figure
 FEWEST_SEEDS = 3  # that can resolve a claim
+_LONGEST_CELL = 300  # characters of a summary's value, so that it does not fill the terminal
+_PATH = re.compile(r"""(?<![\w/.~)\]}-])/(?=[^\s/])[^\s"'<>,;:|)\]}]*""")
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,10 @@ class Report:
         from rich.text import Text
 
         document = self.to_json()
-        cells, title = table_cells(document["rows"]), f"{self.package} {self.version}"
+        cells, title = _table_cells(document["rows"]), f"{self.package} {self.version}"
 
         # Cells cut to an ellipsis say nothing, so columns at the right that do not fit are left out.
-        measure = functools.partial(console.measure, options=options.update(max_width=10_000))
+        measure = partial(console.measure, options=options.update(max_width=10_000))
         columns, table = len(cells[0]), _terminal_table(title, cells)
         while columns > FEWEST_COLUMNS and measure(table).minimum > options.max_width:
             columns -= 1
@@ -110,7 +115,7 @@ class Report:
         # What the table does not show, and what it means.
         if omitted := cells[0][columns:]:
             yield Text(f"{len(omitted)} more columns in report.html: {', '.join(omitted)}")
-        for line in (*map(sentence, document["claims"]), *self.notes):
+        for line in (*map(_sentence, document["claims"]), *self.notes):
             yield Text(line)
 
 
@@ -174,7 +179,7 @@ def write_report(
         document = report.to_json()
         text = json.dumps(document, indent=1, allow_nan=False)
         atomic_write(Path(run_dir) / "report.json", text + "\n")
-        atomic_write(page, render_html(report.package, [Section("", document, figures)]))
+        atomic_write(page, render_html(report.package, [html_section(document, figures)]))
     return page
 
 
@@ -203,19 +208,19 @@ def t_quantile(df: int) -> float:
             total = (math.cos(angle) ** (k - 1) * math.sin(angle) + (k - 1) * total) / k
         return total
 
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        is_low = mass_up_to(middle) < 0.95 * mass_up_to(math.pi / 2)
-        low, high = (middle, high) if is_low else (low, middle)
-    return math.sqrt(df) * math.tan(high)
+    # Bisect a quarter of the circle, cut as finely as its numbers allow.
+    cuts, unit = 2**52, math.pi / 2 / 2**52
+    share = 0.95 * mass_up_to(math.pi / 2)
+    return math.sqrt(df) * math.tan(
+        unit * bisect_left(range(cuts), share, key=lambda cut: mass_up_to(cut * unit))
+    )
 
 
 def _statistics(values: Sequence[float]) -> dict[str, Any]:
     # Added one by one: the built-in sum rounds differently from Python 3.12 on.
-    n, add = len(values), functools.partial(functools.reduce, operator.add)
-    mean = add(values, 0.0) / n if n else math.nan
-    squares = add([(value - mean) * (value - mean) for value in values], 0.0)
+    n = len(values)
+    mean = reduce(operator.add, values, 0.0) / n if n else math.nan
+    squares = reduce(operator.add, [(value - mean) * (value - mean) for value in values], 0.0)
     stderr = math.sqrt(squares / (n - 1) / n) if n > 1 else None
     return {"mean": mean, "stderr": stderr, "n": n, "values": list(values)}
 
@@ -233,3 +238,112 @@ def _terminal_table(title: str, cells: Sequence[Sequence[str]]) -> Any:
     for row in rows:
         table.add_row(*map(Text, row))
     return table
+
+
+def render_html(title: str, sections: Sequence[str]) -> str:
+    """Render one self-contained page of parts that ``html_section`` made."""
+    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>\n{style}</style>'
+    body = "\n".join(f"<section>{section}</section>" for section in sections)
+    return f'<!doctype html>\n<html lang="en">{head}<h1>{escape(title)}</h1>\n{body}\n'
+
+
+def html_section(
+    document: Mapping[str, Any], figures: Sequence[Path] = (), heading: str = ""
+) -> str:
+    """Render a report's JSON with its PNG figures.
+
+    Raises:
+        OSError: If a figure cannot be read.
+    """
+    parts = [f"<h2>{escape(heading)}</h2>"] if heading else []
+
+    # Numbers first, then what they mean.
+    if document["rows"]:
+        header, *rows = [map(escape, row) for row in _table_cells(document["rows"])]
+        lines = ["<tr><th>" + "<th>".join(header), *("<tr><td>" + "<td>".join(row) for row in rows)]
+        parts.append(f"<table>{''.join(lines)}</table>")
+    for claim in document["claims"]:
+        kind = claim["holds"] if claim["holds"] in ("yes", "no") else "open"
+        parts.append(f'<p class="{kind}">{escape(_sentence(claim))}</p>')
+    parts += [f"<p>{escape(note)}</p>" for note in document.get("notes", ())]
+
+    # Pictures are part of the page, so that it can be sent as one file.
+    for figure in figures:
+        data = base64.b64encode(figure.read_bytes()).decode()
+        image = f'<img alt="{escape(figure.stem)}" src="data:image/png;base64,{data}">'
+        parts.append(f"<figure>{image}<figcaption>{escape(figure.stem)}</figcaption></figure>")
+    return "\n".join([*parts, f"<footer>{escape(_origin(document))}</footer>"])
+
+
+def _origin(document: Mapping[str, Any]) -> str:
+    machine = {k: v for k, v in document["environment"].items() if k != "libraries"}
+    machine |= document["environment"].get("libraries", {})
+    where = ", ".join(f"{name} {value}" for name, value in machine.items())
+    run = f"{document['package']} {document['version']}: {' '.join(document['command'])}"
+    return f"{run} (seeds {document['seeds']}, {document['seconds']:.0f} s). {where}"
+
+
+def _table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Header and rows of a report's table, as text; metrics stand in the order they first appear."""
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    cells = [["name", "setting", *names]]
+    for row in rows:
+        metrics = row["metrics"]
+        numbers = [_number_text(**metrics[n]) if n in metrics else "" for n in names]
+        cells.append([row["name"], row["setting"], *numbers])
+    return cells
+
+
+def _number_text(mean: Any, stderr: Any, **_: Any) -> str:
+    """Mean with four digits and, where there is one, its standard error."""
+    return f"{float(mean):.4g}" + ("" if stderr is None else f" ± {float(stderr):.2g}")
+
+
+def _sentence(claim: Mapping[str, Any]) -> str:
+    """A claim with its verdict and gap."""
+    gap = _number_text(claim["value"], claim["stderr"])
+    return f"{claim['holds']}: {claim['text']} (gap {gap})"
+
+
+def without_paths(value: Any) -> Any:
+    """Copy JSON values with absolute paths made relative or, outside the working folder, bare."""
+    if isinstance(value, dict):
+        return {without_paths(key): without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if os.path.isabs(value) and "\n" not in value:  # a word of its own may hold spaces
+        return _relative(value)
+    return _PATH.sub(lambda match: _relative(match[0]), value)
+
+
+def _relative(path: str) -> str:
+    inside = Path(os.path.normpath(path)).is_relative_to(Path.cwd())
+    return os.path.relpath(path) if inside else os.path.basename(os.path.normpath(path))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Named values: a table for people, an object for ``--json``."""
+
+    values: Mapping[str, Any]
+    title: str = ""  # above the table
+    note: str = ""  # a sentence below it
+    shown: Mapping[str, str] = field(default_factory=dict)  # instead of the plain value, by name
+
+    def to_json(self) -> dict[str, Any]:
+        """The values in plain JSON types, without title and note."""
+        return jsonable(self.values)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("", "", title=self.title or None, show_header=False)
+        for name, value in self.values.items():
+            table.add_row(Text(name), Text(self.shown.get(name) or words(value)[:_LONGEST_CELL]))
+        yield table
+        if self.note:
+            yield Text(self.note)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from effml_common.device import DEVICE_HELP
 from effml_common.errors import ConfigError, InputError
 from effml_common.logging import warn
-from effml_common.settings import require, setting
+from effml_common.parsing import require, setting
 
 SCHEMA = 1  # of a plan as JSON
 DENSE_SHARE = 0.075  # of the depth that is dense at each end, where nothing else is said

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from effml_common.device import DEVICE_HELP
-from effml_common.settings import require, setting
+from effml_common.parsing import require, setting
 
 # Settings of train-dot that may differ when a run is resumed: they change where it computes, what it
 # says and when it saves, but not the Dot that comes out. The data may have been moved.

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from effml_common.device import DEVICE_HELP
-from effml_common.settings import require, setting
+from effml_common.parsing import require, setting
 
 
 @dataclass(frozen=True, kw_only=True)

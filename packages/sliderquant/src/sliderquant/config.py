@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from effml_common.device import DEVICE_HELP
-from effml_common.settings import require, setting
+from effml_common.parsing import require, setting
 
 SCHEDULES = ("slider", "fixed", "block")
 FULL_BITS = 16

@@ -4,9 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from af_dcd.config import TrainConfig
+from effml_common.folders import check_out_folder, check_same_settings
 from effml_common.logging import jsonable
 from effml_common.parsing import parse
-from effml_common.resume import check_out_folder, check_same_settings
 
 RESULTS = ("run/checkpoints", "student.pth")  # in the folder of a run
 CHANGEABLE = ("resume", "save_every", "out", "launcher", "device")  # without another result

@@ -6,7 +6,7 @@ from af_dcd.config import ExportConfig
 from effml_common import checkpoint
 from effml_common.errors import CheckpointError, InputError
 from effml_common.files import atomic_write
-from effml_common.summary import Summary
+from effml_common.report import Summary
 
 
 def export(config: ExportConfig) -> Summary:

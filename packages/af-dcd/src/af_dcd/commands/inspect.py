@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from af_dcd.config import InspectConfig, TrainConfig
-from effml_common.summary import Summary
+from effml_common.report import Summary
 
 SHOWN_IN_MILLIONS_FROM = 10_000
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from af_dcd.config import DistillConfig, PairConfig
 from af_dcd.method.distillation import AfDCDLoss
 from af_dcd.method.presets import replace_settings
-from effml_common.settings import require
+from effml_common.parsing import require
 
 # Chosen on development scenes; the paper's figures belong to 2048 channels.
 METHOD = DistillConfig(

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from effml_common.errors import InputError
-from effml_common.settings import require
+from effml_common.parsing import require
 
 Negatives = Literal["cross_group", "all"]
 Impl = Literal["chunked", "naive"]

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from effml_common.errors import InputError
-from effml_common.settings import require
+from effml_common.parsing import require
 
 
 def logits_kd_loss(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effml_common.settings import require
+from effml_common.parsing import require
 
 
 def random_mask(like: Float[Tensor, "b c h w"], ratio: float) -> Float[Tensor, "b 1 h w"]:

@@ -9,7 +9,7 @@ from com_pt.training.chain import parse_chain
 from com_pt.training.plan import plan_chain
 from com_pt.training.run_folder import LEDGER, SETTINGS
 from effml_common.errors import InputError
-from effml_common.summary import Summary
+from effml_common.report import Summary
 
 
 def cost(config: CostConfig) -> Summary:

@@ -14,7 +14,7 @@ from com_pt.training.tasks.classify import ClassifyTask
 from com_pt.training.tasks.clip import ClipTask
 from effml_common.device import resolve_device
 from effml_common.errors import InputError
-from effml_common.summary import Summary
+from effml_common.report import Summary
 
 # Libraries whose models a suite is for; the others are for CLIP.
 LIBRARY_OF_SUITE = {"top1": "timm", "perplexity": "llama"}

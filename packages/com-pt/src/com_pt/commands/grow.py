@@ -9,7 +9,7 @@ from effml_common.device import resolve_device
 from effml_common.errors import ConfigError
 from effml_common.files import atomic_write
 from effml_common.folders import run_folder
-from effml_common.summary import Summary
+from effml_common.report import Summary
 
 
 def grow_model(config: GrowConfig) -> Summary:

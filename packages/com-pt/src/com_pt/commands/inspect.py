@@ -8,7 +8,7 @@ from com_pt.adapters.layouts import layout_of
 from com_pt.config import InspectConfig
 from com_pt.training.tasks.classify import ClassifyTask
 from com_pt.training.tasks.clip import ClipTask
-from effml_common.summary import Summary
+from effml_common.report import Summary
 
 
 def inspect(config: InspectConfig) -> Summary:

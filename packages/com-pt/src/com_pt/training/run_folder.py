@@ -15,7 +15,7 @@ from com_pt.config import ChainConfig
 from com_pt.training.plan import Run, StagePlan
 from effml_common.errors import CheckpointError, ConfigError, InputError
 from effml_common.files import atomic_write
-from effml_common.resume import check_out_folder, check_same_settings
+from effml_common.folders import check_out_folder, check_same_settings
 
 STATE, LEDGER, SETTINGS = "chain_state.json", "ledger.jsonl", "chain.json"
 

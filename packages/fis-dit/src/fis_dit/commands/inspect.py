@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from effml_common.summary import Summary
+from effml_common.report import Summary
 from fis_dit.adapters.clips import latent_geometry
 from fis_dit.adapters.model_configs import ModelConfig, read_model_config
 from fis_dit.config import FISConfig, InspectConfig, read_setting

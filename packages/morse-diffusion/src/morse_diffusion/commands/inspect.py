@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from effml_common.summary import Summary
+from effml_common.report import Summary
 from morse_diffusion.adapters.dot import DotShape, UNetDot
 from morse_diffusion.adapters.dot.io import read_config
 from morse_diffusion.config import InspectConfig

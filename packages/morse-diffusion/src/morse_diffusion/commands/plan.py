@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from effml_common.errors import InputError
-from effml_common.summary import Summary
+from effml_common.report import Summary
 from morse_diffusion.config import PlanConfig
 from morse_diffusion.method.schedule import MorsePlan, make_plan
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effml_common.summary import Summary
+from effml_common.report import Summary
 from scalekd.adapters.costs import count_costs
 from scalekd.adapters.models import build, count_parameters
 from scalekd.adapters.pairing import Plan, plan_pair

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effml_common.folders import run_folder
-from effml_common.resume import check_out_folder
+from effml_common.folders import check_out_folder, run_folder
 from scalekd.config import TrainConfig
 from scalekd.training.recipe import Recipe, resolve_recipe
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from effml_common import checkpoint
 from effml_common.errors import ConfigError
 from effml_common.finite import check_finite
+from effml_common.folders import check_same_settings
 from effml_common.interrupt import StopSignal
 from effml_common.logging import RunLog, say, warn
-from effml_common.resume import check_same_settings
 from effml_common.state import restore_training_state, set_rng_state, training_state
 from scalekd.adapters.task import TERM_NAMES, ScaleKDTask
 from scalekd.adapters.teacher import TeacherOut
