@@ -26,7 +26,7 @@ from effml_common.report import SCHEMA, html_section, render_html, without_paths
 ROOT = Path(__file__).resolve().parent.parent
 PROG = "python benchmarks/run.py"
 EXAMPLES = (PROG, f"{PROG} --only sliderquant --seeds 3 --out report")
-# Warm seconds per seed on two CPU cores, for the estimate only; the house allows a demo 180.
+# Warm seconds per seed on two CPU cores, for the estimate only; a demo may take 180.
 USUAL = {
     "af-dcd": 150,
     "com-pt": 120,

@@ -193,14 +193,14 @@ def _claims(config: PeersConfig, peers: Sequence[Entry]) -> list[Claim]:
     for family, name in config.pairs:
         here = {e.label: e for e in peers if (e.family, e.setting) == (family, name) and e.runs}
         for label, entry in here.items():
-            rivals = []
+            own_labels = []
             if not label.startswith("slider"):
-                rivals = ["slider-visits", "slider-compensated"]
+                own_labels = ["slider-visits", "slider-compensated"]
             if label.startswith("autoround"):
-                rivals.append("slider-seconds")
+                own_labels.append("slider-seconds")
             elif label == "slider-visits":
-                rivals.append("slider-compensated")
-            for own in rivals:
+                own_labels.append("slider-compensated")
+            for own in own_labels:
                 if own in here:
                     claims += _paired_claims(config, here[own], entry)
     return claims

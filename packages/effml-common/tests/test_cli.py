@@ -424,7 +424,7 @@ LOOP = """
 import time
 from dataclasses import dataclass
 from effml_common.cli import Command, main
-from effml_common.interrupt import StopSignal
+from effml_common.stopping import StopSignal
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

@@ -9,13 +9,13 @@ from torch import nn
 
 from effml_common import checkpoint
 from effml_common.errors import CheckpointError, NonFiniteError
-from effml_common.finite import check_finite
 from effml_common.state import (
     restore_training_state,
     rng_state,
     set_rng_state,
     training_state,
 )
+from effml_common.stopping import check_finite
 
 STEPS, STOP, BATCH = 40, 17, 8
 

@@ -1,4 +1,4 @@
-"""Programs of subcommands, with one error line and the house's exit codes."""
+"""Programs of subcommands, with one error line and the exit codes of all packages."""
 
 import contextlib
 import errno

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from scalekd_runs import STUDENT, TEACHER, WORDS, make_photos, metrics_of, scalekd
 
-from effml_common.interrupt import StopSignal
+from effml_common.stopping import StopSignal
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from af_dcd.config import PairConfig
 from af_dcd.demo.data import CLASSES, IGNORED, Scenes, draw_scenes
 from af_dcd.method.metrics import Scores
 from effml_common.files import atomic_write
-from effml_common.finite import check_finite
 from effml_common.folders import cache_folder, cache_key
 from effml_common.logging import progress, say
+from effml_common.stopping import check_finite
 
 SCENE_SEEDS = {"teacher": 1, "students": 2, "development": 3, "test": 4}  # of disjoint sets
 TEACHER_RATE = 3e-3  # highest learning rate

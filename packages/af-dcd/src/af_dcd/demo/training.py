@@ -12,8 +12,8 @@ from af_dcd.demo.data import Scenes
 from af_dcd.demo.models import CROP_PIXELS, Segmenter, score_segmenter, set_rate, task_loss
 from af_dcd.method.distillation import kd_term
 from effml_common.device import synchronize
-from effml_common.finite import check_finite
 from effml_common.logging import progress
+from effml_common.stopping import check_finite
 
 
 @dataclass(frozen=True)

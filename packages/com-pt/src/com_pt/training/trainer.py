@@ -17,9 +17,9 @@ from com_pt.training.schedule import learning_rate
 from com_pt.training.step import train_step
 from effml_common import checkpoint
 from effml_common.errors import NonFiniteError
-from effml_common.interrupt import StopSignal
 from effml_common.logging import RunLog, say, warn
 from effml_common.state import restore_training_state, training_state
+from effml_common.stopping import StopSignal
 
 MOST_SKIPS = 3  # updates in a row that fp16's scaler may leave out
 TIMED_UPDATES = 10  # updates after which the remaining time is estimated

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effml_common.errors import InputError
-from effml_common.finite import check_finite
 from effml_common.logging import progress, say
+from effml_common.stopping import check_finite
 from fis_dit.demo.data import CLIP_SETS, FRAMES, TEXT_WIDTH, draw_clips, encode_labels
 
 ASSETS = Path(__file__).parents[1] / "assets"

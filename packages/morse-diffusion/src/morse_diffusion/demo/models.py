@@ -15,9 +15,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from effml_common.finite import check_finite
 from effml_common.folders import cache_folder, cache_key
 from effml_common.logging import progress, say
+from effml_common.stopping import check_finite
 from morse_diffusion.adapters.dot import MorseDot
 from morse_diffusion.adapters.estimate import GuidedDash
 from morse_diffusion.adapters.schedulers import process_of

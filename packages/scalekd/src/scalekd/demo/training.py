@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from effml_common.errors import InputError
-from effml_common.finite import check_finite
 from effml_common.folders import cache_folder, cache_key
 from effml_common.logging import progress, say
+from effml_common.stopping import check_finite
 from scalekd.demo.arms import device_of, make_task
 from scalekd.demo.data import CLASSES, DIGIT_CLASSES, Data, Images, shift_images, teacher_batch
 from scalekd.demo.models import build_demo_student, build_demo_teacher

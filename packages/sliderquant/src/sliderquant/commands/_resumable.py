@@ -14,8 +14,8 @@ from effml_common.cli import dump_config
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.folders import check_same_settings
-from effml_common.interrupt import StopSignal
 from effml_common.logging import RunLog, rank, say
+from effml_common.stopping import StopSignal
 from sliderquant.adapters.processes import wait_for_all
 from sliderquant.commands._block_writer import block_writer
 from sliderquant.commands._job import Job

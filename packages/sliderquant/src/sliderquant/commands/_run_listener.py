@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from effml_common.interrupt import StopSignal
 from effml_common.logging import Progress, RunLog, say, warn
+from effml_common.stopping import StopSignal
 from sliderquant.commands._job import Job
 from sliderquant.commands.inspect import Plan
 from sliderquant.method.task import WindowResult

@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from effml_common.finite import check_finite
 from effml_common.folders import cache_folder, cache_key
 from effml_common.logging import progress, say
+from effml_common.stopping import check_finite
 from sliderquant.config import DemoModelConfig
 from sliderquant.demo.data import Corpus
 

@@ -6,7 +6,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
-from effml_common.finite import check_finite
+from effml_common.stopping import check_finite
 
 
 class BranchClipMixin:

@@ -25,8 +25,8 @@ from af_dcd.method.distillation import AfDCDLoss, check_contrast_fits, kd_term
 from af_dcd.method.presets import PRESETS, replace_settings
 from af_dcd.method.taps import Tap
 from effml_common.errors import ConfigError, InputError
-from effml_common.finite import check_finite
 from effml_common.logging import warn
+from effml_common.stopping import check_finite
 
 HARMFUL_CONTRAST_RATIO = 10  # of contrast to task loss; measured to be harmful on small data
 DEFAULT_CROP = (512, 512)  # height and width where neither config nor preprocessor names one
