@@ -67,8 +67,6 @@ def test_a_kind_that_is_absent_is_refused(monkeypatch, kind) -> None:
         resolve_device(kind)
 
 
-def test_mps_is_refused_where_double_precision_is_needed(monkeypatch) -> None:
+def test_the_one_mps_device_has_no_number(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert resolve_device("mps") == torch.device("mps")
-    with pytest.raises(InputError, match="no float64"):
-        resolve_device("mps", float64=True)

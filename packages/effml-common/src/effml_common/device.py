@@ -13,14 +13,10 @@ DEVICE_HELP = "auto (cuda, else cpu), cpu, cuda, cuda:N, mps or xpu"
 _KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
-def resolve_device(name: str = "auto", *, float64: bool = False) -> "torch.device":
+def resolve_device(name: str = "auto") -> "torch.device":
     """Turn a ``--device`` into a device that is there, make it current and name it on stderr.
 
     Under torchrun and accelerate, "auto" and "cuda" mean the card of this process (``LOCAL_RANK``).
-
-    Args:
-        name: What the user wrote: auto, cpu, cuda, cuda:N, mps or xpu.
-        float64: Whether the computation needs double precision, which mps lacks.
 
     Raises:
         InputError: If torch does not know the device, or it is not there.
@@ -34,7 +30,7 @@ def resolve_device(name: str = "auto", *, float64: bool = False) -> "torch.devic
     if kind not in _KINDS or (":" in name and not index.isdecimal()):
         raise InputError(f"device {name!r} is unknown; use {DEVICE_HELP}")
 
-    # Whether it is there, and can do what is asked. An mps device is the only one of its kind.
+    # Whether it is there. An mps device is the only one of its kind.
     backend = torch.backends.mps if kind == "mps" else torch.get_device_module(kind)
     count = getattr(backend, "device_count", lambda: 1)() if backend.is_available() else 0
     local_rank = os.environ.get("LOCAL_RANK", "0") if kind in ("cuda", "xpu") else "0"
@@ -46,8 +42,6 @@ def resolve_device(name: str = "auto", *, float64: bool = False) -> "torch.devic
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if index and kind != "cpu" and processes > 1:
         raise InputError(f"device {name} is one card for {processes} processes; use {kind}")
-    if kind == "mps" and float64:
-        raise InputError("device mps has no float64, which this command computes in; use cpu")
 
     # Triton launches on the current card, whatever card the tensors are on.
     device = torch.device(kind, number) if kind in ("cuda", "xpu") else torch.device(kind)

@@ -13,8 +13,9 @@ import torch
 from torch import distributed
 
 from effml_common.cli import main
+from effml_common.errors import InputError
 from sliderquant.adapters.decoder import TransformersDecoder
-from sliderquant.adapters.processes import process_group
+from sliderquant.adapters.processes import device_with_float64, process_group
 from sliderquant.adapters.simulation import fresh_learnables
 from sliderquant.cli import COMMANDS
 from sliderquant.config import SliderConfig
@@ -154,3 +155,13 @@ def test_quantize_under_torchrun_writes_once_and_gives_the_same_model(
         for name in ("one", "two")
     ]
     assert len(lines[0]) == len(lines[1]) == 8
+
+
+def test_mps_is_refused_where_double_precision_is_needed(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with process_group("mps") as device:
+        assert device == torch.device("mps")
+    with pytest.raises(InputError, match="no float64"):
+        device_with_float64("mps")
+    with pytest.raises(InputError, match="no float64"), process_group("mps", float64=True):
+        pass

@@ -8,6 +8,19 @@ import torch
 from torch import distributed
 
 from effml_common.device import resolve_device
+from effml_common.errors import InputError
+
+
+def device_with_float64(name: str) -> torch.device:
+    """Resolve a ``--device`` for a computation in double precision, which mps lacks.
+
+    Raises:
+        InputError: If the device is unknown, not there or an mps device.
+    """
+    device = resolve_device(name)
+    if device.type == "mps":
+        raise InputError("device mps has no float64, which this command computes in; use cpu")
+    return device
 
 
 @contextmanager
@@ -23,7 +36,7 @@ def process_group(device: str, *, float64: bool = False) -> Iterator[torch.devic
     Raises:
         InputError: If the device is unknown or not there.
     """
-    target = resolve_device(device, float64=float64)
+    target = device_with_float64(device) if float64 else resolve_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield target
         return

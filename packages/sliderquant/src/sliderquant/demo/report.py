@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from effml_common.device import resolve_device
 from effml_common.folders import run_folder
 from effml_common.logging import RunLog, say
 from effml_common.report import Claim, Report, ReportBuilder, Row
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
+from sliderquant.adapters.processes import device_with_float64
 from sliderquant.adapters.simulation import (
     weight_format,
 )
@@ -67,7 +67,7 @@ def demo(config: DemoConfig) -> Report:
         NonFiniteError: If the training or a calibration diverges.
     """
     builder = ReportBuilder("sliderquant", ("transformers", "tokenizers"))
-    device = resolve_device(config.device, float64=True)
+    device = device_with_float64(config.device)
     say("estimate: 9 min to train the model on the first run, then 3 min per seed; under 2 GiB")
     # Matrices this small gain nothing from a second thread, and beside any other busy process the
     # threads wait for one another: 8 times slower was measured.
