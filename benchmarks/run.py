@@ -18,9 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from effml_common.cli import COMMON_FLAGS, parse
 from effml_common.errors import ConfigError, InputError
 from effml_common.files import atomic_write
+from effml_common.parsing import COMMON_FLAGS, parse
 from effml_common.report import SCHEMA, html_section, render_html, without_paths
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,11 +134,11 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def section(outcome: Outcome, folder: Path) -> str:
     """One demo's part of the page: its report and pictures, or how it failed."""
+    heading = f"<h2>{escape(outcome.name)}</h2>\n"
     if outcome.report is not None:
-        figures = sorted((folder / "run").glob("*.png"))
-        return html_section(outcome.report, figures, heading=outcome.name)
+        return heading + html_section(outcome.report, sorted((folder / "run").glob("*.png")))
     error = without_paths("\n".join([outcome.failure, "", *outcome.last_lines]))
-    return f'<h2>{escape(outcome.name)}</h2>\n<pre class="error">{escape(error)}</pre>'
+    return f'{heading}<pre class="error">{escape(error)}</pre>'
 
 
 def write_report(outcomes: Sequence[Outcome], out: Path, seeds: int) -> dict[str, Any]:

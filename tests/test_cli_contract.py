@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from effml_common.cli import COMMON_FLAGS, parse
+from effml_common.parsing import COMMON_FLAGS, parse
 from workspace import members
 
 COMMANDS = [(member, script) for member in members() for script in member.scripts]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from effml_common.cli import COMMON_FLAGS, parse
+from effml_common.parsing import COMMON_FLAGS, parse
 from workspace import COMMON, Member, members
 
 METHODS = [member for member in members() if member.name != COMMON]

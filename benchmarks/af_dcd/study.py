@@ -34,8 +34,8 @@ from af_dcd.demo.report import (
     setting_notes,
 )
 from af_dcd.demo.training import LabelledPair, Training, run_training
-from effml_common.cli import COMMON_FLAGS, parse
 from effml_common.files import atomic_write
+from effml_common.parsing import COMMON_FLAGS, parse
 from effml_common.report import Claim, Report, Row, environment, write_report
 
 PROG = "python -m benchmarks.af_dcd.study"

@@ -21,8 +21,8 @@ from com_pt.demo.analysis import cell_rows, draw_curve, family_rows, paper_claim
 from com_pt.demo.arms import ARMS, Cell, CellPlan, Setup, read_or_train_cell
 from com_pt.demo.models import pair_model
 from com_pt.training.tasks.registry import open_task
-from effml_common.cli import COMMON_FLAGS, parse
 from effml_common.files import atomic_write
+from effml_common.parsing import COMMON_FLAGS, parse
 from effml_common.report import Report, environment, write_report
 
 PROG = "python -m benchmarks.com_pt.study"

@@ -22,11 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from effml_common.cli import parse
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.logging import progress, warn
-from effml_common.parsing import setting
+from effml_common.parsing import parse, setting
 from effml_common.report import resolve
 from fis_dit.adapters.apply import apply_fis
 from fis_dit.adapters.block_scores import score_blocks

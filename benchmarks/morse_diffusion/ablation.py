@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from effml_common.cli import COMMON_FLAGS, parse
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
+from effml_common.parsing import COMMON_FLAGS, parse
 from effml_common.report import Report, Row, environment
 from morse_diffusion import MorseDot
 from morse_diffusion.adapters.pixels import PixelPipeline

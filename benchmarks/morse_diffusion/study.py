@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-from effml_common.cli import COMMON_FLAGS, parse
 from effml_common.files import atomic_write
+from effml_common.parsing import COMMON_FLAGS, parse
 from effml_common.report import Report, Row, environment, write_report
 from morse_diffusion.adapters.pixels import PixelPipeline
 from morse_diffusion.adapters.sampling_methods import (

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import torch
 
-from effml_common.cli import COMMON_FLAGS, parse
 from effml_common.device import DEVICE_HELP, resolve_device
 from effml_common.errors import InputError, NonFiniteError
 from effml_common.files import atomic_write
+from effml_common.parsing import COMMON_FLAGS, parse
 from effml_common.report import Report, environment
 from scalekd.demo.arms import BASELINES
 from scalekd.demo.data import Data, test_images, training_images

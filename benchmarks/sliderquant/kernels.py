@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from effml_common.cli import parse
 from effml_common.errors import InputError
 from effml_common.logging import warn
+from effml_common.parsing import parse
 from sliderquant.method.packing import packed_tensors
 from sliderquant.method.quantizer import WeightFormat, quantize_weight
 

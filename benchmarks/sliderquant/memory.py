@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effml_common.cli import parse
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.logging import say, warn
-from effml_common.parsing import setting
+from effml_common.parsing import parse, setting
 
 LARGEST_GROWTH = 0.10  # from few to many blocks
 LARGEST_SHARE = 0.60  # of the float32 size of the model with few blocks

@@ -80,11 +80,10 @@ from benchmarks.sliderquant.peers_methods import (
 )
 from benchmarks.sliderquant.peers_models import Material, prepare, read_material
 from benchmarks.sliderquant.peers_report import write
-from effml_common.cli import COMMON_FLAGS, parse
 from effml_common.errors import ConfigError, InputError
 from effml_common.files import atomic_write
 from effml_common.logging import progress, say, set_quiet
-from effml_common.parsing import one_line
+from effml_common.parsing import COMMON_FLAGS, one_line, parse
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
 from sliderquant.adapters.simulation import model_logits

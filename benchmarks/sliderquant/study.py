@@ -22,11 +22,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from effml_common.cli import parse
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.logging import warn
-from effml_common.parsing import setting
+from effml_common.parsing import parse, setting
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
 from sliderquant.adapters.simulation import weight_format

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from morse_commands import TRAIN, run_command
 from PIL import Image
 
-from effml_common.cli import parse
+from effml_common.parsing import parse
 from morse_diffusion import MorsePipeline, MorsePlan, apply_morse
 from morse_diffusion.commands.plan import read_profile
 from morse_diffusion.config import TrainDotConfig

@@ -2,8 +2,8 @@
 
 import pytest
 
-from effml_common.cli import dump_config, parse
 from effml_common.errors import ConfigError
+from effml_common.parsing import dump_config, parse
 from sliderquant.adapters.shapes import check_linears
 from sliderquant.config import SLIDER_SETTINGS, QuantizeConfig, SliderConfig
 

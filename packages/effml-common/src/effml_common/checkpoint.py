@@ -50,15 +50,11 @@ def save(
     config: Mapping[str, Any] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Write ``root/step-<step>`` and then remove older ones; ranks above 0 write nothing.
+    """Write ``root/step-<step>`` and then remove all but ``keep`` good ones (only rank 0).
 
-    Args:
-        root: Their folder; its parent must exist, so that a lost disk is noticed.
-        step: Number of finished updates.
-        tensors: Weights by name, on any device; tied ones are stored twice.
-        state: Numbers, strings, tensors, and dicts and lists of them.
-        config: Settings of the run, in types that ``jsonable`` knows.
-        keep: Number of good checkpoints to keep, at least 1.
+    The parent of ``root`` must exist, so that a lost disk is noticed. The tensors may be on any
+    device; tied ones are stored twice. The state holds numbers, strings, tensors, and dicts and
+    lists of them; the config, types that ``jsonable`` knows.
 
     Raises:
         CheckpointError: If the step exists, the state holds other types, or the disk fails;
@@ -142,9 +138,8 @@ def verify(path: Path) -> int:
                 raise ValueError(f"{name} is not the one that was written")
         return step
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {one_line(error)}; use an earlier step"
-        ) from error
+        reason = one_line(error)
+        raise CheckpointError(f"{path} is damaged: {reason}; use an earlier step") from error
 
 
 def sweep(root: str | os.PathLike[str]) -> None:

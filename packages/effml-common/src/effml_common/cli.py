@@ -16,10 +16,7 @@ from typing import Any
 
 from effml_common.errors import ConfigError, InputError, NonFiniteError
 from effml_common.logging import jsonable, rank, set_quiet
-from effml_common.parsing import COMMON_FLAGS as COMMON_FLAGS
-from effml_common.parsing import did_you_mean, one_line
-from effml_common.parsing import dump_config as dump_config
-from effml_common.parsing import parse as parse
+from effml_common.parsing import COMMON_FLAGS, did_you_mean, one_line, parse
 
 # Errors of the file system that come from what the user named, not from a fault of ours.
 _PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)

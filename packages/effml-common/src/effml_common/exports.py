@@ -7,13 +7,10 @@ from typing import Any
 
 
 def lazy_exports(package: str, homes: Mapping[str, str]) -> None:
-    """Let a package offer names without importing the modules that define them.
+    """Let a package offer names whose ``homes``, modules relative to it, are not imported yet.
 
-    ``command --help`` then answers without waiting for torch. Editors and type checkers read the
+    Called in its ``__init__``, so that ``command --help`` need not wait for torch. Editors read the
     same names from imports under ``if TYPE_CHECKING:``, written ``from x import A as A``.
-
-    Called once in the package's ``__init__`` with its ``__name__`` and, for each public name, the
-    module that defines it, relative to the package.
     """
     module = sys.modules[package]
 

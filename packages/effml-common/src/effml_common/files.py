@@ -6,19 +6,16 @@ from pathlib import Path
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part.
-
-    Text is written as UTF-8. The folder must exist.
+    """Write a file, text as UTF-8, so that a reader sees the old content or the new, never a part.
 
     Raises:
-        OSError: If the disk is full, read-only or gone; the old file is then untouched and no
-            temporary file stays.
+        OSError: If there is no such folder, or the disk is full, read-only or gone; the old file is
+            then untouched and no temporary file stays.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    content = data.encode() if isinstance(data, str) else data
     try:
-        temporary.write_bytes(content)
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         fsync_path(temporary)
         os.replace(temporary, path)
     except BaseException:

@@ -39,11 +39,8 @@ def check_same_settings(
 ) -> None:
     """Refuse to resume a run with settings that would have given another result.
 
-    Args:
-        earlier: Settings that were stored with the run, in JSON types.
-        now: Settings of this command; compared as the JSON that they would be stored as.
-        place: Folder or checkpoint that ``earlier`` was read from.
-        free: Names of settings that the result does not depend on.
+    ``earlier`` are those stored in ``place``, in JSON types, as which ``now`` is compared with them.
+    The result does not depend on those named in ``free``.
 
     Raises:
         CheckpointError: If another setting differs; the message has its name and both values.

@@ -1,5 +1,6 @@
 """What a run says: lines and progress on stderr, numbers in ``metrics.jsonl``; rank 0 only."""
 
+import contextlib
 import json
 import math
 import os
@@ -126,15 +127,13 @@ class RunLog:
     """Context that writes one JSON object per logged step to ``metrics.jsonl``.
 
     The file holds no clock time, so the same run twice, or a resumed run, gives the same file.
+    Entering raises OSError if it cannot be written.
 
     Args:
         run_dir: Folder of the file, made if missing; None keeps no file.
         every: Step interval of progress lines where stderr is no terminal.
         sink: Called with (step, metrics), for any tracker.
         resume_step: Last step of an earlier run whose line is kept; None begins a new file.
-
-    Raises:
-        OSError: If the folder or the file cannot be written.
     """
 
     def __init__(
@@ -145,7 +144,7 @@ class RunLog:
         sink: Callable[[int, Mapping[str, Any]], None] | None = None,
         resume_step: int | None = None,
     ) -> None:
-        self._path = None if run_dir is None or rank() else Path(run_dir) / "metrics.jsonl"
+        self._path = None if run_dir is None or rank() else run_dir / "metrics.jsonl"
         self._every, self._sink, self._resume_step = every, sink, resume_step
         self._file: Any = None
         self._progress: Progress | None = None
@@ -179,12 +178,11 @@ class RunLog:
 
 
 def _lines_up_to(path: Path, step: int | None) -> str:
+    if step is None or not path.exists():
+        return ""
     kept = []
-    if step is not None and path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            try:
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue  # torn by a kill
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line torn by a kill
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
     return "".join(kept)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, Field, asdict, field, fields
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -33,11 +33,7 @@ def setting(default: Any, text: str) -> Any:
 
 
 def require(condition: bool, problem: str, remedy: str) -> None:
-    """Refuse a setting: what is wrong, with the value, and what to do about it.
-
-    Raises:
-        ConfigError: "problem; remedy", if ``condition`` does not hold.
-    """
+    """Raise ConfigError if a setting does not fulfil a condition: what is wrong, and what to do."""
     if not condition:
         raise ConfigError(f"{problem}; {remedy}")
 
@@ -45,17 +41,11 @@ def require(condition: bool, problem: str, remedy: str) -> None:
 def parse(
     config_class: type[T], argv: Sequence[str], *, prog: str, examples: Sequence[str] = ()
 ) -> T:
-    """Read a command line into a config object.
+    """Read the words after the name of a command, ``prog``, into its config, which validates itself.
 
     Required fields are positional arguments in their order, all others are flags. List fields are
     always flags, and take every bare word that follows. ``--config FILE`` reads YAML, and flags
-    win over it. Optional fields take ``none``.
-
-    Args:
-        config_class: Dataclass whose fields carry ``metadata={"help": ...}``; validates itself.
-        argv: Words after the command's name.
-        prog: Command as the user types it, for the help text.
-        examples: Worked command lines for the help.
+    win over it. Optional fields take ``none``. The help ends with ``examples``.
 
     Raises:
         ConfigError: If a flag, a key, a type or a value is wrong.
@@ -99,8 +89,9 @@ def dump_config(config: Any) -> str:
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
     Dumper.add_representer(str, quoted)
-    values = {entry.name: _plain(getattr(config, entry.name)) for entry in fields(config)}
-    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    # YAML names neither tuples nor paths; JSON makes lists of the first, and strings here.
+    plain = json.loads(json.dumps(asdict(config), default=os.fspath))
+    return yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def one_line(message: object) -> str:
@@ -144,14 +135,14 @@ def _add(parser: Any, entry: Field[Any], hint: Any) -> bool:
     """Add one field to the parser; returns whether it is given by its place, without a flag."""
     from jsonargparse import ActionYesNo
 
-    required = entry.default is MISSING and entry.default_factory is MISSING
+    factory = entry.default_factory
+    default = entry.default if factory is MISSING else factory()
+    positional = default is MISSING and not _is_list(hint) and hint is not bool
     options: dict[str, Any] = {"type": hint, "help": entry.metadata.get("help", "")}
-    if not required:
-        factory = entry.default_factory
-        options["default"] = entry.default if factory is MISSING else factory()
-    positional = required and not _is_list(hint) and hint is not bool
-    if not positional:
-        options["required"] = required
+    if default is not MISSING:
+        options["default"] = default
+    elif not positional:
+        options["required"] = True
     if _is_list(hint):
         # The same spelling for both kinds: for list[...] jsonargparse would add a flag "--name+".
         options["type"] = tuple[get_args(hint)[0], ...]
@@ -230,12 +221,3 @@ def _value(value: Any, hint: Any) -> Any:
     if get_origin(hint) is list:
         return list(value)
     return None if NoneType in get_args(hint) and value == "none" else value
-
-
-def _plain(value: Any) -> Any:
-    """Lists, dicts and strings for what YAML cannot name: tuples, mappings and paths."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value

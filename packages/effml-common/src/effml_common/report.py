@@ -154,10 +154,7 @@ class ReportBuilder:
         """Build the report, write it into ``run_dir``, created if missing, and say where it is.
 
         ``figures`` are PNG files for the page; the report names them unless ``files`` is given.
-        The other ``fields`` are those of ``build``.
-
-        Raises:
-            OSError: If a figure cannot be read or the folder cannot be written.
+        The other ``fields`` are those of ``build``, and errors those of ``write_report``.
         """
         report = self.build(rows, **{"files": [path.name for path in figures], **fields})
         if rank() == 0:
@@ -184,11 +181,10 @@ def write_report(
 
 
 def resolve(gaps: Sequence[float]) -> tuple[float, float | None, str]:
-    """Judge a claim by its paired gaps over seeds.
+    """Mean, standard error (None for fewer than 2) and verdict of a claim's paired gaps over seeds.
 
-    Returns:
-        Mean, standard error (None for fewer than 2 gaps) and "yes", "no" (the opposite is
-        significant) or "not resolved", as always with fewer than 3 gaps.
+    The verdict is "yes", "no" (the opposite is significant) or, always for fewer than 3 gaps, "not
+    resolved".
     """
     mean, stderr, n, _ = _statistics(gaps).values()
     if n < FEWEST_SEEDS or not abs(mean) > t_quantile(n - 1) * stderr:
@@ -202,18 +198,16 @@ def t_quantile(df: int) -> float:
     With T = sqrt(df) tan(a), the density of the angle a is proportional to cos(a) ** (df - 1).
     """
 
-    def mass_up_to(angle: float) -> float:
+    def mass_up_to(cut: int) -> float:
+        angle = cut * math.pi / 2**53
         total = angle if df % 2 else math.sin(angle)
         for k in range(3 - df % 2, df, 2):  # the integral of cos ** k, by parts
             total = (math.cos(angle) ** (k - 1) * math.sin(angle) + (k - 1) * total) / k
         return total
 
-    # Bisect a quarter of the circle, cut as finely as its numbers allow.
-    cuts, unit = 2**52, math.pi / 2 / 2**52
-    share = 0.95 * mass_up_to(math.pi / 2)
-    return math.sqrt(df) * math.tan(
-        unit * bisect_left(range(cuts), share, key=lambda cut: mass_up_to(cut * unit))
-    )
+    # Search a quarter of the circle, which is cut as finely as its numbers allow.
+    cut = bisect_left(range(2**52), 0.95 * mass_up_to(2**52), key=mass_up_to)
+    return math.sqrt(df) * math.tan(cut * math.pi / 2**53)
 
 
 def _statistics(values: Sequence[float]) -> dict[str, Any]:
@@ -248,17 +242,10 @@ def render_html(title: str, sections: Sequence[str]) -> str:
     return f'<!doctype html>\n<html lang="en">{head}<h1>{escape(title)}</h1>\n{body}\n'
 
 
-def html_section(
-    document: Mapping[str, Any], figures: Sequence[Path] = (), heading: str = ""
-) -> str:
-    """Render a report's JSON with its PNG figures.
-
-    Raises:
-        OSError: If a figure cannot be read.
-    """
-    parts = [f"<h2>{escape(heading)}</h2>"] if heading else []
-
+def html_section(document: Mapping[str, Any], figures: Sequence[Path] = ()) -> str:
+    """Render a report's JSON with its PNG figures; raises OSError if one cannot be read."""
     # Numbers first, then what they mean.
+    parts = []
     if document["rows"]:
         header, *rows = [map(escape, row) for row in _table_cells(document["rows"])]
         lines = ["<tr><th>" + "<th>".join(header), *("<tr><td>" + "<td>".join(row) for row in rows)]

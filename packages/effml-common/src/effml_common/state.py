@@ -43,9 +43,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     saved = state.get("cuda", [])
     devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     if len(saved) != devices:
-        warn(
-            f"saved with {len(saved)} CUDA devices, now {devices}: the run will not repeat exactly"
-        )
+        change = f"saved with {len(saved)} CUDA devices, now {devices}"
+        warn(f"{change}: the run will not repeat exactly")
     for device, one in zip(range(devices), saved, strict=False):
         torch.cuda.set_rng_state(one, device)
 

@@ -63,11 +63,7 @@ class StopSignal:
         return self._signum is not None
 
     def check(self) -> None:
-        """Leave the loop if a signal arrived; call it at a step boundary, after saving.
-
-        Raises:
-            Interrupted: If SIGINT or SIGTERM arrived since the context was entered.
-        """
+        """Raise Interrupted if a signal arrived; call it at a step boundary, after saving."""
         if self._signum is not None:
             raise Interrupted(self._signum)
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from effml_common.cli import dump_config
 from effml_common.device import resolve_device
 from effml_common.errors import NonFiniteError
 from effml_common.files import atomic_write
 from effml_common.folders import run_folder
 from effml_common.logging import say
+from effml_common.parsing import dump_config
 from effml_common.report import Report, ReportBuilder, Row
 from fis_dit.adapters.apply import apply_fis
 from fis_dit.adapters.clip_files import write_clip

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from effml_common.cli import dump_config
 from effml_common.device import resolve_device
 from effml_common.files import atomic_write
 from effml_common.folders import check_out_folder, run_folder
 from effml_common.logging import say, warn
+from effml_common.parsing import dump_config
 from effml_common.report import Report, ReportBuilder, Row
 from morse_diffusion.adapters.calls import denoiser_of
 from morse_diffusion.adapters.dot import MorseDot

@@ -1,8 +1,8 @@
 """The ``train`` command: a user's images, a teacher's name, a student's name."""
 
-from effml_common.cli import dump_config
 from effml_common.files import atomic_write
 from effml_common.logging import say
+from effml_common.parsing import dump_config
 from effml_common.report import Report, ReportBuilder, Row
 from scalekd.adapters.costs import describe_cost
 from scalekd.config import TrainConfig

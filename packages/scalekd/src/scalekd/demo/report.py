@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from effml_common.cli import dump_config
 from effml_common.device import resolve_device
 from effml_common.files import atomic_write
 from effml_common.folders import run_folder
 from effml_common.logging import RunLog, say
+from effml_common.parsing import dump_config
 from effml_common.report import Report, ReportBuilder
 from scalekd.config import DemoConfig
 from scalekd.demo.data import Images, test_images, training_images

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from effml_common import checkpoint
-from effml_common.cli import dump_config
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.folders import check_same_settings
 from effml_common.logging import RunLog, rank, say
+from effml_common.parsing import dump_config
 from effml_common.stopping import StopSignal
 from sliderquant.adapters.processes import wait_for_all
 from sliderquant.commands._block_writer import block_writer
