@@ -11,7 +11,7 @@ from scalekd_runs import WORDS, make_photos, scalekd
 from scalekd_tiny import CLASSES, STUDENTS, tiny_teacher
 from torch import nn
 
-from effml_common.state import rng_state, set_rng_state
+from effml_common.checkpoint import rng_state, set_rng_state
 from scalekd import ScaleKDTask
 from scalekd.demo.arms import BASELINES, SCALEKD, make_task
 from scalekd.demo.models import build_demo_student, build_demo_teacher

@@ -1,4 +1,4 @@
-"""Checkpoints that survive kill -9, a full disk and flipped bits.
+"""Checkpoints that survive kill -9, a full disk and flipped bits, and continue a run bit for bit.
 
 A checkpoint is a folder ``step-<n>`` of ``model.safetensors``, ``trainer.pt`` (readable with
 ``weights_only=True``), ``config.json`` and ``manifest.json`` with the sha256 of the others. It is
@@ -9,16 +9,19 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import random
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from effml_common.errors import CheckpointError
 from effml_common.files import fsync_path
@@ -119,11 +122,7 @@ def latest(root: str | os.PathLike[str]) -> Checkpoint | None:
 
 
 def verify(path: Path) -> int:
-    """Compare a checkpoint's files with their checksums; returns its step.
-
-    Raises:
-        CheckpointError: If anything differs from what was written.
-    """
+    """The step of a checkpoint; raises CheckpointError if a file is not the one that was written."""
     try:
         raw = (path / _MANIFEST).read_bytes()
         manifest = json.loads(raw)
@@ -140,6 +139,74 @@ def verify(path: Path) -> int:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = one_line(error)
         raise CheckpointError(f"{path} is damaged: {reason}; use an earlier step") from error
+
+
+def training_state(
+    model: nn.Module, optimizer: Any, scheduler: Any = None, **extra: Any
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of a training run, two arguments of ``save``.
+
+    ``extra`` is what else the loop needs: the loader's position, states of other generators.
+    """
+    schedule = None if scheduler is None else scheduler.state_dict()
+    state = {"optimizer": optimizer.state_dict(), "scheduler": schedule, "rng": rng_state()}
+    return model.state_dict(), {**state, "extra": extra}
+
+
+def restore_training_state(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: Any, scheduler: Any = None
+) -> dict[str, Any]:
+    """Put everything back in place that ``training_state`` took; returns its ``extra``.
+
+    Raises:
+        CheckpointError: If the checkpoint belongs to another model, optimizer or kind of run.
+    """
+    try:
+        model.load_state_dict(checkpoint.tensors)
+        optimizer.load_state_dict(checkpoint.state["optimizer"])
+        if scheduler is not None:
+            scheduler.load_state_dict(checkpoint.state["scheduler"])
+        set_rng_state(checkpoint.state["rng"])
+        return checkpoint.state["extra"]
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{checkpoint.path} does not fit this run: {one_line(error)}"
+        remedy = "resume with the settings it was made with, or choose another --out"
+        raise CheckpointError(f"{why}; {remedy}") from error
+
+
+def rng_state() -> dict[str, Any]:
+    """States of the python, numpy (if imported), torch and CUDA generators, as plain data.
+
+    CUDA's belong to it only if this process has used CUDA: a run on the CPU must not wake the cards,
+    and a forked loading process, which may not touch them, has the host's generators alone.
+    """
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {"python": [version, list(words), gauss]}
+    state["torch"] = torch.get_rng_state()
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = [name, keys.tolist(), *rest]
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put the generators back where ``rng_state`` found them; warns if the cards are others."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(state["torch"])
+    if "numpy" in state:
+        import_module("numpy").random.set_state(tuple(state["numpy"]))
+
+    # Cards have their generators only in a process that uses them.
+    saved = state.get("cuda", [])
+    devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    if len(saved) != devices:
+        change = f"saved with {len(saved)} CUDA devices, now {devices}"
+        warn(f"{change}: the run will not repeat exactly")
+    for device, one in zip(range(devices), saved, strict=False):
+        torch.cuda.set_rng_state(one, device)
 
 
 def sweep(root: str | os.PathLike[str]) -> None:

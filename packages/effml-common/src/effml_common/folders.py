@@ -19,12 +19,9 @@ def run_folder(out: str | os.PathLike[str] | None, command: str) -> Path:
 
 
 def check_out_folder(out: Path, results: Sequence[str], *, resume: bool) -> None:
-    """Refuse a folder that holds the result of another run, unless that run is to be resumed.
+    """Raise InputError if ``out`` is a file, or holds results of a run that is not to be resumed.
 
     ``results`` are names inside it that only a run writes, such as "student.safetensors".
-
-    Raises:
-        InputError: If ``out`` is a file, or holds one of ``results`` and ``resume`` is off.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give a folder for --out")
@@ -37,13 +34,10 @@ def check_out_folder(out: Path, results: Sequence[str], *, resume: bool) -> None
 def check_same_settings(
     earlier: Mapping[str, Any], now: Mapping[str, Any], *, place: Path, free: Collection[str] = ()
 ) -> None:
-    """Refuse to resume a run with settings that would have given another result.
+    """Raise CheckpointError if a run is resumed with settings that would have given another result.
 
     ``earlier`` are those stored in ``place``, in JSON types, as which ``now`` is compared with them.
     The result does not depend on those named in ``free``.
-
-    Raises:
-        CheckpointError: If another setting differs; the message has its name and both values.
     """
     now = jsonable(now)
     for name in dict.fromkeys((*now, *earlier)):
@@ -60,10 +54,7 @@ def cache_folder(distribution: str) -> Path:
 
 
 def cache_key(settings: Any, libraries: Sequence[str]) -> str:
-    """Name for a cached result: 16 hex digits that change with what the result depends on.
-
-    That is ``settings``, in JSON types, and the versions of some distributions, ``libraries``.
-    """
+    """Name of a cached result: 16 hex digits of settings, in JSON types, and libraries' versions."""
     versions = {name: version(name) for name in libraries}
     text = json.dumps([settings, versions], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -14,7 +14,6 @@ from effml_common.files import atomic_write
 
 _LINE_SECONDS = 10.0  # without a terminal, a log file should not fill with progress lines
 _quiet = False
-_bar_on_screen = False
 
 
 def rank() -> int:
@@ -70,6 +69,8 @@ class Progress:
     and at the end. A bar that is opened while another is on screen stays silent.
     """
 
+    _bar_on_screen = False  # whichever loop has it
+
     def __init__(self, description: str, total: int, every: int = 1) -> None:
         self._description, self._total, self._every = description, total, max(1, every)
         self._done = self._shown = 0
@@ -77,10 +78,9 @@ class Progress:
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":
-        global _bar_on_screen
         self._start = time.monotonic()
         self._next_line = self._start + _LINE_SECONDS
-        self._speaks = rank() == 0 and not _quiet and not _bar_on_screen
+        self._speaks = rank() == 0 and not _quiet and not self._bar_on_screen
         if self._speaks and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import Progress, TextColumn
@@ -90,7 +90,7 @@ class Progress:
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(self._description, total=self._total, fields="")
             self._bar.start()
-            _bar_on_screen = True
+            type(self)._bar_on_screen = True
         return self
 
     def advance(self, n: int = 1, **fields: Any) -> None:
@@ -103,10 +103,9 @@ class Progress:
             self._line()
 
     def __exit__(self, *_: object) -> None:
-        global _bar_on_screen
         if self._bar is not None:
             self._bar.stop()
-            _bar_on_screen = False
+            type(self)._bar_on_screen = False
         elif self._done > self._shown:
             self._line()
 

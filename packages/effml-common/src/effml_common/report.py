@@ -163,19 +163,17 @@ class ReportBuilder:
         return report
 
 
-def write_report(
-    report: Report, run_dir: str | os.PathLike[str], figures: Sequence[Path] = ()
-) -> Path:
+def write_report(report: Report, run_dir: Path, figures: Sequence[Path] = ()) -> Path:
     """Write ``report.json`` and the self-contained ``report.html`` (rank 0); returns the latter.
 
     Raises:
         OSError: If a figure cannot be read or the folder cannot be written.
     """
-    page = Path(run_dir) / "report.html"
+    page = run_dir / "report.html"
     if rank() == 0:
         document = report.to_json()
         text = json.dumps(document, indent=1, allow_nan=False)
-        atomic_write(Path(run_dir) / "report.json", text + "\n")
+        atomic_write(run_dir / "report.json", text + "\n")
         atomic_write(page, render_html(report.package, [html_section(document, figures)]))
     return page
 

@@ -17,9 +17,9 @@ def check_finite(
 ) -> None:
     """Check a loss and the gradient norm (numbers or scalar tensors) before they are used.
 
-    When torch.distributed is initialised every rank must call this at the same step; then all
-    ranks raise together, whichever of them saw the bad number. The message names the ``term`` of
-    the loss, the ``step`` that is about to be applied and the checkpoint to go back to.
+    With torch.distributed every rank must call this at the same step; then all raise together,
+    whichever saw the bad number. The message names the ``term`` of the loss, the ``step`` that is
+    about to be applied and the checkpoint to go back to.
 
     Raises:
         NonFiniteError: If either is NaN or infinite, on any rank.

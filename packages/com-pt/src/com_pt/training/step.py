@@ -16,7 +16,7 @@ from torch.utils import _pytree
 
 from com_pt.adapters.sharding import gather_shards
 from com_pt.training.stage_model import PROJECTED, StageModel
-from effml_common.state import rng_state, set_rng_state
+from effml_common.checkpoint import rng_state, set_rng_state
 from effml_common.stopping import check_finite
 
 

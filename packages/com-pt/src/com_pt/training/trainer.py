@@ -16,9 +16,9 @@ from com_pt.training.prepare import PreparedStage
 from com_pt.training.schedule import learning_rate
 from com_pt.training.step import train_step
 from effml_common import checkpoint
+from effml_common.checkpoint import restore_training_state, training_state
 from effml_common.errors import NonFiniteError
 from effml_common.logging import RunLog, say, warn
-from effml_common.state import restore_training_state, training_state
 from effml_common.stopping import StopSignal
 
 MOST_SKIPS = 3  # updates in a row that fp16's scaler may leave out

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from effml_common import checkpoint
+from effml_common.checkpoint import restore_training_state, training_state
 from effml_common.errors import ConfigError
 from effml_common.folders import check_same_settings
 from effml_common.logging import RunLog, say, warn
-from effml_common.state import restore_training_state, training_state
 from effml_common.stopping import StopSignal, check_finite
 from morse_diffusion.method.jumps import Process
 from morse_diffusion.method.objective import (

@@ -15,10 +15,10 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from effml_common import checkpoint
+from effml_common.checkpoint import restore_training_state, set_rng_state, training_state
 from effml_common.errors import ConfigError
 from effml_common.folders import check_same_settings
 from effml_common.logging import RunLog, say, warn
-from effml_common.state import restore_training_state, set_rng_state, training_state
 from effml_common.stopping import StopSignal, check_finite
 from scalekd.adapters.task import TERM_NAMES, ScaleKDTask
 from scalekd.adapters.teacher import TeacherOut

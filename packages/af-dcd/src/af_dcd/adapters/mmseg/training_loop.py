@@ -12,10 +12,10 @@ from mmengine.registry import LOOPS
 from mmengine.runner import IterBasedTrainLoop
 
 from effml_common import checkpoint
+from effml_common.checkpoint import rng_state, set_rng_state
 from effml_common.errors import CheckpointError
 from effml_common.logging import RunLog, say, warn
 from effml_common.parsing import one_line
-from effml_common.state import rng_state, set_rng_state
 from effml_common.stopping import StopSignal
 
 
