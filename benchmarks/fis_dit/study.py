@@ -24,7 +24,7 @@ from rich.table import Table
 
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
-from effml_common.logging import progress, warn
+from effml_common.logging import Progress, warn
 from effml_common.parsing import parse, setting
 from effml_common.report import resolve
 from fis_dit.adapters.apply import apply_fis
@@ -261,7 +261,7 @@ def measure_missing(
     # All arms start from the same noise.
     judge, (noise, prompt) = Judge(data), draw_noise(data, config.clips, seed)
     dense = run_arm(model, arms[0], noise, prompt, batch=config.clips)
-    with progress(key, len(missing)) as bar:
+    with Progress(key, len(missing)) as bar:
         for arm in missing:
             run = (
                 dense

@@ -82,7 +82,7 @@ from benchmarks.sliderquant.peers_models import Material, prepare, read_material
 from benchmarks.sliderquant.peers_report import write
 from effml_common.errors import ConfigError, InputError
 from effml_common.files import atomic_write
-from effml_common.logging import progress, say, set_quiet
+from effml_common.logging import Progress, say, set_quiet
 from effml_common.parsing import COMMON_FLAGS, one_line, parse
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
@@ -120,7 +120,7 @@ def run(config: PeersConfig) -> None:
             if call_apart(prepare, path, family, config, path):
                 raise InputError(f"{family} could not be made; see the end of {log}")
 
-    with progress("cells", len(families) + count_of(config)) as bar:
+    with Progress("cells", len(families) + count_of(config)) as bar:
         for cell in itertools.chain(map(full_cell, families), cells):
             run_cell(config, cell)
             bar.advance()

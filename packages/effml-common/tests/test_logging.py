@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from effml_common import logging
-from effml_common.logging import Progress, RunLog, jsonable, progress, rank, say, set_quiet, warn
+from effml_common.logging import Progress, RunLog, jsonable, rank, say, set_quiet, warn
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def test_quiet_silences_words_and_progress_but_no_warning(capsys) -> None:
     set_quiet(True)
     say("hello")
     warn("careful")
-    with progress("work", 1) as bar:
+    with Progress("work", 1) as bar:
         bar.advance()
     assert capsys.readouterr() == ("", "warning: careful\n")
 
@@ -155,10 +155,10 @@ def test_lines_fall_on_multiples_of_the_interval(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_loop_that_ends_early_says_how_far_it_came(capsys) -> None:
-    with contextlib.suppress(RuntimeError), progress("work", 10) as bar:
+    with contextlib.suppress(RuntimeError), Progress("work", 10) as bar:
         bar.advance(3)
         raise RuntimeError
-    with progress("nothing", 0):
+    with Progress("nothing", 0):
         pass
     assert capsys.readouterr().err.startswith("work: 3/10 (30 %)")
 
@@ -179,8 +179,8 @@ def test_on_a_terminal_a_bar_with_the_fields_is_drawn(monkeypatch: pytest.Monkey
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setenv("COLUMNS", "120")
         monkeypatch.setattr(sys, "stderr", terminal)
-        with progress("training", 2) as bar:
-            with progress("inner", 1) as inner:
+        with Progress("training", 2) as bar:
+            with Progress("inner", 1) as inner:
                 inner.advance()
             bar.advance(loss=0.5)
             bar.advance(loss=0.25)

@@ -6,7 +6,6 @@ written as ``.tmp-<n>-<pid>`` and renamed when complete: its name exists only if
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import random
@@ -15,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +238,7 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Any, c
         raise CheckpointError(f"{why}; {remedy}") from error
 
     # The manifest is written last, of files that are complete.
-    libraries = {name: importlib.metadata.version(name) for name in ("torch", "safetensors")}
+    libraries = {name: metadata.version(name) for name in ("torch", "safetensors")}
     files = {name: _fingerprint(folder / name) for name in _FILES}
     manifest = {"format": FORMAT, "step": step, "files": files, "libraries": libraries}
     (folder / _MANIFEST).write_bytes(_manifest_bytes(manifest))

@@ -2,8 +2,6 @@
 
 import contextlib
 import errno
-import importlib
-import importlib.metadata
 import io
 import json
 import os
@@ -12,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module, metadata
 from typing import Any
 
 from effml_common.errors import ConfigError, InputError, NonFiniteError
@@ -61,7 +60,7 @@ def main(
         if rest[:1] in (["-h"], ["--help"]):
             print(_overview(prog, commands), flush=True)
         elif rest[:1] == ["--version"]:
-            print(f"{prog} {importlib.metadata.version(distribution)}", flush=True)
+            print(f"{prog} {metadata.version(distribution)}", flush=True)
         else:
             return _run(_find(prog, commands, rest), prog, rest[1:], "--json" in flags)
         return 0
@@ -129,4 +128,4 @@ def _overview(prog: str, commands: Sequence[Command]) -> str:
 
 def _resolve(address: str) -> Any:
     module, _, name = address.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(import_module(module), name)

@@ -119,9 +119,6 @@ class Progress:
             say(f"{self._description}: {share}{fields}, {elapsed:.0f} s elapsed, {left:.0f} s left")
 
 
-progress = Progress  # of a loop that belongs to no run folder
-
-
 class RunLog:
     """Context that writes one JSON object per logged step to ``metrics.jsonl``.
 

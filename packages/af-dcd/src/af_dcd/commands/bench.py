@@ -15,7 +15,7 @@ from af_dcd.method.presets import PRESETS, replace_settings
 from effml_common.device import resolve_device, synchronize
 from effml_common.errors import ConfigError, InputError
 from effml_common.folders import run_folder
-from effml_common.logging import progress, say
+from effml_common.logging import Progress, say
 from effml_common.report import Report, ReportBuilder, Row
 
 FORMS = ("chunked", "naive")  # of the contrast
@@ -92,7 +92,7 @@ def time_in_turns(
             time_run(run, device)
 
     seconds: dict[str, list[float]] = {name: [] for name in workloads}
-    with progress("timing", repeats * len(workloads)) as bar:
+    with Progress("timing", repeats * len(workloads)) as bar:
         for turn in range(repeats):
             for name, run in workloads.items():
                 # Minutes at the paper's width on a CPU: once tells enough there.

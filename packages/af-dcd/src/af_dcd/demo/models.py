@@ -13,7 +13,7 @@ from af_dcd.demo.data import CLASSES, IGNORED, Scenes, draw_scenes
 from af_dcd.method.metrics import Scores
 from effml_common.files import atomic_write
 from effml_common.folders import cache_folder, cache_key
-from effml_common.logging import progress, say
+from effml_common.logging import Progress, say
 from effml_common.stopping import check_finite
 
 SCENE_SEEDS = {"teacher": 1, "students": 2, "development": 3, "test": 4}  # of disjoint sets
@@ -127,7 +127,7 @@ def train_teacher(model: Segmenter, scenes: Scenes, steps: int) -> None:
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=TEACHER_RATE, weight_decay=1e-4)
     crop_generator = torch.Generator().manual_seed(0)
-    with progress("teacher", steps) as bar:
+    with Progress("teacher", steps) as bar:
         for step in range(steps):
             # Forward and backward on fresh crops.
             set_rate(optimizer, TEACHER_RATE, step, steps)

@@ -12,7 +12,7 @@ from af_dcd.demo.data import Scenes
 from af_dcd.demo.models import CROP_PIXELS, Segmenter, score_segmenter, set_rate, task_loss
 from af_dcd.method.distillation import kd_term
 from effml_common.device import synchronize
-from effml_common.logging import progress
+from effml_common.logging import Progress
 from effml_common.stopping import check_finite
 
 
@@ -110,7 +110,7 @@ def run_training(training: Training, tests: Scenes) -> ArmResult:
     """
     # Train, with the clock on this alone.
     started = time.perf_counter()
-    with progress(training.arm.name, training.steps) as bar:
+    with Progress(training.arm.name, training.steps) as bar:
         for _ in range(training.steps):
             terms = training.step()
             bar.advance(1, loss=sum(terms.values()))

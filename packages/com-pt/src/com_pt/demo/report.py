@@ -15,7 +15,7 @@ from com_pt.demo.data import DigitPairs
 from com_pt.demo.models import MEMBERS
 from effml_common.device import device_name, resolve_device
 from effml_common.folders import cache_folder, cache_key, run_folder
-from effml_common.logging import progress, say
+from effml_common.logging import Progress, say
 from effml_common.report import Report, ReportBuilder, Row
 
 ARMS_SHOWN = ("scratch", "feature only", "embed", "embed + feature", "lossless + feature")
@@ -50,7 +50,7 @@ def demo(config: DemoConfig) -> Report:
     # Train every member in every way, seed by seed.
     seeds = list(range(1, config.seeds + 1))
     cells: list[Cell] = []
-    with progress("demo", len(seeds) * (len(MEMBERS) + 2 * len(ARMS_SHOWN))) as bar:
+    with Progress("demo", len(seeds) * (len(MEMBERS) + 2 * len(ARMS_SHOWN))) as bar:
         for seed in seeds:
             for cell in train_seed(setup, config.steps, seed, out, device):
                 cells.append(cell)

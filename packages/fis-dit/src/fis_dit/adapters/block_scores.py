@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from effml_common.logging import progress
+from effml_common.logging import Progress
 from fis_dit.adapters.apply import apply_fis
 from fis_dit.adapters.attach import blocks_of
 from fis_dit.adapters.hooks import BlockHook
@@ -78,7 +78,7 @@ def score_blocks(
 def _score_by_output(transformer: Any, run: Run, config: FISConfig, depth: int) -> list[float]:
     """Measure the error of the output with one block sparse at a time."""
     dense, scores = run(), []
-    with progress("calibrating blocks", depth) as bar:
+    with Progress("calibrating blocks", depth) as bar:
         for number in range(depth):
             with apply_fis(transformer, replace(config, blocks=(number,))):
                 scores.append(relative_l2(run(), dense))

@@ -11,7 +11,7 @@ import torch
 from effml_common.device import resolve_device, synchronize
 from effml_common.errors import InputError
 from effml_common.folders import run_folder
-from effml_common.logging import progress, say
+from effml_common.logging import Progress, say
 from effml_common.report import Report, ReportBuilder, Row
 from fis_dit.adapters.apply import apply_fis
 from fis_dit.adapters.random_models import (
@@ -124,7 +124,7 @@ def _time_forwards(
     """Time every forward; settings take turns, so that a busy machine hits all alike."""
     timings = {name: Timings() for name in settings}
     memory = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
-    with progress("timing", len(settings) * (config.repeats + config.warmup)) as bar:
+    with Progress("timing", len(settings) * (config.repeats + config.warmup)) as bar:
         for repeat in range(config.warmup + config.repeats):
             for name, setting in settings.items():
                 # One forward, and its own peak of memory.

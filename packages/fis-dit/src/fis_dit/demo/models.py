@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effml_common.errors import InputError
-from effml_common.logging import progress, say
+from effml_common.logging import Progress, say
 from effml_common.stopping import check_finite
 from fis_dit.demo.data import CLIP_SETS, FRAMES, TEXT_WIDTH, draw_clips, encode_labels
 
@@ -146,7 +146,7 @@ def train_teacher(name: str, batch: int = 12, seed: int = 0) -> nn.Module:
     optimizer, schedule = _make_optimizer(model, steps, 2e-3)
     generator = torch.Generator().manual_seed(seed)
 
-    with progress(f"{name}: teacher", steps) as bar:
+    with Progress(f"{name}: teacher", steps) as bar:
         for step in range(steps):
             # Clips, noise, and the level at which they are mixed.
             rows = torch.randint(len(clips), (batch,), generator=generator)
@@ -184,7 +184,7 @@ def follow_teacher(teacher: nn.Module, name: str, count: int, seed: int) -> tupl
 
     # The teacher takes eight steps between two of these levels.
     parts: list[Tensor] = []
-    with progress(f"{name}: teacher paths", count) as bar:
+    with Progress(f"{name}: teacher paths", count) as bar:
         for rows in torch.arange(count).split(64):
             x = torch.randn(len(rows), 1, FRAMES, spec.size, spec.size, generator=generator)
             points = [x]
@@ -217,7 +217,7 @@ def distil(teacher: nn.Module, name: str, batch: int = 16) -> nn.Module:
     student.load_state_dict(teacher.state_dict())
     optimizer, schedule = _make_optimizer(student, steps, 1e-3)
     generator = torch.Generator().manual_seed(2)
-    with progress(f"{name}: student", steps) as bar:
+    with Progress(f"{name}: student", steps) as bar:
         for step in range(steps):
             rows = torch.randint(count, (batch,), generator=generator)
             segment = torch.randint(STUDENT_STEPS, (batch,), generator=generator)
@@ -241,7 +241,7 @@ def train_classifier(name: str, steps: int = 400, batch: int = 32) -> nn.Module:
     clips, labels, speeds = draw_clips(name, 4096, seed=3)
     optimizer, schedule = _make_optimizer(model, steps, 3e-3)
     generator = torch.Generator().manual_seed(3)
-    with progress(f"{name}: classifier", steps) as bar:
+    with Progress(f"{name}: classifier", steps) as bar:
         for step in range(steps):
             rows = torch.randint(len(clips), (batch,), generator=generator)
             out = model(clips[rows])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from effml_common.device import resolve_device
 from effml_common.folders import run_folder
-from effml_common.logging import RunLog, progress, say
+from effml_common.logging import Progress, RunLog, say
 from effml_common.report import Claim, Report, ReportBuilder, Row
 from fis_dit.config import DemoConfig
 from fis_dit.demo.arms import Comparison, average, compare, make_arms, measure_magnitude_ratios
@@ -44,7 +44,7 @@ def demo(config: DemoConfig) -> Report:
     arms, seeds = make_arms(ratios), list(range(1, config.seeds + 1))
 
     # Run.
-    with RunLog(run_dir) as log, progress("arms", len(arms) * len(seeds)) as bar:
+    with RunLog(run_dir) as log, Progress("arms", len(arms) * len(seeds)) as bar:
 
         def record(seed: int, arm: str, metrics: dict[str, float]) -> None:
             log.log(seed, {"arm": arm, **metrics})

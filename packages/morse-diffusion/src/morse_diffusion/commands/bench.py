@@ -8,7 +8,7 @@ import torch
 from effml_common.device import resolve_device
 from effml_common.errors import InputError
 from effml_common.folders import run_folder
-from effml_common.logging import progress, say, warn
+from effml_common.logging import Progress, say, warn
 from effml_common.report import Report, ReportBuilder
 from morse_diffusion.adapters.calls import denoiser_of
 from morse_diffusion.adapters.dot import MorseDot
@@ -153,7 +153,7 @@ def measure_methods(
 
     # Cell by cell; the times of a step are those that were measured before.
     table: Table = {}
-    with progress("sampling", len(methods) * len(config.budgets) * config.seeds) as bar:
+    with Progress("sampling", len(methods) * len(config.budgets) * config.seeds) as bar:
         for budget in config.budgets:
             for method in methods:
                 plan = affordable_plan(method, budget, inputs.times)

@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from effml_common.folders import cache_folder, cache_key
-from effml_common.logging import progress, say
+from effml_common.logging import Progress, say
 from effml_common.stopping import check_finite
 from morse_diffusion.adapters.dot import MorseDot
 from morse_diffusion.adapters.estimate import GuidedDash
@@ -158,7 +158,7 @@ def train_dash(config: DashConfig, device: torch.device = CPU) -> UNet2DModel:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.dash_lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(config.dash_seed)
 
-    with progress(f"training the Dash on {config.data}", config.dash_steps) as bar:
+    with Progress(f"training the Dash on {config.data}", config.dash_steps) as bar:
         for step in range(config.dash_steps):
             # One update, with a short warm-up and a cosine.
             rate = 0.5 * (1 + math.cos(math.pi * step / config.dash_steps))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
-from effml_common.logging import progress
+from effml_common.logging import Progress
 from morse_diffusion.adapters.images import ImageFolder, read_image_folder
 from morse_diffusion.adapters.pixels import RGB, PixelPipeline, sample_sides
 from morse_diffusion.errors import UnsupportedDenoiserError
@@ -137,7 +137,7 @@ def _encode_images(pipe: Any, images: Tensor, cache: Path | None) -> Tensor:
     # The mean of each image's latent distribution, in the scale that the denoiser sees.
     parts = []
     vae = pipe.vae.eval()
-    with progress("encoding images", len(images)) as bar:
+    with Progress("encoding images", len(images)) as bar:
         for part in images.split(IMAGES_PER_ENCODING):
             mean = vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean
             parts.append((mean * vae.config.scaling_factor).float().cpu())

@@ -13,7 +13,7 @@ from torch import Tensor
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.folders import run_folder
-from effml_common.logging import progress, say, warn
+from effml_common.logging import Progress, say, warn
 from scalekd.adapters.task import ScaleKDTask
 from scalekd.config import CacheConfig
 from scalekd.training.cache import MANIFEST, identify, pack_teacher_out
@@ -101,7 +101,7 @@ def _write_views(
     )
 
     hashes = {}
-    with progress("caching", config.views * len(batches)) as bar:
+    with Progress("caching", config.views * len(batches)) as bar:
         for view in range(config.views):
             # Each view has crops of its own, which depend on the seed, the view and the image.
             images.view = view

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from effml_common.errors import InputError
 from effml_common.folders import cache_folder, cache_key
-from effml_common.logging import progress, say
+from effml_common.logging import Progress, say
 from effml_common.stopping import check_finite
 from scalekd.demo.arms import device_of, make_task
 from scalekd.demo.data import CLASSES, DIGIT_CLASSES, Data, Images, shift_images, teacher_batch
@@ -151,7 +151,7 @@ def train_teacher(model: nn.Module, *, steps: int, batch: int, data: Data) -> No
     device = device_of(model)
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=TEACHER_RATE, weight_decay=0.05)
-    with progress("training the teacher", steps) as bar:
+    with Progress("training the teacher", steps) as bar:
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = TEACHER_RATE * warm_cosine(step, steps)
             x, y = teacher_batch(batch, generator, data)

@@ -6,7 +6,7 @@ import torch
 from timm.task import ClassificationEvaluator
 from torch import nn
 
-from effml_common.logging import progress
+from effml_common.logging import Progress
 from scalekd.adapters.pixels import normalisation
 from scalekd.config import DataConfig
 from scalekd.training.data import CheckedImages, open_dataset
@@ -56,7 +56,7 @@ def measure_accuracy(
     # One pass over the split.
     evaluator = ClassificationEvaluator(device=device)
     student = student.to(device).eval()
-    with progress("evaluating", len(loader)) as bar:
+    with Progress("evaluating", len(loader)) as bar:
         for batch in loader:
             x, y, *_ = (part.to(device, non_blocking=True) for part in batch)
             evaluator.update(student(x), y)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from effml_common.errors import InputError
-from effml_common.logging import progress
+from effml_common.logging import Progress
 from sliderquant.adapters.families import (
     DOWN_EXPERTS,
     GATE_UP_EXPERTS,
@@ -222,7 +222,7 @@ class CheckpointParameters:
             InputError: Naming a weight that holds NaN or infinity.
         """
         names = list(self._files)
-        with progress("checking weights", len(names)) as bar:
+        with Progress("checking weights", len(names)) as bar:
             for name in names:
                 # A sum needs no copy of the weight, and one bad entry makes it bad.
                 if not torch.isfinite(self._read([name])[name].sum()):

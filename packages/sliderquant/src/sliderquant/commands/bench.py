@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from effml_common.device import resolve_device, synchronize
 from effml_common.folders import run_folder
-from effml_common.logging import progress
+from effml_common.logging import Progress
 from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.native import load
 from sliderquant.config import BenchConfig
@@ -62,7 +62,7 @@ def bench(config: BenchConfig) -> Report:
 
     # They take turns, so that a busy machine slows both.
     speeds: dict[str, list[Speed]] = {name: [] for name in models}
-    with progress("timing", 2 * (config.repeats + 1)) as bar:
+    with Progress("timing", 2 * (config.repeats + 1)) as bar:
         for turn in range(config.repeats + 1):
             for name, model in models.items():
                 speed = measure(model, prompt.to(device), config.tokens)

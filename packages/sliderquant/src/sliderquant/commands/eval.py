@@ -7,7 +7,7 @@ from torch import Tensor
 
 from effml_common.device import resolve_device
 from effml_common.folders import run_folder
-from effml_common.logging import Progress, progress
+from effml_common.logging import Progress
 from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.files import LoadedModel
 from sliderquant.adapters.harness import read_tasks, run_tasks
@@ -41,7 +41,7 @@ def text_perplexity(
     """
     stream = read_tokens([path], loaded.tokenizer)
     batches = list(chunks(stream, seqlen or default_seqlen(loaded.context), batch_size))
-    with progress(f"perplexity on {Path(path).name}", len(batches)) as bar:
+    with Progress(f"perplexity on {Path(path).name}", len(batches)) as bar:
         return perplexity(model_logits(loaded.model), advance_over(batches, bar))
 
 

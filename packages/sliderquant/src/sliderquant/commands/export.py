@@ -13,7 +13,7 @@ from torch import Tensor
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.folders import run_folder
-from effml_common.logging import progress, say
+from effml_common.logging import Progress, say
 from sliderquant.adapters.files import weight_files
 from sliderquant.adapters.formats import NATIVE_TYPE, check_expressible
 from sliderquant.adapters.model_writer import ModelWriter
@@ -86,7 +86,7 @@ def export(config: ExportConfig) -> ExportResult:
         identity=json.dumps(raw, sort_keys=True),
     )
     layers = _layers(source)
-    with progress(f"exporting to {config.format}", len(layers)) as bar:
+    with Progress(f"exporting to {config.format}", len(layers)) as bar:
         for batch in _batches(layers, formats):
             writer.write(batch)
             bar.advance(len(batch))

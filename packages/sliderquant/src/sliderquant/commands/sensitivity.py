@@ -17,7 +17,7 @@ from torch import Tensor
 from effml_common.device import resolve_device
 from effml_common.errors import NonFiniteError
 from effml_common.folders import run_folder
-from effml_common.logging import progress, say
+from effml_common.logging import Progress, say
 from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.model_folder import open_model
@@ -144,7 +144,7 @@ def measure(
     rounded_so_far = exact.clone()
     branches: dict[str, Float[Tensor, "n t h"]] = {}
     steps = decoder.depth * (decoder.depth + 1) // 2
-    with progress("sensitivity", steps) as bar:
+    with Progress("sensitivity", steps) as bar:
         for block in range(decoder.depth):
             decoder.hold([block])
             tensors = decoder.tensors(block)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effml_common.logging import progress
+from effml_common.logging import Progress
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.simulation import (
     BlockWeights,
@@ -104,7 +104,7 @@ def calibrated_weights(
     """Calibrate one arm from scratch and return the simulated weights; the model stays as it is."""
     learnables = fresh_learnables(decoder, config, torch.float32)
     plan = make_plan(config, None, decoder.depth)
-    with progress(description, plan.updates or decoder.depth) as bar:
+    with Progress(description, plan.updates or decoder.depth) as bar:
         calibrate(
             decoder,
             samples,

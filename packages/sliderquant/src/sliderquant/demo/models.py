@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from effml_common.folders import cache_folder, cache_key
-from effml_common.logging import progress, say
+from effml_common.logging import Progress, say
 from effml_common.stopping import check_finite
 from sliderquant.config import DemoModelConfig
 from sliderquant.demo.data import Corpus
@@ -133,7 +133,7 @@ def train_language_model_(
     # Random crops of the stream.
     generator = torch.Generator().manual_seed(config.model_seed)
     offsets = torch.arange(config.context)
-    with progress("training the demo model", config.train_steps) as bar:
+    with Progress("training the demo model", config.train_steps) as bar:
         for step in range(config.train_steps):
             starts = torch.randint(
                 len(tokens) - config.context, (config.train_batch, 1), generator=generator
