@@ -170,7 +170,7 @@ def fake_decoder(fake_card):
     return make
 
 
-TEXT = "".join(chr(33 + (i * i + i // 7) % 90) for i in range(3000))
+TEXT = "".join(chr(33 + (i * i + i // 7) % 90) for i in range(1500))
 
 
 @pytest.fixture

@@ -18,7 +18,10 @@ from fis_dit.demo.data import CLIP_SETS, draw_noise
 from fis_dit.demo.models import load_model, noise_levels
 from fis_dit.method.metrics import relative_l2
 
-each_data = pytest.mark.parametrize("data", CLIP_SETS)
+SHAPES, *OTHERS = CLIP_SETS
+each_data = pytest.mark.parametrize(
+    "data", [SHAPES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 
 
 def test_every_rival_leaves_the_model_as_it_was() -> None:
