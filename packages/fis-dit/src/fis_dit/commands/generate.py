@@ -39,6 +39,7 @@ def generate(config: GenerateConfig) -> Report:
     builder = ReportBuilder("fis-dit", ("diffusers", "transformers"))
     device = resolve_device(config.device)
     setting = read_setting(config.plan, config.preset, config.num_inference_steps)
+    made_with = {"config.yaml": dump_config(config), "plan.json": setting.to_json()}
     pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.lora)
 
     # Run.
@@ -46,7 +47,7 @@ def generate(config: GenerateConfig) -> Report:
 
     # Write.
     out = run_folder(config.out, "generate")
-    files = _write_clips(out, config, setting, clips)
+    files = _write_clips(out, config, clips, made_with)
     report = builder.write(
         out / "run",
         _make_rows(setting, clips),
@@ -91,15 +92,15 @@ def _make_clips(
 
 
 def _write_clips(
-    out: Path, config: GenerateConfig, setting: FISConfig, clips: Mapping[str, TimedClip]
+    out: Path, config: GenerateConfig, clips: Mapping[str, TimedClip], made_with: Mapping[str, str]
 ) -> list[str]:
     """Write the clips, and what they were made with; return the clips' file names."""
     (out / "run").mkdir(parents=True, exist_ok=True)
     files = {name: f"{name}.{config.format}" for name in clips}
     for name, clip in clips.items():
         write_clip(clip.frames, out / files[name], config.fps)
-    atomic_write(out / "run" / "config.yaml", dump_config(config))
-    atomic_write(out / "run" / "plan.json", setting.to_json())
+    for name, text in made_with.items():
+        atomic_write(out / "run" / name, text)
     return list(files.values())
 
 
