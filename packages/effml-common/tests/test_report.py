@@ -51,6 +51,11 @@ def test_t_quantile_matches_the_tables(df, value) -> None:
     assert t_quantile(df) == pytest.approx(value, abs=6e-5)
 
 
+def test_t_quantile_is_exact_where_it_has_a_closed_form() -> None:
+    assert t_quantile(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-12)
+    assert t_quantile(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-12)
+
+
 def test_claim_is_resolved_by_the_paired_t_interval() -> None:
     gaps = [1.0, 1.2, 0.9]
     mean, stderr, verdict = resolve(gaps)

@@ -89,7 +89,7 @@ def dump_config(config: Any) -> str:
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
     Dumper.add_representer(str, quoted)
-    # YAML names neither tuples nor paths; JSON makes lists of the first, and strings here.
+    # YAML has no tuples and no paths: by way of JSON they become lists and strings.
     plain = json.loads(json.dumps(asdict(config), default=os.fspath))
     return yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
