@@ -41,7 +41,7 @@ def waits(images: int) -> dict[str, Any]:
         "cross_entropy_loss.py:cross_entropy": 0,
         "segmentors.py:_check_labels": 0,
         "segmentors.py:parse_losses": 1.0,
-        "finite.py:check_finite": 1.0,
+        "stopping.py:check_finite": 1.0,
     }
 
 

@@ -25,7 +25,7 @@ from com_pt.training.tasks.base import Task
 from com_pt.training.tasks.causal_lm import CausalLMTask
 from com_pt.training.tasks.clip import ClipTask
 
-WAITS = {"finite.py:check_finite": 1.0, "cuda.py:update": 1.0}
+WAITS = {"stopping.py:check_finite": 1.0, "cuda.py:update": 1.0}
 VOCABULARY = 49408
 
 

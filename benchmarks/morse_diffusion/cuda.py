@@ -271,7 +271,7 @@ def without_gradients(step: Step) -> Step:
 # What the host reads of each call: its time, and whether all values are finite.
 READS = {"hook.py:_check_finite": True}
 DASH_READS, DOT_READS = (READS | {"hook.py:_locate": t} for t in TIMES)
-UPDATE_READS = {"finite.py:check_finite": 1.0, "trainer.py:update_dot": 1.0}
+UPDATE_READS = {"stopping.py:check_finite": 1.0, "trainer.py:update_dot": 1.0}
 SD15_MODEL, SDXL_MODEL = Model(SD15), Model(SDXL)
 
 PATHS = [

@@ -29,7 +29,7 @@ CLASSES, KEPT_LOGITS = 1000, 100
 RECIPE = replace(load_recipe("traditional"), lr=1e-5)
 
 # Waits of an update as it is today: is each term finite, is the sum, is the norm.
-WAITS = {"trainer.py:training_step": True, "finite.py:check_finite": 1.0}
+WAITS = {"trainer.py:training_step": True, "stopping.py:check_finite": 1.0}
 
 
 class Pair(nn.Module):

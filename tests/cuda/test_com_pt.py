@@ -16,7 +16,7 @@ STEPS = [
 ONE = [path.name for path in STEPS if "1 micro" in path.name]  # the steps of PATHS have one
 
 
-@pytest.mark.parametrize("path", each(PATHS, slow=["CLIP step"]))
+@pytest.mark.parametrize("path", each(PATHS, slow=["CLIP step", "Llama step"]))
 def test_a_path_costs_what_was_committed_and_copies_nothing(path: HotPath) -> None:
     cost = assert_within_budget("com_pt", path)
     assert not cost["copies"]
@@ -27,4 +27,4 @@ def test_a_training_step_stays_on_its_device(path: HotPath) -> None:
     cost = count(path, tiny=True)
     assert not cost["copies"]
     # One wait for each of two loss terms, their sum and the gradients; one for the progress line.
-    assert cost["waits"] == {"finite.py:check_finite": 4, "cuda.py:update": 1}
+    assert cost["waits"] == {"stopping.py:check_finite": 4, "cuda.py:update": 1}

@@ -38,7 +38,7 @@ def test_a_training_step_stays_on_its_device() -> None:
     step = BY_NAME["train-dot step, SD 1.5, batch 8"]
     cost = count(replace(step, fake="gpu:0"), tiny=True)
     assert not cost["copies"]
-    assert cost["waits"] == {"finite.py:check_finite": 2, "trainer.py:update_dot": 1}
+    assert cost["waits"] == {"stopping.py:check_finite": 2, "trainer.py:update_dot": 1}
 
 
 def test_the_parts_of_a_training_step_are_its_budget() -> None:
