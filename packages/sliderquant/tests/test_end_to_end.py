@@ -52,7 +52,7 @@ def test_reloaded_model_equals_the_simulated_one(family, save) -> None:
     assert simulated(report) != pytest.approx(simulated(report, 0), rel=1e-3)
 
 
-@pytest.mark.parametrize("rotate", ["none", "r2"])
+@pytest.mark.parametrize("rotate", ["none", pytest.param("r2", marks=pytest.mark.slow)])
 def test_compensated_rounding_is_stored_as_it_was_decided(rotate, family, save) -> None:
     directory = save(family)
     changes = {"wbits": 2, "sym": False, "method": "compensated", "rotate": rotate}

@@ -59,6 +59,7 @@ def _hf_tokenizer(folder: Path) -> Path | None:
     return folder
 
 
+@pytest.mark.slow
 def test_a_signal_stops_after_a_clean_save_and_the_run_goes_on(pictures, tmp_path) -> None:
     document = clip_chain(pictures, 32, epochs=400)
     (tmp_path / "chain.yaml").write_text(yaml.safe_dump(document))

@@ -101,7 +101,8 @@ class Stop(StopSignal):
         return self._signum is not None
 
 
-@pytest.mark.parametrize("after", [2, 3])  # within an epoch, at its end
+# Within an epoch, at its end.
+@pytest.mark.parametrize("after", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_interrupted_run_resumes_to_the_same_bits(after, photos, tmp_path, monkeypatch) -> None:
     words = ["--ema", "0.9", "--drop-path", "0.2", "--grad-accum", "2", "--recipe", "adv-vit"]
     words = ["train", "--data-dir", photos, *WORDS, *words]

@@ -84,7 +84,10 @@ def run_two(work) -> None:
     assert [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children] == [0, 0]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [pytest.param(torch.float32, 1e-5, marks=pytest.mark.slow), (torch.float64, 1e-6)],
+)
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_two_processes_learn_what_one_learns(
     name, dtype, tolerance, tiny, tokens, tmp_path

@@ -20,7 +20,7 @@ from sliderquant.method.quantizer import WeightFormat, quantize_weight
 
 device = sys.argv[1]
 results = []
-for bits in (2, 4, 8):
+for bits in map(int, sys.argv[2].split(",")):
     for sym in (True, False):
         for rows, out, columns, group in ((1, 20, 96, 32), (2, 7, 100, None), (0, 4, 32, 16)):
             for dtype in (torch.float32, torch.float16 if device == "cpu" else torch.bfloat16):
@@ -56,9 +56,9 @@ print(json.dumps(results))
 """
 
 
-def check(device: str, **environment: str) -> list:
+def check(device: str, bits: str, **environment: str) -> list:
     done = subprocess.run(
-        [sys.executable, "-c", CHECK, device],
+        [sys.executable, "-c", CHECK, device, bits],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
@@ -67,8 +67,8 @@ def check(device: str, **environment: str) -> list:
     return json.loads(done.stdout)
 
 
-def assert_as_good_as_plain(results) -> None:
-    assert len(results) == 36
+def assert_as_good_as_plain(results, bits: str) -> None:
+    assert len(results) == 12 * len(bits.split(","))
     for dtype, shape, error, plain in results:
         assert shape
         # Half a unit in the last place of the result's type is unavoidable.
@@ -76,9 +76,10 @@ def assert_as_good_as_plain(results) -> None:
         assert error <= max(2 * plain, floor), (dtype, error, plain)
 
 
-def test_the_kernel_is_as_near_to_float64_as_the_plain_function() -> None:
+@pytest.mark.parametrize("bits", ["4", pytest.param("2,8", marks=pytest.mark.slow)])
+def test_the_kernel_is_as_near_to_float64_as_the_plain_function(bits: str) -> None:
     # In float16 and not bfloat16, which the interpreter cuts off instead of rounding.
-    assert_as_good_as_plain(check("cpu", TRITON_INTERPRET="1"))
+    assert_as_good_as_plain(check("cpu", bits, TRITON_INTERPRET="1"), bits)
 
 
 def test_fake_tensors_see_one_operation_of_a_known_shape(fake_card) -> None:
@@ -91,4 +92,4 @@ def test_fake_tensors_see_one_operation_of_a_known_shape(fake_card) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_kernel_is_as_near_to_float64_on_a_gpu() -> None:
-    assert_as_good_as_plain(check("cuda"))
+    assert_as_good_as_plain(check("cuda", "2,4,8"), "2,4,8")

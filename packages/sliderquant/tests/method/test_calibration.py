@@ -200,6 +200,7 @@ def test_calibration_leaves_the_model_untouched(decoder, loaded, samples, model_
     assert not any(block._forward_pre_hooks for block in decoder.blocks)
 
 
+@pytest.mark.slow
 def test_continuing_after_any_window_gives_the_same_bits(decoder, samples) -> None:
     config = settings(epochs=2)
     windows = make_windows(decoder.depth, config)
