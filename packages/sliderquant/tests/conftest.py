@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ from sliderquant.adapters.streaming import empty_model
 from sliderquant.config import DemoModelConfig
 from sliderquant.demo.data import library_corpus
 from sliderquant.demo.models import demo_model
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside this file
 
 VOCABULARY = 96
 _SIZES = {

@@ -4,117 +4,59 @@ import contextlib
 import io
 import json
 import os
-import socket
-import warnings
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from sliderquant_processes import calibrate_folder
 from torch import distributed
 
 from effml_common.cli import main
 from effml_common.errors import InputError
-from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.processes import device_with_float64, process_group
-from sliderquant.adapters.simulation import fresh_learnables
 from sliderquant.cli import COMMANDS
-from sliderquant.config import SliderConfig
-from sliderquant.method.calibration import calibrate
 
-WINDOWS = [[0, 1], [1, 2]]
+SCRIPT = Path(__file__).parents[1] / "sliderquant_processes.py"
 
 
-def calibrated(model, tokens, out, **changes) -> None:
-    """Calibrate, and save parameters and every learning rate to a file of this process."""
-    rates = []
-
-    class Recorder(torch.optim.AdamW):
-        def step(self, closure=None):
-            rates.append(self.param_groups[0]["lr"])
-            result = super().step(closure)
-            self.last = self
-            return result
-
-    config = SliderConfig(
-        method="slider",
-        wbits=3,
-        group_size=8,
-        epochs=4,
-        nsamples=4,
-        seqlen=12,
-        batch_size=3,
-        lr_lora=1e-3,
-        **changes,
+def run_two(*words: object) -> None:
+    """Run the script; it forks two processes before torch has made threads of its own."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=500,
+        text=True,
     )
-    decoder = TransformersDecoder(model)
-    dtype = next(model.parameters()).dtype
-    learnables = [made.to(dtype) for made in fresh_learnables(decoder, config, dtype)]
-    original, torch.optim.AdamW = torch.optim.AdamW, Recorder
-    try:
-        calibrate(decoder, tokens, WINDOWS, learnables, config)
-    finally:
-        torch.optim.AdamW = original
-    state = {
-        f"{b}.{n}": v for b, made in enumerate(learnables) for n, v in made.state_dict().items()
-    }
-    torch.save({"rates": rates, "state": state}, out)
-
-
-def forked(rank: int, port: int, work) -> int:
-    """Run ``work`` in a process that torchrun would have made."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child:
-        return child
-    code = 1
-    with contextlib.suppress(BaseException):
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        work(rank)
-        code = 0
-    os._exit(code)
-
-
-def run_two(work) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [forked(rank, port, work) for rank in range(2)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children] == [0, 0]
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [pytest.param(torch.float32, 1e-5, marks=pytest.mark.slow), (torch.float64, 1e-6)],
 )
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_two_processes_learn_what_one_learns(
-    name, dtype, tolerance, tiny, tokens, tmp_path
-) -> None:
-    model = tiny(name).to(dtype)
-    if dtype is torch.float64 and model.config._experts_implementation is not None:
-        model.config._experts_implementation = "eager"
+def test_two_processes_learn_what_one_learns(dtype, tolerance, tiny, tokens, tmp_path) -> None:
+    folders = [tmp_path / name for name in ("llama", "mixtral")]
+    for folder in folders:
+        tiny(folder.name).to(dtype).save_pretrained(folder / "model")
+        torch.save(tokens, folder / "tokens.pt")
+    run_two("calibrate", *folders)
 
-    def work(rank: int) -> None:
-        with process_group("cpu") as device:
-            assert device == torch.device("cpu")
-            assert distributed.get_world_size() == 2
-            calibrated(model, tokens, tmp_path / f"rank-{rank}")
-
-    run_two(work)
-    calibrated(model, tokens, tmp_path / "alone")
-    alone, first, second = (
-        torch.load(tmp_path / file, weights_only=True) for file in ("alone", "rank-0", "rank-1")
-    )
-    # Two samples in batches of three: the second batch has one, and a process without a sample.
-    assert len(alone["rates"]) == 2 * 2 * 2 * 2
-    assert first["rates"] == second["rates"] == alone["rates"]
-    per_window = alone["rates"][:4]
-    assert per_window == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])  # the next would be zero
-    for key, value in alone["state"].items():
-        assert torch.equal(first["state"][key], second["state"][key]), key
-        torch.testing.assert_close(first["state"][key], value, rtol=tolerance, atol=tolerance)
+    for folder in folders:
+        calibrate_folder(folder, "alone")
+        alone, first, second = (
+            torch.load(folder / file, weights_only=True) for file in ("alone", "rank-0", "rank-1")
+        )
+        # Four samples in batches of three: the second batch has one, and a process without a sample.
+        assert len(alone["rates"]) == 2 * 2 * 2 * 2
+        assert first["rates"] == second["rates"] == alone["rates"]
+        per_window = alone["rates"][:4]
+        assert per_window == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])  # the next would be zero
+        for key, value in alone["state"].items():
+            assert torch.equal(first["state"][key], second["state"][key]), (folder.name, key)
+            torch.testing.assert_close(first["state"][key], value, rtol=tolerance, atol=tolerance)
 
 
 def test_one_process_joins_nothing(monkeypatch) -> None:
@@ -130,21 +72,15 @@ def test_quantize_under_torchrun_writes_once_and_gives_the_same_model(
 ) -> None:
     model, text = save("llama"), tmp_path / "text.txt"
     words = [
-        "quantize", model, "--calib", text, "--eval-text", text, "--group-size", 8, "--nsamples", 4,
+        model, "--calib", text, "--eval-text", text, "--group-size", 8, "--nsamples", 4,
         "--seqlen", 16, "--method", "slider", "--epochs", 2, "--batch-size", 2, "--cache", cache,
         "--quiet",
     ]  # fmt: skip
+    run_two("quantize", *words, "--out", tmp_path / "two")
+    command = ["quantize", *map(str, words), "--out", str(tmp_path / "one")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main("sliderquant", "sliderquant", COMMANDS, command) == 0
 
-    def quantize(out: Path) -> int:
-        command = [str(word) for word in (*words, "--out", out)]
-        with contextlib.redirect_stdout(io.StringIO()):
-            return main("sliderquant", "sliderquant", COMMANDS, command)
-
-    def work(rank: int) -> None:
-        assert quantize(tmp_path / "two") == 0
-
-    run_two(work)
-    assert quantize(tmp_path / "one") == 0
     one, two = (
         json.loads((tmp_path / name / "run" / "report.json").read_text()) for name in ("one", "two")
     )
