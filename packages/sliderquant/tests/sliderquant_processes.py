@@ -2,14 +2,17 @@
 
 usage: sliderquant_processes.py calibrate FOLDER...   (see ``calibrate_folder``)
        sliderquant_processes.py quantize WORDS...     (of the command line)
+       sliderquant_processes.py serve                 (see ``serve``)
 """
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import socket
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -92,6 +95,41 @@ def as_one_of_two(rank: int, port: int, kind: str, words: list[str]) -> None:
     {"calibrate": calibrate_folders, "quantize": quantize}[kind](rank, words)
 
 
+def start(words: list[str], err: str) -> int:
+    """Run a command line in a forked process; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        with open(err, "w") as stream, contextlib.redirect_stderr(stream):
+            code = main("sliderquant", "sliderquant", COMMANDS, words)
+    finally:
+        os._exit(code)
+
+
+def wait_for(child: int, path: str) -> None:
+    """Wait until a path exists or the process has ended by itself."""
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while not os.path.exists(path) and os.waitid(os.P_PID, child, ended) is None:
+        time.sleep(0.002)
+
+
+def wait(child: int) -> int:
+    """Return the exit code of a process."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def serve() -> None:
+    """Answer each line, a function's name and its arguments in JSON, with what it returns."""
+    functions = {"start": start, "wait_for": wait_for, "wait": wait}
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the commands print is no answer
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        print(json.dumps(functions[name](*arguments)), file=answers, flush=True)
+
+
 def run_two(kind: str, words: list[str]) -> int:
     """Return the number of processes that failed."""
     with socket.socket() as free:
@@ -111,4 +149,7 @@ def run_two(kind: str, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "serve":
+        sys.exit(serve())
     sys.exit(run_two(sys.argv[1], sys.argv[2:]))

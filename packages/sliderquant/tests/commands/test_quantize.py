@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,25 +42,46 @@ def run(*words: object, check: int | None = 0) -> SimpleNamespace:
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-def start(*words: object, err: Path = Path(os.devnull)) -> int:
-    """Run a command line in a forked process that a test may kill; returns its number."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside idle threads
-        child = os.fork()
-    if child:
-        return child
-    with err.open("w") as stream, contextlib.redirect_stderr(stream):
-        code = main("sliderquant", "sliderquant", COMMANDS, list(map(str, words)))
-    os._exit(code)
+class Launcher:
+    """Starts command lines in processes that a test may kill.
+
+    They are forked from one process that has imported everything and computed nothing: torch refuses
+    to differentiate in a fork of a process that has used autograd with a device.
+    """
+
+    def __init__(self) -> None:
+        script = Path(__file__).parents[1] / "sliderquant_processes.py"
+        self._server = subprocess.Popen(
+            [sys.executable, script, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def _ask(self, *request: object) -> int | None:
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, *words: object, err: Path = Path(os.devnull)) -> int:
+        """Run a command line; returns the number of its process."""
+        return self._ask("start", list(map(str, words)), str(err))
+
+    def wait_for(self, child: int, path: Path) -> None:
+        """Wait until a path exists or the process has ended by itself."""
+        self._ask("wait_for", child, str(path))
+
+    def wait(self, child: int) -> int:
+        """Exit code of a process."""
+        return self._ask("wait", child)
+
+    def close(self) -> None:
+        self._server.communicate()
 
 
-def wait_for(child: int, path: Path) -> None:
-    """Wait until a path exists or the process has ended by itself."""
-    while (
-        not path.exists()
-        and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    ):
-        time.sleep(0.002)
+@pytest.fixture(scope="module")
+def launcher():
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +210,9 @@ def test_bfloat16_checkpoint_stays_bfloat16(model_directory, tmp_path, text_file
         ),
     ],
 )
-def test_runs_killed_again_and_again_end_with_the_same_bytes(order, trial, save, tmp_path) -> None:
+def test_runs_killed_again_and_again_end_with_the_same_bytes(
+    order, trial, save, launcher, tmp_path
+) -> None:
     """Killed at windows, while blocks are written, and when the files get their names."""
     model, text = save("qwen3_moe"), tmp_path / "text.txt"
     words = [
@@ -205,11 +227,11 @@ def test_runs_killed_again_and_again_end_with_the_same_bytes(order, trial, save,
     moments += [".export/piece-00000.safetensors", ".export/piece-00002.safetensors"]
     moments += ["model.safetensors", "config.json"]
     for moment in moments:
-        child = start(*words, "--out", out, "--resume", "auto")
-        wait_for(child, out / moment)
+        child = launcher.start(*words, "--out", out, "--resume", "auto")
+        launcher.wait_for(child, out / moment)
         time.sleep(draw.uniform(0, 0.01))
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        launcher.wait(child)
     run(*words, "--out", out, "--resume", "auto")
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert names == {path.name for path in out.iterdir()}
@@ -217,7 +239,9 @@ def test_runs_killed_again_and_again_end_with_the_same_bytes(order, trial, save,
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_compensated_run_killed_while_it_writes_ends_with_the_same_bytes(save, tmp_path) -> None:
+def test_compensated_run_killed_while_it_writes_ends_with_the_same_bytes(
+    save, launcher, tmp_path
+) -> None:
     model, text = save("qwen3"), tmp_path / "text.txt"
     words = [
         "quantize", model, "--calib", text, "--group-size", 8, "--nsamples", 4, "--seqlen", 16,
@@ -226,28 +250,28 @@ def test_compensated_run_killed_while_it_writes_ends_with_the_same_bytes(save, t
     run(*words, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
     for moment in (".export/piece-00000.safetensors", ".export/piece-00002.safetensors"):
-        child = start(*words, "--out", out, "--resume", "auto")
-        wait_for(child, out / moment)
+        child = launcher.start(*words, "--out", out, "--resume", "auto")
+        launcher.wait_for(child, out / moment)
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        launcher.wait(child)
     run(*words, "--out", out, "--resume", "auto")
     for name in ("model.safetensors", "config.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_terminated_run_exits_143_with_its_windows_saved(
-    model_directory, text_file, tmp_path
+    model_directory, text_file, launcher, tmp_path
 ) -> None:
     out = tmp_path / "w4"
     words = [
         "quantize", model_directory, "--calib", text_file, "--group-size", 32, "--out", out,
         *FAST, "--epochs", 60,
     ]  # fmt: skip
-    child = start(*words, err=tmp_path / "err")
-    wait_for(child, out / "run" / "checkpoints")
+    child = launcher.start(*words, err=tmp_path / "err")
+    launcher.wait_for(child, out / "run" / "checkpoints")
     os.kill(child, signal.SIGTERM)
     err = (tmp_path / "err").read_text()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143, err
+    assert launcher.wait(child) == 143, err
     assert "Traceback" not in err
     assert not (out / "config.json").exists()
 
