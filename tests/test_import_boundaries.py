@@ -1,4 +1,4 @@
-"""Packages import effml_common and never one another; rooms import one way."""
+"""Packages import effml_common and never one another; inside one, imports go one way."""
 
 import os
 import shutil
@@ -10,7 +10,12 @@ import pytest
 
 from workspace import COMMON, ROOT, members
 
-PAPERS = [member for member in members() if member.name != COMMON]
+METHODS = [member for member in members() if member.name != COMMON]
+each_method = pytest.mark.parametrize(
+    "member",
+    [pytest.param(member, marks=[pytest.mark.slow] * (i > 0)) for i, member in enumerate(METHODS)],
+    ids=lambda member: member.name,
+)
 
 
 def lint(folder: Path, *paths: Path) -> subprocess.CompletedProcess[str]:
@@ -34,7 +39,7 @@ def test_the_tree_keeps_its_import_boundaries() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("member", PAPERS, ids=lambda member: member.name)
+@each_method
 def test_effml_common_importing_a_package_is_caught(copy: Path, member) -> None:
     with (copy / "effml_common" / "__init__.py").open("a") as file:
         file.write(f"\nimport {member.module}\n")
@@ -43,7 +48,7 @@ def test_effml_common_importing_a_package_is_caught(copy: Path, member) -> None:
     assert f"effml_common is not allowed to import {member.module}" in done.stdout
 
 
-@pytest.mark.parametrize("member", PAPERS, ids=lambda member: member.name)
+@each_method
 def test_the_method_importing_the_command_line_is_caught(copy: Path, member) -> None:
     with (copy / member.module / "config.py").open("a") as file:
         file.write(f"\nimport {member.module}.cli\n")
@@ -53,9 +58,9 @@ def test_the_method_importing_the_command_line_is_caught(copy: Path, member) -> 
     assert f"{member.module}.config is not allowed to import {member.module}.cli" in done.stdout
 
 
-@pytest.mark.skipif(len(PAPERS) < 2, reason="needs two packages in the tree")
+@pytest.mark.skipif(len(METHODS) < 2, reason="needs two packages in the tree")
 def test_a_sibling_import_is_caught(copy: Path) -> None:
-    one, other = PAPERS[:2]
+    one, other = METHODS[:2]
     with (copy / one.module / "__init__.py").open("a") as file:
         file.write(f"\nimport {other.module}\n")
     assert lint(copy, copy).returncode == 1

@@ -34,6 +34,7 @@ def test_a_step_of_sample_waits_for_its_time_its_values_and_the_clock(kind: str)
     assert cost["copies"] == {f"to device {line}": n for line, n in copied.items()}
 
 
+@pytest.mark.slow
 def test_a_training_step_stays_on_its_device() -> None:
     step = BY_NAME["train-dot step, SD 1.5, batch 8"]
     cost = count(replace(step, fake="gpu:0"), tiny=True)

@@ -72,9 +72,14 @@ FAMILIES = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for ``family`` runs once for each of them."""
+    """A test that asks for ``family`` runs once for each of them.
+
+    A module with ``FIRST_FAMILIES`` leaves the others to the slow tests.
+    """
     if "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", FAMILIES)
+        first = getattr(metafunc.module, "FIRST_FAMILIES", FAMILIES)
+        marks = {name: [] if name in first else [pytest.mark.slow] for name in FAMILIES}
+        metafunc.parametrize("family", [pytest.param(n, marks=m) for n, m in marks.items()])
 
 
 def tiny_model(name: str, **changes) -> PreTrainedModel:

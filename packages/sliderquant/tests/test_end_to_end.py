@@ -12,6 +12,9 @@ from sliderquant.commands.quantize import quantize
 from sliderquant.config import QuantizeConfig
 from sliderquant.method.learnables import BlockLearnables
 
+# Biases, norms between a layer and the stream, fused and partly rotated weights, experts.
+FIRST_FAMILIES = ("llama", "gemma3", "phi4", "qwen3_moe")
+
 
 def run(directory: Path, **changes):
     """Quantize beside the source; returns the folder and the report."""

@@ -10,6 +10,7 @@ from af_dcd.commands._peak_memory import ContrastCase, measure_peak_bytes
 from effml_common.cli import main
 
 
+@pytest.mark.slow
 def test_bench_measures_both_forms_and_says_where_the_time_goes(tmp_path, capsys) -> None:
     words = ["bench", "--channels", "32", "--student-channels", "8", "--height", "16"]
     words += ["--width", "32", "--repeats", "1", "--out", str(tmp_path), "--json", "--quiet"]

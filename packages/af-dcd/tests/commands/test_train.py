@@ -135,7 +135,7 @@ def test_plain_mmseg_loads_the_student_without_us(trained, tmp_path) -> None:
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), ours)
 
 
-@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("ema", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_that_lost_its_end_resumes_to_the_same_bits(ema, pair, tmp_path) -> None:
     hooks = "custom_hooks=[{'type': 'EMAHook', 'momentum': 0.3}]"
     more = ["--cfg-options", hooks] if ema else []

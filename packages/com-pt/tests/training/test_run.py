@@ -143,6 +143,7 @@ def interrupted_once(chain, out: str, update: int, device: torch.device) -> None
     run_chain(chain, out, resume=True, device=device)
 
 
+@pytest.mark.slow
 def test_two_processes_with_micro_batches_train_what_one_trains_with_the_whole_batch(
     pictures, tmp_path
 ) -> None:

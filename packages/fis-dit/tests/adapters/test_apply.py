@@ -259,6 +259,7 @@ class TestEveryAdapter:
         assert torch.equal(family(), dense)
 
 
+@pytest.mark.slow
 def test_deeper_models_need_no_more_graphs(tiny) -> None:
     family, graphs = tiny("wan", depth=8), 0
 

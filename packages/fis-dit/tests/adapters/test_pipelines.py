@@ -16,7 +16,7 @@ CONFIG = FISConfig(dense_head=1, dense_tail=1)
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [1.0, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_a_pipeline_runs_end_to_end_and_is_itself_again(
     name: str, guidance: float, image, ftfy
 ) -> None:

@@ -24,6 +24,7 @@ each_data = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 def test_every_rival_leaves_the_model_as_it_was() -> None:
     model = load_model("shapes", "student")
     noise, prompt = draw_noise("shapes", 2, seed=0)

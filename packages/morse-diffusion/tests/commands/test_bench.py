@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from morse_commands import run
 
 from morse_diffusion.adapters.timing import StepTimes
@@ -9,6 +10,7 @@ from morse_diffusion.commands import bench
 from morse_diffusion.config import BenchConfig
 
 
+@pytest.mark.slow
 def test_bench_measures_every_method_or_says_that_the_dot_is_too_slow(
     pixels, trained, photos, tmp_path, capsys, monkeypatch
 ) -> None:

@@ -151,6 +151,7 @@ def test_more_steps_of_a_falling_learning_rate_are_another_run(
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
 
 
+@pytest.mark.slow
 def test_accelerate_launches_the_package_by_its_name() -> None:
     words = ["-m", "morse_diffusion", "plan", "--budget-lsd", "10", "--n", "6", "--json"]
     done = subprocess.run([*LAUNCH, "--num_processes", "1", *words], capture_output=True, text=True)

@@ -60,6 +60,7 @@ def test_a_dot_that_returns_zero_is_plain_sampling_with_the_dash_steps(mixture) 
     assert float((few - many).abs().max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_trained_dot_explains_most_of_the_residual(trained) -> None:
     assert trained[1] < 0.35
 

@@ -224,6 +224,7 @@ def test_non_square_images_keep_rows_and_columns() -> None:
     assert torch.isfinite(task(torch.randn(2, 3, 16, 48), torch.tensor([0, 1]))["loss"])
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "two_processes.py"
     done = subprocess.run(

@@ -66,7 +66,8 @@ def test_one_process_joins_nothing(monkeypatch) -> None:
         assert not distributed.is_initialized()
 
 
-@pytest.mark.parametrize("cache", ["memory", pytest.param("disk", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_quantize_under_torchrun_writes_once_and_gives_the_same_model(
     cache, save, tmp_path
 ) -> None:

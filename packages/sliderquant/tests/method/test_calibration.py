@@ -322,6 +322,7 @@ def test_targets_can_see_the_quantized_models_input(decoder, samples, monkeypatc
         assert torch.equal(targets, run_blocks(decoder, window, inputs, 4))
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_changes_no_bit(decoder, samples, monkeypatch) -> None:
     config = settings(schedule="0-2,2-4", epochs=2, abits=8, quantize_attention=True)
     plain = calibrated(decoder, samples, config)
@@ -347,6 +348,7 @@ def test_learning_rates_can_be_scaled_by_the_batch(decoder, samples) -> None:
         torch.testing.assert_close(list(first.parameters()), list(second.parameters()))
 
 
+@pytest.mark.slow
 def test_channel_scaling_recovers_what_outlier_channels_cost(decoder, loaded, samples) -> None:
     """Outliers that leave the function as it is: a gain times 30, its readers' columns over 30."""
     with torch.no_grad():

@@ -30,6 +30,7 @@ def earlier_config(pair, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_config_that_imports_the_earlier_name_trains(earlier_config, tmp_path) -> None:
     words = ["train", "--student", str(earlier_config), "--iters", "1", "--quiet"]
     assert main("af-dcd", "af-dcd", COMMANDS, [*words, "--out", str(tmp_path / "run")]) == 0

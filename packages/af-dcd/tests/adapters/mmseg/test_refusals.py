@@ -303,6 +303,7 @@ def test_an_environment_that_turns_safe_loading_off_is_refused(monkeypatch) -> N
         shims.prepare()
 
 
+@pytest.mark.slow
 def test_inspect_tells_the_papers_pair_without_data(capsys) -> None:
     config = "mmseg::deeplabv3/deeplabv3_{}-d8_4xb2-80k_cityscapes-512x1024.py"
     words = ["--student", config.format("r18"), "--teacher", config.format("r101"), "--json"]

@@ -121,9 +121,14 @@ PAIRS = {
     "DeepLabV3 to SegFormer": (segformer(8), deeplab(resnet(18, 4), 32), "pre_cls", {"resize": "teacher"}),
     "OCR cascade to OCR cascade": (cascade(4), cascade(8), "feat:-1", {}),
 }  # fmt: skip
+# One of each kind of student; the others are slow tests.
+FIRST = ("DeepLabV3-R101 to R18", "SegFormer to SegFormer", "OCR cascade to OCR cascade")
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(pair, marks=[] if pair in FIRST else [pytest.mark.slow]) for pair in PAIRS],
+)
 def test_a_pair_builds_distils_a_step_and_predicts(name) -> None:
     student, teacher, tap, settings = PAIRS[name]
     torch.manual_seed(0)
