@@ -101,6 +101,7 @@ def test_a_part_that_fails_stops_none_of_the_others(
     assert "7" in (tmp_path / "out" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_part_that_overruns_is_ended_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,11 +120,14 @@ def test_a_part_that_overruns_is_ended_with_its_children(
     assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
+@pytest.mark.slow
 def test_a_part_that_is_interrupted_may_still_say_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A shell's background process, and so its children, would ignore the interruption.
     code = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     time.sleep(60)
 except KeyboardInterrupt:
@@ -142,7 +146,8 @@ def test_what_comes_after_the_whole_time_is_named_and_not_started(
 
 
 POLITE = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     print("started", flush=True)
     time.sleep(60)
@@ -226,8 +231,10 @@ def test_results_of_an_earlier_run_are_removed_and_nothing_else(
     ("body", "mark", "state"),
     [
         ("pass", "", "ok"),
-        ("pass", "@pytest.mark.skip(reason='no card')", "failed"),
-        ("assert False", "", "failed"),
+        pytest.param(
+            "pass", "@pytest.mark.skip(reason='no card')", "failed", marks=pytest.mark.slow
+        ),
+        pytest.param("assert False", "", "failed", marks=pytest.mark.slow),
     ],
 )
 def test_the_tests_fail_if_every_one_of_them_was_skipped(

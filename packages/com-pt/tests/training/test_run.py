@@ -43,7 +43,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(StageTrainer, "_step", stopping)
 
 
-@pytest.mark.parametrize("update", [7, 13, 18])
+SLOW_UPDATES = [pytest.param(update, marks=pytest.mark.slow) for update in (7, 18)]
+
+
+@pytest.mark.parametrize("update", [13, *SLOW_UPDATES])
 def test_an_interrupted_chain_resumes_to_the_same_bits(
     pictures, tmp_path, monkeypatch, update
 ) -> None:
@@ -224,6 +227,7 @@ def vit_spec(width: int) -> dict:
             "depth": 2, "num_heads": width // 16}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_timm_chain_trains_and_its_members_load_in_timm(pictures, tmp_path) -> None:
     rows = "\n".join(f"{i}.png,{i % 3}" for i in range(48))
     (pictures / "labels.csv").write_text(f"path,label\n{rows}\n")
@@ -247,6 +251,7 @@ def test_a_timm_chain_trains_and_its_members_load_in_timm(pictures, tmp_path) ->
     torch.testing.assert_close(theirs, ours)
 
 
+@pytest.mark.slow
 def test_a_llama_chain_trains_and_its_members_load_in_transformers(tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     (tmp_path / "text.txt").write_text("abcdefgh" * 400)

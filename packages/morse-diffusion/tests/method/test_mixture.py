@@ -65,6 +65,7 @@ def test_the_trained_dot_explains_most_of_the_residual(trained) -> None:
     assert trained[1] < 0.35
 
 
+@pytest.mark.slow
 def test_morse_is_nearer_to_the_truth_than_ddim_at_equal_cost(trained, distance) -> None:
     plain = distance(ZeroDot(), plan_of(10, 0))
     assert distance(trained[0], plan_of(10, 3)) < 0.7 * plain

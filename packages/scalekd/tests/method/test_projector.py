@@ -118,6 +118,7 @@ def test_missing_queries_are_refused() -> None:
         cap(torch.randn(2, 6, 4, 4))
 
 
+@pytest.mark.slow
 def test_cap_compiles_without_a_graph_break() -> None:
     cap = CAP(6, 8, (4, 4), (2, 2), num_heads=2).eval()
     x = torch.randn(2, 6, 4, 4)

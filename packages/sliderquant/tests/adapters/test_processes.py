@@ -33,9 +33,10 @@ def run_two(*words: object) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [pytest.param(torch.float32, 1e-5, marks=pytest.mark.slow), (torch.float64, 1e-6)],
+    [(torch.float32, 1e-5), (torch.float64, 1e-6)],
 )
 def test_two_processes_learn_what_one_learns(dtype, tolerance, tiny, tokens, tmp_path) -> None:
     folders = [tmp_path / name for name in ("llama", "mixtral")]

@@ -125,6 +125,7 @@ assert not (out / shards.STAGING).exists()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_whole_files_and_is_continued(tmp_path) -> None:
     """One chain of kills at many places, as one run that never gets a quiet minute."""
     done = subprocess.run(

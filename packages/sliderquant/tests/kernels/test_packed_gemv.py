@@ -76,7 +76,8 @@ def assert_as_good_as_plain(results, bits: str) -> None:
         assert error <= max(2 * plain, floor), (dtype, error, plain)
 
 
-@pytest.mark.parametrize("bits", ["4", pytest.param("2,8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["4", "2,8"])
 def test_the_kernel_is_as_near_to_float64_as_the_plain_function(bits: str) -> None:
     # In float16 and not bfloat16, which the interpreter cuts off instead of rounding.
     assert_as_good_as_plain(check("cpu", bits, TRITON_INTERPRET="1"), bits)
