@@ -57,6 +57,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_together_when_one_sees_a_bad_number(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ranks = [

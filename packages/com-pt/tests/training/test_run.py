@@ -198,6 +198,7 @@ def in_host_library(body: str, path: Path) -> torch.Tensor:
     return torch.load(path, weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_clip_member_loads_in_open_clip_without_this_package(pictures, tmp_path) -> None:
     document = clip_chain(pictures, 32, 48, epochs=0.5)
     document["stages"][1]["model"] = spec(

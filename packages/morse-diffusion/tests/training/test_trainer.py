@@ -101,6 +101,7 @@ def test_a_rolled_out_pair_lands_where_a_dot_step_in_the_middle_leads() -> None:
     assert bool(((t_m <= t_s) & (t_m > plain.t_o)).all())
 
 
+@pytest.mark.slow
 def test_training_learns_and_leaves_the_average_of_the_weights(tmp_path) -> None:
     made = trainer(steps=40, lr=3e-3, rollout=0.1)
     left = made.run(tmp_path / "run")

@@ -235,6 +235,7 @@ def test_runs_killed_again_and_again_end_with_the_same_bytes(
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_compensated_run_killed_while_it_writes_ends_with_the_same_bytes(
     save, launcher, tmp_path
 ) -> None:
