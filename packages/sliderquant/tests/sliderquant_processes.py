@@ -1,19 +1,14 @@
-"""Two processes as torchrun makes them, forked from one that has computed nothing yet.
+"""What tests run in processes of their own.
 
-usage: sliderquant_processes.py calibrate FOLDER...   (see ``calibrate_folder``)
-       sliderquant_processes.py quantize WORDS...     (of the command line)
-       sliderquant_processes.py serve                 (see ``serve``)
+usage: torchrun --nproc-per-node 2 sliderquant_processes.py calibrate FOLDER...
+       sliderquant_processes.py serve
 """
 
 import contextlib
-import io
 import json
-import multiprocessing
 import os
-import socket
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -74,25 +69,12 @@ def calibrate_folder(folder: Path, name: str) -> None:
     torch.save({"rates": rates, "state": state}, folder / name)
 
 
-def calibrate_folders(rank: int, folders: list[str]) -> None:
+def calibrate_folders(folders: list[str]) -> None:
     with process_group("cpu") as device:
         assert device == torch.device("cpu")
         assert distributed.get_world_size() == 2
         for folder in map(Path, folders):
-            calibrate_folder(folder, f"rank-{rank}")
-
-
-def quantize(rank: int, words: list[str]) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):
-        code = main("sliderquant", "sliderquant", COMMANDS, ["quantize", *words])
-    assert code == 0, rank
-
-
-def as_one_of_two(rank: int, port: int, kind: str, words: list[str]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    {"calibrate": calibrate_folders, "quantize": quantize}[kind](rank, words)
+            calibrate_folder(folder, f"rank-{distributed.get_rank()}")
 
 
 def start(words: list[str], err: str) -> int:
@@ -130,26 +112,6 @@ def serve() -> None:
         print(json.dumps(functions[name](*arguments)), file=answers, flush=True)
 
 
-def run_two(kind: str, words: list[str]) -> int:
-    """Return the number of processes that failed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    processes = [
-        fork.Process(target=as_one_of_two, args=(rank, port, kind, words)) for rank in range(2)
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside idle threads
-        for process in processes:
-            process.start()
-    for process in processes:
-        process.join()
-    return sum(process.exitcode != 0 for process in processes)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "serve":
-        sys.exit(serve())
-    sys.exit(run_two(sys.argv[1], sys.argv[2:]))
+    serve() if sys.argv[1] == "serve" else calibrate_folders(sys.argv[2:])

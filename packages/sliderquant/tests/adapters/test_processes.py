@@ -22,9 +22,10 @@ SCRIPT = Path(__file__).parents[1] / "sliderquant_processes.py"
 
 
 def run_two(*words: object) -> None:
-    """Run the script; it forks two processes before torch has made threads of its own."""
+    """Run a script, or with "-m" a module, in two processes."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, words)],
+        [sys.executable, *torchrun, *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         timeout=500,
@@ -43,7 +44,7 @@ def test_two_processes_learn_what_one_learns(dtype, tolerance, tiny, tokens, tmp
     for folder in folders:
         tiny(folder.name).to(dtype).save_pretrained(folder / "model")
         torch.save(tokens, folder / "tokens.pt")
-    run_two("calibrate", *folders)
+    run_two(SCRIPT, "calibrate", *folders)
 
     for folder in folders:
         calibrate_folder(folder, "alone")
@@ -78,7 +79,7 @@ def test_quantize_under_torchrun_writes_once_and_gives_the_same_model(
         "--seqlen", 16, "--method", "slider", "--epochs", 2, "--batch-size", 2, "--cache", cache,
         "--quiet",
     ]  # fmt: skip
-    run_two("quantize", *words, "--out", tmp_path / "two")
+    run_two("-m", "sliderquant", "quantize", *words, "--out", tmp_path / "two")
     command = ["quantize", *map(str, words), "--out", str(tmp_path / "one")]
     with contextlib.redirect_stdout(io.StringIO()):
         assert main("sliderquant", "sliderquant", COMMANDS, command) == 0

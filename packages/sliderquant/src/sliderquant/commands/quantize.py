@@ -4,7 +4,7 @@ from pathlib import Path
 
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
-from effml_common.folders import run_folder
+from effml_common.folders import check_out_folder, run_folder
 from effml_common.logging import rank, say
 from effml_common.report import Report, ReportBuilder, write_report
 from sliderquant.adapters.caches import ActivationCache
@@ -85,8 +85,7 @@ def _output_folder(config: QuantizeConfig) -> Path:
         return out
 
     # What is there is a run that may go on, or it is left alone.
-    if not out.is_dir():
-        raise InputError(f"{out} is a file; give a folder for --out")
+    check_out_folder(out, (), resume=False)
     if any(out.iterdir()):
         if config.resume == "never":
             raise InputError(f"{out} is not empty; choose another --out or add --resume auto")

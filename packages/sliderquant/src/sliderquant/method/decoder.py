@@ -1,4 +1,7 @@
-"""What calibration sees of a language model, without any host library; ``adapters`` implement it."""
+"""What calibration sees of a language model, and hidden states on their way through its blocks.
+
+No host library is needed here; ``adapters`` implement ``Decoder``.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager

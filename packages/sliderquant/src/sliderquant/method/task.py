@@ -44,10 +44,10 @@ class Listeners:
         on_experts: Called with a block and the tokens that each of its experts received.
     """
 
-    on_update: Callable[[float], None] = lambda loss: None
-    on_window: Callable[[WindowResult], None] = lambda result: None
-    on_block: Callable[[int], None] = lambda block: None
-    on_experts: Callable[[int, Tensor], None] = lambda block, counts: None
+    on_update: Callable[[float], None]
+    on_window: Callable[[WindowResult], None]
+    on_block: Callable[[int], None]
+    on_experts: Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
