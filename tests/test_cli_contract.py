@@ -132,3 +132,18 @@ def test_an_unknown_command_is_one_line_of_what_and_what_to_do(
     member, script: str, words: tuple[str, ...]
 ) -> None:
     assert_one_error_line(call(script, *words))
+
+
+@pytest.mark.timeout(90)  # the models that a demo trains first take minutes
+@each_command
+def test_a_file_in_place_of_the_out_folder_is_refused_before_any_work(
+    member, script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "notes.txt").write_text("kept")
+    done = call(script, "demo", "--device", "cpu", "--out", str(tmp_path / "notes.txt"))
+    assert done.returncode == 2
+    error = done.stderr.splitlines()[-1]
+    assert re.fullmatch(r"error: .+notes\.txt is a file; give a folder for --out", error)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt"}
+    assert (tmp_path / "notes.txt").read_text() == "kept"

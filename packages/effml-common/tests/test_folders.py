@@ -81,3 +81,9 @@ def test_a_key_changes_with_settings_and_versions_only(monkeypatch) -> None:
     assert folders.cache_key({"rate": 0.1, "steps": 4}, ["rich"]) != key
     monkeypatch.setattr(folders, "version", lambda name: "99")
     assert folders.cache_key({"steps": 3, "rate": 0.1}, ["rich"]) != key
+
+
+def test_a_file_is_no_run_folder(tmp_path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match=r"notes\.txt is a file; give a folder for --out"):
+        folders.run_folder(tmp_path / "notes.txt", "train")

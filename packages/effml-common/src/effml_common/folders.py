@@ -14,8 +14,13 @@ from effml_common.logging import jsonable
 
 
 def run_folder(out: str | os.PathLike[str] | None, command: str) -> Path:
-    """The folder of ``--out``, or ``runs/<command>-<time>``; it is not created here."""
-    return Path(out or time.strftime(f"runs/{command}-%Y%m%d-%H%M%S"))
+    """The folder of ``--out``, or ``runs/<command>-<time>``; it is not created here.
+
+    Called before a command's work, which an InputError, if it is a file, should not come after.
+    """
+    folder = Path(out or time.strftime(f"runs/{command}-%Y%m%d-%H%M%S"))
+    check_out_folder(folder, (), resume=False)
+    return folder
 
 
 def check_out_folder(out: Path, results: Sequence[str], *, resume: bool) -> None:

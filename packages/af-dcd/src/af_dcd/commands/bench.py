@@ -30,6 +30,7 @@ def bench(config: BenchConfig) -> Report:
     """
     # Where it computes, and the settings that are measured.
     builder = ReportBuilder("af-dcd")
+    run_dir = run_folder(config.out, "bench") / "run"
     device = resolve_device(config.device)
     if device.type == "mps":
         raise InputError("bench reads peak memory, which mps does not count; use cpu or cuda")
@@ -50,7 +51,7 @@ def bench(config: BenchConfig) -> Report:
     }
 
     return builder.write(
-        run_folder(config.out, "bench") / "run",
+        run_dir,
         workload_rows(seconds, peak_bytes, " x ".join(map(str, shape))),
         notes=ratio_notes(seconds, peak_bytes),
         device=device,

@@ -66,8 +66,8 @@ def demo(config: DemoConfig) -> Report:
     say("about 4 minutes once for the teacher, then about 2.5 minutes a seed on a quiet core")
 
     # The teacher and the scenes, then every arm on every seed.
-    setting = prepare_setting(config, device)
     run_dir = run_folder(config.out, "demo") / "run"
+    setting = prepare_setting(config, device)
     comparison = run_arms(setting, config.seeds, run_dir)
 
     # Pictures and the report.

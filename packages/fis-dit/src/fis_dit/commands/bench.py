@@ -56,6 +56,7 @@ def bench(config: BenchConfig) -> Report:
     """
     # Plan: which settings, on which shapes, and for how long.
     device, builder = resolve_device(config.device), ReportBuilder("fis-dit", ("diffusers",))
+    run_dir = run_folder(config.out, "bench") / "run"
     architecture = ARCHITECTURES[config.arch]
     blocks = describe_blocks(architecture)
     if device.type == "cpu":
@@ -70,7 +71,7 @@ def bench(config: BenchConfig) -> Report:
     ends = f"{architecture.dense_ends} dense at each end"
     note = f"{blocks.depth} blocks, {ends}; one forward, batch 1"
     return builder.write(
-        run_folder(config.out, "bench") / "run",
+        run_dir,
         _compare_with_flops(config.arch, blocks, settings, timings),
         device=device,
         seeds=[0],

@@ -64,12 +64,12 @@ def bench(config: BenchConfig) -> Report:
         InputError: If the inputs cannot be used, or the measured N is too small for any gain.
     """
     builder = ReportBuilder("morse-diffusion", ("diffusers",))
+    run = run_folder(config.out, "bench") / "run"
     methods = chosen_methods(config)
     inputs = read_bench_inputs(config)
     table = measure_methods(config, methods, inputs)
 
     # The report, with its figure.
-    run = run_folder(config.out, "bench") / "run"
     return builder.write(
         run,
         table_rows(table),

@@ -43,6 +43,7 @@ def sample(config: SampleConfig) -> SampleResult:
         InputError: If the pipeline, the Dot or the budget cannot be used.
     """
     # Read the pipeline and its Dot.
+    out = run_folder(config.out, "sample")
     pipe = load_pipeline(config.pipe, resolve_device(config.device))
     dot = MorseDot.from_pretrained(config.dot, denoiser_of(pipe))
     fast = MorsePipeline.from_pipe(pipe, dot, speed_ratio=config.speed_ratio, early=config.early)
@@ -51,7 +52,7 @@ def sample(config: SampleConfig) -> SampleResult:
     inputs = call_inputs(pipe, config.prompt, config.n, config.guidance_scale)
     generator = torch.Generator().manual_seed(config.seed)
     images = result_images(fast(budget_lsd=config.budget_lsd, generator=generator, **inputs))
-    return write_samples(run_folder(config.out, "sample"), images, fast.summary())
+    return write_samples(out, images, fast.summary())
 
 
 def write_samples(out: Path, images: torch.Tensor, summary: RunSummary) -> SampleResult:

@@ -44,6 +44,7 @@ def demo(config: DemoConfig) -> Report:
     torch.set_num_threads(1)
 
     # The networks and their times.
+    run = run_folder(config.out, "demo") / "run"
     pair_settings = {f.name: getattr(config, f.name) for f in fields(DemoDotConfig)}
     dash, dot = demo_pair(DemoDotConfig(**pair_settings), device)
     pipe = PixelPipeline(dash, build_solver("ddim", schedule_settings(config.data)))
@@ -53,7 +54,6 @@ def demo(config: DemoConfig) -> Report:
     # Samples of every arm, beside real images.
     images, _ = load_images(config.data)
     reference = Reference.of(images)
-    run = run_folder(config.out, "demo") / "run"
     results = sample_arms(config, pipe, dot, times, reference, run)
     floor = real_image_floor(reference, config.samples)
 

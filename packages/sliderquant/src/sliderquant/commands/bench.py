@@ -47,6 +47,7 @@ def bench(config: BenchConfig) -> Report:
     """
     # The same model twice: packed, and with its weights written out.
     builder = ReportBuilder("sliderquant", ("transformers",))
+    run_dir = run_folder(config.out, "bench") / "run"
     device = resolve_device(config.device)
     kernel = kernel_on(device)
     packed = load(config.model, device, kernel=kernel)
@@ -84,7 +85,7 @@ def bench(config: BenchConfig) -> Report:
         for name, model in models.items()
     ]
     return builder.write(
-        run_folder(config.out, "bench") / "run",
+        run_dir,
         rows,
         device=str(device),
         notes=[f"the two models took turns; {NOTES[kernel]}"],

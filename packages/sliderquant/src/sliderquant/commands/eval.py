@@ -62,6 +62,7 @@ def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
     builder = ReportBuilder(
         "sliderquant", ("transformers", "tokenizers", "lm-eval", "compressed-tensors")
     )
+    run_dir = run_folder(config.out, "eval") / "run"
     device = loaded.model.device if loaded else resolve_device(config.device)
     tasks = read_tasks(config.tasks)
     loaded = loaded or load_any(config.model, device, upcast=config.dtype == "float32")
@@ -92,6 +93,4 @@ def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
             ]
 
     row = Row(Path(config.model).name, f"{seqlen} tokens per chunk", metrics)
-    return builder.write(
-        run_folder(config.out, "eval") / "run", [row], device=str(device), notes=notes
-    )
+    return builder.write(run_dir, [row], device=str(device), notes=notes)

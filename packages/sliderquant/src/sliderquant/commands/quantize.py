@@ -4,7 +4,7 @@ from pathlib import Path
 
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
-from effml_common.folders import check_out_folder, run_folder
+from effml_common.folders import run_folder
 from effml_common.logging import rank, say
 from effml_common.report import Report, ReportBuilder, write_report
 from sliderquant.adapters.caches import ActivationCache
@@ -81,12 +81,8 @@ def quantize(config: QuantizeConfig) -> Report:
 def _output_folder(config: QuantizeConfig) -> Path:
     """Return where to write; refuses a folder that holds something, unless it is to be continued."""
     out = run_folder(config.out, "quantize")
-    if rank() > 0 or not out.exists():
-        return out
-
-    # What is there is a run that may go on, or it is left alone.
-    check_out_folder(out, (), resume=False)
-    if any(out.iterdir()):
+    if rank() == 0 and out.exists() and any(out.iterdir()):
+        # What is there is a run that may go on, or it is left alone.
         if config.resume == "never":
             raise InputError(f"{out} is not empty; choose another --out or add --resume auto")
         if not (out / "run").is_dir():

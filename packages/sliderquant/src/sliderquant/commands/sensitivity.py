@@ -57,6 +57,7 @@ def sensitivity(config: SensitivityConfig) -> Report:
     """
     # The model, read block by block.
     builder = ReportBuilder("sliderquant", ("transformers", "tokenizers"))
+    folder = run_folder(config.out, "sensitivity") / "run"
     device = resolve_device(config.device)
     opened = open_model(config.model, device=device)
     decoder = opened.decoder
@@ -79,7 +80,6 @@ def sensitivity(config: SensitivityConfig) -> Report:
     damages = measure(decoder, tokens, fmt, variants, prefix=config.mode == "prefix")
 
     # Table, advice and picture.
-    folder = run_folder(config.out, "sensitivity") / "run"
     folder.mkdir(parents=True, exist_ok=True)
     figures = _draw(folder, damages, config)
     return builder.write(

@@ -67,6 +67,7 @@ def demo(config: DemoConfig) -> Report:
         NonFiniteError: If the training or a calibration diverges.
     """
     builder = ReportBuilder("sliderquant", ("transformers", "tokenizers"))
+    folder = run_folder(config.out, "demo") / "run"
     device = device_with_float64(config.device)
     say("estimate: 9 min to train the model on the first run, then 3 min per seed; under 2 GiB")
     # Matrices this small gain nothing from a second thread, and beside any other busy process the
@@ -76,7 +77,6 @@ def demo(config: DemoConfig) -> Report:
     # The same model, text and samples for every arm.
     material = _prepare(config, device)
     full = measure(material.decoder, None, material.texts)
-    folder = run_folder(config.out, "demo") / "run"
     results = _run_arms(config, material, folder) | _round_to_nearest(config, material)
 
     return builder.write(
