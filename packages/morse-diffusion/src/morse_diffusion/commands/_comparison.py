@@ -12,7 +12,7 @@ from morse_diffusion.method.metrics import speed_up
 
 # (method, budget) -> one cell per seed: fd, sw, lsd, seconds, pattern.
 Table = dict[tuple[str, int], list[dict[str, Any]]]
-METRICS = ("fd", "sw")
+METRICS = {"fd": "Frechet distance", "sw": "sliced Wasserstein distance"}  # lower is better
 PAIRS = (
     ("Morse on DDIM", "DDIM"),
     ("Morse on 2M", "DPM-Solver++ 2M"),
@@ -133,14 +133,18 @@ def draw_curves(table: Table, path: Path, floor: Mapping[str, float] | None) -> 
         return []
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    budgets = sorted({budget for _, budget in table})
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
     panels = figure.subplots(1, len(METRICS))
     for panel, metric in zip(panels, METRICS, strict=True):
         _draw_panel(panel, table, metric)
         if floor is not None:
             panel.axhline(floor[metric], color="grey", linestyle=":", label="real images")
-        panel.set(xscale="log", yscale="log", xlabel="cost in Dash steps (LSD)", ylabel=metric)
-    panels[0].legend(fontsize=8)
+        panel.set(xscale="log", yscale="log", xlabel="cost in Dash steps (LSD)")
+        panel.set(ylabel=f"{METRICS[metric]} (lower is better)")
+        panel.set_xticks(budgets, labels=[str(budget) for budget in budgets])
+        panel.xaxis.minorticks_off()
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
 
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
