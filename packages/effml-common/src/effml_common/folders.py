@@ -14,9 +14,10 @@ from effml_common.logging import jsonable
 
 
 def run_folder(out: str | os.PathLike[str] | None, command: str) -> Path:
-    """The folder of ``--out``, or ``runs/<command>-<time>``; it is not created here.
+    """The folder of ``--out``, or ``runs/<command>-<time>``; call it before any work. Creates nothing.
 
-    Called before a command's work, which an InputError, if it is a file, should not come after.
+    Raises:
+        InputError: If there is a file in its place.
     """
     folder = Path(out or time.strftime(f"runs/{command}-%Y%m%d-%H%M%S"))
     check_out_folder(folder, (), resume=False)
