@@ -23,7 +23,7 @@ class Misplaced(Exception):
 
 
 class FakeMode(FakeTensorMode):
-    """Touches no device, also where torch believes one to be there: a card, or the device "gpu"."""
+    """Touches no device, also on a machine with a card."""
 
     avoid_device_init = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
@@ -63,6 +63,8 @@ def _register_gpu() -> None:
 
     if torch._C._get_privateuse1_backend_name() != "gpu":
         _setup_privateuseone_for_python_backend("gpu")
+        # torch would take it for this machine's accelerator from now on, as in gradient checkpointing.
+        torch.gpu.is_available = lambda: False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def mixes_devices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -29,15 +29,9 @@ SPLIT = 2  # the first block on the second device
 CONFIG = FISConfig(dense_head=1, dense_tail=1)
 
 
-class FakeMode(FakeTensorMode):
-    """Touches no device, also where torch believes one to be there: a device that a test registered."""
-
-    avoid_device_init = True
-
-
 @pytest.fixture
 def mode() -> Iterator[FakeTensorMode]:
-    with FakeMode() as fake, torch.no_grad():
+    with FakeTensorMode() as fake, torch.no_grad():
         yield fake
 
 
@@ -155,7 +149,7 @@ def test_block_scores_of_blocks_on_two_devices(tiny, monkeypatch) -> None:
     family = tiny("wan")
     # A score is a number, which fake tensors do not have.
     monkeypatch.setattr(FakeTensor, "__float__", lambda value: 0.5, raising=False)
-    with FakeMode() as mode:
+    with FakeTensorMode() as mode:
         move(family.model, FIRST, mode)
         split_over_two_devices(family.model, mode)
         run = lambda: forward(family, mode, FIRST)  # noqa: E731

@@ -110,19 +110,13 @@ def tokens() -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (4, 12), generator=generator)
 
 
-class FakeMode(FakeTensorMode):
-    """Touches no device, also where torch believes one to be there: a device that a test registered."""
-
-    avoid_device_init = True
-
-
 class FakeCard:
     """A CUDA device without one: tensors have shapes and devices, no values; mismatches raise."""
 
     device = torch.device("cuda:0")
 
     def __init__(self) -> None:
-        self.mode = FakeMode(allow_non_fake_inputs=True)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def tensor(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor on the card."""
