@@ -4,38 +4,37 @@
     python -m benchmarks.sliderquant.cuda --out runs/cuda
 
 Settings are the defaults of ``sliderquant quantize``: 4 bits in groups of 128, samples of 2,048 tokens.
-What has too many operations for a count is counted in part and scaled.
 """
 
-import math
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.hot_path_timing import main
 from benchmarks.hot_paths import HotPath, Kit, Step
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.simulation import model_logits
-from sliderquant.method.block_rounding import BlockRun, collect_moments
-from sliderquant.method.error_compensation import (
-    REFINEMENT_PASSES,
-    damped_hessian,
-    inverse_cholesky_factor,
-    refit_scales,
-    ridge_update,
-    round_columns_,
-    sweep_columns_,
-)
-from sliderquant.method.layout import layer_groups
-from sliderquant.method.learnables import WEIGHTS_PER_PIECE, BlockLearnables, LinearLearnables
+from sliderquant.config import SliderConfig
+from sliderquant.method import learnables, window_training
+from sliderquant.method.block_rounding import round_block_, samples_per_forward
+from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.metrics import perplexity
+from sliderquant.method.moments import split_samples
 from sliderquant.method.packed import PackedLinear
-from sliderquant.method.quantizer import WeightFormat, nearest_codes, quantization_grid
+from sliderquant.method.precision import stream_dtype
+from sliderquant.method.quantizer import WeightFormat
 from sliderquant.method.sampling import seeded
-from sliderquant.method.window_training import update_window, window_simulation
+from sliderquant.method.task import CalibrationTask, Listeners
+from sliderquant.method.window_training import (
+    compute_gradients_,
+    window_optimizer,
+    window_simulation,
+)
 
 BLOCKS = 8  # of 32, where a whole model runs
 LLAMA = LlamaConfig(
@@ -58,7 +57,14 @@ TINY = LlamaConfig(
 )
 SAMPLES = 128
 RANK = 4
-COLUMN_SHARE = 1024  # of every so many columns, one is counted
+TOKENS, TINY_TOKENS = 2048, 16  # of a sample
+SILENT = Listeners(
+    on_update=lambda loss: None,
+    on_window=lambda result: None,
+    on_block=lambda block: None,
+    on_experts=lambda block, counts: None,
+    on_rounded=lambda block, strengths: None,
+)
 
 
 def config_of(tiny: bool, blocks: int = BLOCKS) -> LlamaConfig:
@@ -76,7 +82,7 @@ def llama(kit: Kit, tiny: bool, blocks: int = BLOCKS) -> Any:
 
 def sequence(tiny: bool) -> int:
     """Tokens of a sample."""
-    return 16 if tiny else 2048
+    return TINY_TOKENS if tiny else TOKENS
 
 
 def weight_format(tiny: bool, dtype: torch.dtype = torch.bfloat16) -> WeightFormat:
@@ -95,107 +101,71 @@ def shapes_of(tiny: bool) -> list[tuple[int, int]]:
     ]
 
 
-def gather_moments(kit: Kit, tiny: bool) -> Step:
-    """Compensated rounding: both models up to each layer group, moments, and the relay; one sample."""
-    decoder = TransformersDecoder(llama(kit, tiny, 1))
-    hidden = decoder.block_inputs(kit.randint(config_of(tiny).vocab_size, 1, sequence(tiny)))
-    tensors = decoder.tensors(0)
-    run = BlockRun(hidden=hidden, tensors=tensors)
-    groups = layer_groups(decoder.layout(0))
+def round_a_block(kit: Kit, tiny: bool) -> Step:
+    """Compensated rounding of one block, all of it: moments, solutions, column loops and the relay."""
+    config = LlamaConfig(**{**config_of(tiny, 1).to_dict(), "vocab_size": TINY.vocab_size})
+    model: Any = kit.module(lambda: LlamaForCausalLM(config).eval().requires_grad_(False))
+    decoder = TransformersDecoder(model)
+    samples, tokens = (4, TINY_TOKENS) if tiny else (SAMPLES, TOKENS)
+    decoder.block_inputs(kit.randint(config.vocab_size, 1, tokens))
+
+    learned = block_learnables(kit, tiny)
+    task = CalibrationTask(
+        decoder=decoder,
+        tokens=torch.empty(samples, tokens, device="meta"),
+        windows=[],
+        learnables=[learned],
+        config=SliderConfig(nsamples=samples, seqlen=tokens),
+        activations=None,
+        listeners=SILENT,
+        cache=lambda name, hidden: hidden,
+        done=0,
+    )
+    dtype = stream_dtype(kit.device)
+    x_fp, x_q = (kit.randn(samples, tokens, config.hidden_size, dtype=dtype) for _ in range(2))
+    split = split_samples(samples, samples_per_forward(decoder, task.config, tokens))
 
     @torch.no_grad()
     def step() -> None:
-        for group in groups:
-            collect_moments(decoder, 0, group, run, run, 1)
-        for _ in range(2):
-            decoder.run_block(0, hidden, tensors)
-
-    return step
-
-
-def moment_of(kit: Kit, columns: int) -> Tensor:
-    """A positive definite X^T X, float64."""
-    x = kit.randn(2 * columns, columns)
-    return (x.T @ x).double()
-
-
-def grids_of(weight: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale of each group, and scale and zero point of each weight."""
-    size = fmt.columns_per_group(weight.shape[1])
-    scale, zero = quantization_grid(weight.unflatten(-1, (-1, size)), fmt)
-    scale, zero = scale.squeeze(-1), zero.squeeze(-1)
-    return scale, scale.repeat_interleave(size, dim=-1), zero.repeat_interleave(size, dim=-1)
-
-
-def solve_weights(kit: Kit, tiny: bool) -> Step:
-    """Compensated rounding: regressions, factorisations and least squares of a block's weights."""
-    fmt = weight_format(tiny)
-
-    def solve(weight: Tensor, moment: Tensor, cross: Tensor) -> None:
-        h = damped_hessian(moment)
-        target = ridge_update(weight, h, cross)
-        order = h.diagonal().argsort(descending=True)
-        inverse_cholesky_factor(h[order][:, order])
-        scale, scales, zeros = grids_of(weight, fmt)
-        levels = nearest_codes(target, scales, zeros, fmt) - zeros
-        levels = levels.unflatten(-1, (-1, fmt.columns_per_group(weight.shape[1])))
-        for _ in range(REFINEMENT_PASSES):
-            scale = refit_scales(levels, scale, target, h)
-
-    moments = {columns: moment_of(kit, columns) for _, columns in shapes_of(tiny)}
-    weights = [
-        (kit.randn(out, columns), kit.randn(columns, out).double())
-        for out, columns in shapes_of(tiny)
-    ]
-
-    @torch.no_grad()
-    def step() -> None:
-        for weight, cross in weights:
-            solve(weight, moments[weight.shape[1]], cross)
-
-    return step
-
-
-def loop_over_columns(kit: Kit, tiny: bool) -> Step:
-    """Compensated rounding: error feedback and coordinate descent over a share of the columns.
-
-    Half of a block: q, k and gate stand for o, v and up too, and of down half of the share is visited.
-    The product that passes errors on to the columns behind stands here once for 4 columns instead of
-    128: its bytes are 6 % of all.
-    """
-    fmt = weight_format(tiny)
-    prepared = []
-    q, k, _, _, gate, _, down = shapes_of(tiny)
-    for out, columns in (q, k, gate, down):
-        weight = kit.randn(out, columns)
-        _, scales, zeros = grids_of(weight, fmt)
-        h = kit.randn(columns, columns)
-        share = COLUMN_SHARE * (2 if (out, columns) == down else 1)
-        visited = max(1, columns // share)
-        prepared.append((weight, scales, zeros, h.square_().add_(1), visited))
-
-    @torch.no_grad()
-    def step() -> None:
-        for weight, scales, zeros, h, visited in prepared:
-            code = round_columns_(weight, scales, zeros, fmt, h, visited)
-            for _ in range(REFINEMENT_PASSES):
-                sweep_columns_(code, weight, scales, zeros, fmt, h, visited)
+        round_block_(task, 0, x_fp, x_q, split)
+        learned.move_codes("cpu")
 
     return step
 
 
 def update_blocks(kit: Kit, tiny: bool) -> Step:
-    """Windows: one update of two blocks, whose weights get their correction but are not rounded."""
-    decoder = TransformersDecoder(llama(kit, tiny, 2))
-    hidden = decoder.block_inputs(kit.randint(config_of(tiny).vocab_size, 1, sequence(tiny)))
-    learnables = [block_learnables(kit, tiny) for _ in range(2)]
-    for learned in learnables:
-        for linear in learned.linears:
-            linear.forward_in_pieces = lambda weight, ratio, own=linear: own.add_correction(weight)
-    groups = [group for learned in learnables for group in learned.parameter_groups(1e-4, 1e-2)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0)
-    simulate = window_simulation(decoder, [0, 1], learnables, 1.0, None)
-    return lambda: update_window(simulate, hidden, hidden + 1, 1, learnables, optimizer)
+    """Windows: a whole update of two blocks, with weights that are simulated and rounded.
+
+    Embedding and head are left small: an update has none of them in memory.
+    """
+    config = LlamaConfig(**{**config_of(tiny, 2).to_dict(), "vocab_size": TINY.vocab_size})
+    model: Any = kit.module(lambda: LlamaForCausalLM(config).eval().requires_grad_(False))
+    decoder = TransformersDecoder(model)
+    hidden = decoder.block_inputs(kit.randint(config.vocab_size, 1, sequence(tiny)))
+    targets = kit.randn(*hidden.shape)
+    trained = [block_learnables(kit, tiny) for _ in range(2)]
+    optimizer = window_optimizer(trained, (1e-4, 1e-2, 1e-3), torch.device("cuda"))
+    with as_on_a_card(kit):
+        simulate = window_simulation(decoder, [0, 1], trained, 1.0, None)
+
+    def step() -> None:
+        with as_on_a_card(kit):
+            compute_gradients_(simulate, hidden, targets, 1, trained, optimizer)
+        optimizer.step()
+
+    return step
+
+
+@contextlib.contextmanager
+def as_on_a_card(kit: Kit) -> Iterator[None]:
+    """Let the fake CPU stand for a card: the only fake device with both gradients and autocast."""
+    with (
+        mock.patch.object(window_training, "forward_precision") as forward_precision,
+        mock.patch.object(window_training, "is_accelerator", return_value=True),
+        mock.patch.object(learnables, "is_accelerator", return_value=True),
+    ):
+        forward_precision.side_effect = lambda device: kit.autocast()
+        yield
 
 
 def block_learnables(kit: Kit, tiny: bool) -> Any:
@@ -214,31 +184,6 @@ def block_learnables(kit: Kit, tiny: bool) -> Any:
             return BlockLearnables(weights, weight_format(tiny), RANK, seeded((0,)))
 
     return kit.module(make)
-
-
-def simulate_pieces(kit: Kit, tiny: bool) -> Step:
-    """Windows: a weight simulated twice, the second time for the backward pass; two pieces of it."""
-    columns = TINY.hidden_size if tiny else LLAMA.hidden_size
-    rows = 2 * max(1, WEIGHTS_PER_PIECE // columns)
-
-    def make() -> nn.Module:
-        with torch.device("cpu"):
-            return LinearLearnables((rows, columns), weight_format(tiny), RANK, seeded((0,)))
-
-    linear: Any = kit.module(make)
-    weight, gradient = kit.randn(rows, columns), kit.randn(rows, columns)
-
-    def step() -> None:
-        linear.forward_in_pieces(weight, 1.0)
-        linear.forward_in_pieces(weight, 1.0).backward(gradient)
-
-    return step
-
-
-def pieces(blocks: int) -> int:
-    """Pieces in which the weights of so many blocks are simulated."""
-    rows = [(out, max(1, WEIGHTS_PER_PIECE // columns)) for out, columns in shapes_of(False)]
-    return blocks * sum(math.ceil(out / at_once) for out, at_once in rows)
 
 
 def evaluate(kit: Kit, tiny: bool) -> Step:
@@ -278,12 +223,10 @@ def forward_packed(tokens: int) -> Callable[[Kit, bool], Step]:
     return build
 
 
-# An update reads its loss, and whether the gradient is finite; transformers looks for packed samples.
-CALIBRATING = {
-    "sampling.py:all_reduce_": 1.0,
-    "window_training.py:update_window": True,
-    "masking_utils.py:find_packed_sequence_indices": True,
-}
+ROUNDING = "compensated rounding of a Llama-3-8B block, 128 x 2048 tokens"
+UPDATE = "update of a window of 2 Llama-3-8B blocks, 1 x 2048 tokens, bf16 autocast, per block"
+# transformers looks for packed samples, once for all updates.
+CALIBRATING = {"masking_utils.py:find_packed_sequence_indices": True}
 PATHS: Sequence[HotPath] = [
     HotPath("packed forward, 8 blocks of Llama-3-8B W4 g128, 1 token", forward_packed(1)),
     HotPath("packed forward, 8 blocks of Llama-3-8B W4 g128, 512 tokens", forward_packed(512)),
@@ -293,31 +236,22 @@ PATHS: Sequence[HotPath] = [
         allow={"metrics.py:perplexity": 2.0},
     ),
     HotPath(
-        "moments of a Llama-3-8B block, 1 of 128 samples (scaled)",
-        gather_moments,
-        scaled=SAMPLES,
-        compile=False,
-    ),
-    HotPath("solving for a Llama-3-8B block", solve_weights, compile=False),
-    HotPath(
-        "column loops of a Llama-3-8B block, 1 of 1024 columns (scaled)",
-        loop_over_columns,
-        scaled=2 * COLUMN_SHARE,
+        ROUNDING,
+        round_a_block,
+        allow={
+            # Whether a layer group reads anything, and how strong its update is.
+            "block_rounding.py:wait_for": 1.0,
+            "masking_utils.py:find_packed_sequence_indices": True,
+        },
         compile=False,
     ),
     HotPath(
-        "update of a window of 2 Llama-3-8B blocks, without rounding",
+        UPDATE,
         update_blocks,
-        fake="meta",
+        fake="cpu",
+        scaled=0.5,
         warm_up=1,
         allow=CALIBRATING,
-        compile=False,
-    ),
-    HotPath(
-        "rounding in an update of 2 Llama-3-8B blocks, 2 pieces (scaled)",
-        simulate_pieces,
-        fake="gpu:0",
-        scaled=pieces(2) / 2,
         compile=False,
     ),
 ]

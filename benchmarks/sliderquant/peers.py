@@ -187,7 +187,10 @@ def texts(config: PeersConfig, material: Material) -> dict[str, list[Tensor]]:
     """Return what to measure perplexity on, in batches of chunks [b, context], by name."""
     names = ("code", "prose") if config.text == "held-out" else ("development",)
     wanted = {name: material.tokens[name][: config.eval_tokens] for name in names}
-    return {name: list(chunks(t, config.context, EVAL_BATCH)) for name, t in wanted.items()}
+    return {
+        name: list(chunks(tokens, config.context, EVAL_BATCH, material.begin))
+        for name, tokens in wanted.items()
+    }
 
 
 def quantize_cell(config: PeersConfig, cell: Cell, material: Material) -> dict[str, Any]:
@@ -200,7 +203,11 @@ def quantize_cell(config: PeersConfig, cell: Cell, material: Material) -> dict[s
             model=loaded.model,
             tokenizer=loaded.tokenizer,
             samples=calibration_samples(
-                material.tokens["train"], config.nsamples, config.context, cell.seed
+                material.tokens["train"],
+                config.nsamples,
+                config.context,
+                cell.seed,
+                material.begin,
             ),
             grid=GRIDS[cell.setting],
             options=cell.options,

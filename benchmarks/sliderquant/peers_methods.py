@@ -253,6 +253,7 @@ def autoround(task: Task) -> tuple[PreTrainedModel, str]:
         nsamples=len(task.samples),
         seqlen=task.samples.shape[1],
         batch_size=options["batch_size"],
+        lr=options.get("lr"),  # its own choice: one over the number of iterations
         enable_torch_compile=False,
         device_map="cpu",
         seed=options["seed"],
@@ -262,6 +263,8 @@ def autoround(task: Task) -> tuple[PreTrainedModel, str]:
     )
     model, _ = rounder.quantize()
     settings = f"{options['iters']} iterations of {options['batch_size']} samples, not compiled"
+    if options.get("lr") is not None:
+        settings += f", rate {options['lr']:g}"
     return model, settings + (", enable_alg_ext" if options["extended"] else "")
 
 

@@ -6,8 +6,10 @@ but a few of its channels carry large values, as those of large models do and th
 not; so does ``qwen-outliers``. All are kept in the user's cache folder.
 """
 
+import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from effml_common.files import atomic_write
 from effml_common.logging import say
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
-from sliderquant.adapters.text import encode
+from sliderquant.adapters.text import begin_tokens, encode
 from sliderquant.config import DemoModelConfig
 from sliderquant.demo.data import Corpus, library_corpus
 from sliderquant.demo.models import demo_model, encode_documents, train_language_model_
@@ -157,10 +159,12 @@ class Material:
     Attributes:
         folder: Of the model.
         tokens: "train" to calibrate on, "code", "prose" and "development" to measure on.
+        begin: Token ids in front of every sample and chunk.
     """
 
     folder: Path
     tokens: dict[str, Int[Tensor, " n"]]
+    begin: Sequence[int] = ()
 
 
 def prepare(family: str, config: DemoModelConfig, path: Path) -> None:
@@ -180,14 +184,18 @@ def prepare(family: str, config: DemoModelConfig, path: Path) -> None:
         "prose": encode([corpus.prose], tokenizer),
         "development": encode([corpus.development], tokenizer),
     }
-    atomic_write(path, save(tokens, metadata={"folder": str(folder)}))
+    begin = json.dumps(begin_tokens(tokenizer))
+    atomic_write(path, save(tokens, metadata={"folder": str(folder), "begin": begin}))
 
 
 def read_material(path: Path) -> Material | None:
-    """Return what ``prepare`` wrote, or ``None`` if it, or its model, is not there."""
+    """Return what ``prepare`` wrote, or ``None`` if it, a part of it, or its model is not there."""
     if not path.exists():
         return None
     with safe_open(path, "pt") as file:
-        folder = Path(file.metadata()["folder"])
+        metadata = file.metadata()
         tokens = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return Material(folder=folder, tokens=tokens) if (folder / "config.json").exists() else None
+    if "begin" not in metadata or not (Path(metadata["folder"]) / "config.json").exists():
+        return None
+    begin = json.loads(metadata["begin"])
+    return Material(folder=Path(metadata["folder"]), tokens=tokens, begin=begin)

@@ -29,7 +29,7 @@ from effml_common.parsing import parse, setting
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
 from sliderquant.adapters.simulation import weight_format
-from sliderquant.adapters.text import calibration_samples, chunks, encode
+from sliderquant.adapters.text import begin_tokens, calibration_samples, chunks, encode
 from sliderquant.commands.inspect import make_plan
 from sliderquant.config import DemoModelConfig, SliderConfig
 from sliderquant.demo.arms import calibrated_weights, measure
@@ -102,6 +102,7 @@ def study(config: StudyConfig) -> list[dict[str, Any]]:
     loaded = load_model(demo_model(config, corpus))
     decoder = TransformersDecoder(loaded.model)
     stream = encode(corpus.train, loaded.tokenizer)
+    begin = begin_tokens(loaded.tokenizer)
     batches = evaluation_batches(config, corpus, loaded.tokenizer)
 
     # What every arm stands beside.
@@ -114,7 +115,7 @@ def study(config: StudyConfig) -> list[dict[str, Any]]:
 
     # Every run is on disk as soon as it is measured.
     for seed in config.seeds:
-        samples = calibration_samples(stream, config.nsamples, config.context, seed)
+        samples = calibration_samples(stream, config.nsamples, config.context, seed, begin)
         for rate in config.rates:
             for arm in config.arms:
                 results.append(run_arm(config, decoder, samples, batches, (arm, rate, seed)))
@@ -130,8 +131,9 @@ def evaluation_batches(
     held_out = {"code": corpus.code, "prose": corpus.prose}
     texts = held_out if config.text == "held-out" else {"development": corpus.development}
     streams = {name: encode([text], tokenizer) for name, text in texts.items()}
+    begin = begin_tokens(tokenizer)
     return {
-        name: list(chunks(stream[: config.eval_tokens], config.context, 32))
+        name: list(chunks(stream[: config.eval_tokens], config.context, 32, begin))
         for name, stream in streams.items()
     }
 

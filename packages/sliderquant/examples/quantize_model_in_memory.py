@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sliderquant import SliderConfig, calibrate
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.simulation import fresh_learnables, simulated_weights
+from sliderquant.adapters.text import begin_tokens, chunks, encode
 
 model_folder, text = sys.argv[1:3]
 samples, length = map(int, sys.argv[3:5] or (64, 512))
@@ -23,9 +24,11 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).to(device).eval()
 tokenizer = AutoTokenizer.from_pretrained(model_folder)
 
-# Any token ids [samples, length] will do; the last sample is held out.
-ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
-tokens = ids[: (samples + 1) * length].view(-1, length)
+# Any token ids [samples, length] will do, each row begun as the tokenizer begins a text (BOS); the
+# last sample is held out.
+stream = encode([Path(text).read_text(encoding="utf-8")], tokenizer)
+rows = list(chunks(stream, length, begin=begin_tokens(tokenizer)))
+tokens = torch.cat(rows[: samples + 1])
 held_out = tokens[-1:].to(device)
 with torch.no_grad():
     before = float(model(input_ids=held_out, labels=held_out).loss)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from transformers import (
     AutoModelForCausalLM,
@@ -252,6 +252,22 @@ def held_out_file(corpus, tmp_path_factory) -> Path:
 @pytest.fixture
 def loaded(model_directory):
     return load_model(model_directory)
+
+
+@pytest.fixture
+def with_begin():
+    """Makes a tokenizer put tokens in front of a text, and more behind it."""
+
+    def change(tokenizer, front: str = "<|end|>", behind: str = ""):
+        pieces = [*front.split(), "$A", *behind.split()]
+        tokens = {piece for piece in pieces if piece != "$A"}
+        ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in sorted(tokens)]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=" ".join(pieces), special_tokens=ids
+        )
+        return tokenizer
+
+    return change
 
 
 @pytest.fixture

@@ -138,3 +138,28 @@ def test_unknown_architecture_says_what_an_entry_needs() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=32, n_positions=8))
     with pytest.raises(UnsupportedArchitectureError, match=r"'gpt2' is not supported.*families.py"):
         TransformersDecoder(model)
+
+
+@torch.no_grad()
+def test_a_block_goes_on_from_its_attention_and_from_its_mlp(family, tiny) -> None:
+    decoder = TransformersDecoder(tiny(family))
+    hidden = decoder.block_inputs(torch.arange(24).view(2, 12))
+    tensors, layout = decoder.tensors(0), decoder.layout(0)
+    expected = decoder.run_block(0, hidden, tensors)
+
+    # From what the output projection reads.
+    projection = layout.outputs[0].removesuffix(".weight")
+    norm = list(layout.readers)[1].removesuffix(".weight")
+    seen = decoder.inputs_inside(0, hidden, tensors, [projection, norm])
+    bias = tensors.get(f"{projection}.bias")
+    attention = torch.nn.functional.linear(seen[projection], tensors[layout.outputs[0]], bias)
+    result = decoder.inputs_inside(0, hidden, tensors, [""], attention=attention)[""]
+    torch.testing.assert_close(result, expected)
+
+    # From the residual stream in front of the MLP.
+    nothing = torch.zeros_like(hidden)
+    result = decoder.inputs_inside(0, seen[norm], tensors, [""], attention=nothing)[""]
+    torch.testing.assert_close(result, expected)
+
+    # The block itself is as it was.
+    assert torch.equal(decoder.run_block(0, hidden, tensors), expected)

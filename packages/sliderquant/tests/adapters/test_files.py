@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from effml_common.errors import InputError
 from sliderquant.adapters.files import load_config, load_model
+from sliderquant.adapters.loading import load_any
 from sliderquant.adapters.model_folder import open_model
 from sliderquant.adapters.text import calibration_samples, encode, read_documents
 
@@ -111,6 +112,29 @@ def test_code_beside_a_model_runs_only_when_asked(model_copy, trusted) -> None:
     with pytest.raises(InputError) as caught:
         open_model(model_copy, trust_remote_code=trusted)
     assert marker.exists() == trusted
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_measuring_runs_no_code_of_a_model_and_asks_nobody(
+    model_copy, quantized, monkeypatch
+) -> None:
+    """transformers asks on a terminal whether to run such code, unless it is told not to."""
+    marker = model_copy / "ran"
+    (model_copy / "odd.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"open({str(marker)!r}, 'w').close()\n"
+        "class Odd(LlamaConfig):\n"
+        "    model_type = 'odd'\n"
+    )
+    edit_config(model_copy, model_type="odd", auto_map={"AutoConfig": "odd.Odd"})
+    if quantized:
+        edit_config(model_copy, quantization_config={"quant_method": "compressed-tensors"})
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda words="": asked.append(words) or "y")
+    with pytest.raises(InputError) as caught:
+        load_any(model_copy)
+    assert (asked, marker.exists()) == ([], False)
     assert "\n" not in str(caught.value)
 
 

@@ -65,7 +65,14 @@ def log_probability(loaded, context: list[int], continuation: list[int]) -> floa
     return sum(log_p[k, token].item() for k, token in enumerate(continuation))
 
 
-def test_tasks_report_what_the_models_own_probabilities_say(loaded, tasks) -> None:
+@pytest.mark.parametrize("begins", [False, True], ids=["bare", "bos"])
+def test_tasks_report_what_the_models_own_probabilities_say(
+    begins, loaded, tasks, with_begin
+) -> None:
+    """The harness encodes as the tokenizer does: where that puts BOS in front, a context has it."""
+    if begins:
+        with_begin(loaded.tokenizer)
+        assert loaded.tokenizer("x")["input_ids"][0] == loaded.tokenizer.bos_token_id
     choice, rolling = run_tasks(
         loaded.model, loaded.tokenizer, read_tasks([str(tasks)]), batch_size=2
     )

@@ -17,6 +17,8 @@ from effml_common.cli import main
 from effml_common.errors import InputError
 from sliderquant.adapters.processes import device_with_float64, process_group
 from sliderquant.cli import COMMANDS
+from sliderquant.commands import quantize as quantize_command
+from sliderquant.config import QuantizeConfig
 
 SCRIPT = Path(__file__).parents[1] / "sliderquant_processes.py"
 
@@ -66,6 +68,27 @@ def test_one_process_joins_nothing(monkeypatch) -> None:
     with process_group("cpu") as device:
         assert device == torch.device("cpu")
         assert not distributed.is_initialized()
+
+
+def test_processes_without_a_sample_are_refused_in_one_line(tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["quantize", "model", "--calib", "text.txt", "--method", "slider", "--out", out]
+    assert main("sliderquant", "sliderquant", COMMANDS, list(map(str, words))) == 2
+    message = "batch_size is 1 and there are 2 processes; give --batch-size 2 or more"
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("method", "batch_size"), [("slider", 2), ("compensated", 1)])
+def test_processes_that_get_samples_are_welcome(method, batch_size, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    joined = []
+    monkeypatch.setattr(quantize_command, "process_group", lambda *words, **more: joined.append(1))
+    config = QuantizeConfig(model="m", calib=("t",), method=method, batch_size=batch_size)
+    with pytest.raises((TypeError, AttributeError)):  # the stand-in is no context
+        quantize_command.quantize(config)
+    assert joined == [1]
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM
 import sliderquant
 from effml_common.errors import InputError
 from sliderquant.adapters.model_writer import ModelWriter
+from sliderquant.adapters.native import load
+from sliderquant.commands import bench as bench_command
 from sliderquant.commands.bench import bench, held_bytes, unpack_layers_
 from sliderquant.config import BenchConfig
 from sliderquant.method.quantizer import WeightFormat, quantize_weight
@@ -40,6 +42,26 @@ def test_the_kernel_is_used_only_when_asked_for(native) -> None:
         ]
         assert len(layers) == 21
         assert all(layer.kernel == (kernel == "triton") for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"), [("torch", "in plain PyTorch"), ("triton", "with the Triton kernel")]
+)
+def test_bench_times_the_path_of_the_device_and_says_which(
+    kernel, words, native, tmp_path, monkeypatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(bench_command, "kernel_on", lambda device: kernel)
+    monkeypatch.setattr(
+        bench_command,
+        "load",
+        lambda model, device, kernel="torch": asked.append(kernel) or load(model, device),
+    )
+    report = bench(
+        BenchConfig(model=str(native), prompt=4, tokens=1, repeats=1, out=str(tmp_path / "bench"))
+    )
+    assert asked == [kernel, "torch"]  # the packed model, then the one to unpack
+    assert words in report.notes[0]
 
 
 def test_both_models_are_timed_in_turns(native, tmp_path) -> None:

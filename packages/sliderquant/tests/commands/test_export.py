@@ -73,6 +73,7 @@ def test_the_card_tells_what_a_reader_must_know(native, text_file, tmp_path) -> 
         card = (folder / "README.md").read_text()
         for needed in (loading, "W2 g64 asym", text_file.name, "sha256", "perplexity", "torch 2."):
             assert needed in card, (folder, needed)
+        assert "the tokenizer puts nothing in front of a text" in card
         assert str(native.parent) not in card
     assert "vllm serve" in card
     assert "not run" in card

@@ -145,10 +145,21 @@ def test_clipping_can_be_left_out(pair) -> None:
 
 @pytest.mark.parametrize("shape", [(24, 16), (3, 8, 16)])
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
-def test_row_by_row_simulation_has_the_same_values_and_gradients(shape, ratio, monkeypatch) -> None:
-    monkeypatch.setattr(
-        learnables, "WEIGHTS_PER_PIECE", 5 * 16
-    )  # five rows, which divides neither shape
+@pytest.mark.parametrize(
+    ("is_accelerator", "limit", "pieces"),
+    [
+        (False, 5 * 16, {2: 5, 3: 6}),  # five rows, which divides neither shape
+        (True, 2 * 8 * 16, {2: 2, 3: 2}),  # 16 rows, or two experts
+        (True, 2**20, {2: 1, 3: 1}),
+    ],
+)
+def test_simulation_in_pieces_has_the_same_values_and_gradients(
+    shape, ratio, is_accelerator, limit, pieces, monkeypatch
+) -> None:
+    name = "ACCELERATOR_WEIGHTS_PER_PIECE" if is_accelerator else "WEIGHTS_PER_PIECE"
+    monkeypatch.setattr(learnables, name, limit)
+    monkeypatch.setattr(learnables, "is_accelerator", lambda device: is_accelerator)
+    assert len(learnables._pieces(shape, torch.device("cpu"))) == pieces[len(shape)]
     generator = torch.Generator().manual_seed(0)
     linear = learnables.LinearLearnables(shape, fmt(), 2, generator).double()
     with torch.no_grad():

@@ -229,6 +229,7 @@ class TransformersDecoder:
         weights: dict[str, Tensor],
         modules: Sequence[str],
         activations: ActivationFormat | None = None,
+        attention: Float[Tensor, "n t h"] | None = None,
     ) -> dict[str, Tensor]:
         """Return what modules of a block are called with, not rounded yet; it runs no further than that.
 
@@ -238,6 +239,7 @@ class TransformersDecoder:
             weights: Parameters to use instead of its own.
             modules: Names inside the block; the empty name asks for what the block returns.
             activations: Rounding of activations on the way.
+            attention: What the attention returns, instead of computing it.
         """
         seen: dict[str, Tensor] = {}
 
@@ -252,13 +254,29 @@ class TransformersDecoder:
             if name
         ]
         try:
-            seen[""] = self.run_block(block, hidden, weights, activations)
+            with self._given_attention(block, attention):
+                seen[""] = self.run_block(block, hidden, weights, activations)
         except _StopForward:
             pass
         finally:
             for handle in handles:
                 handle.remove()
         return seen
+
+    @contextmanager
+    def _given_attention(self, block: int, attention: Tensor | None) -> Iterator[None]:
+        """Let the attention of a block return a given tensor; ``None`` leaves it as it is."""
+        if attention is None:
+            yield
+            return
+        # The module of which the output projection is a part; its parameters stay where they are.
+        name, *_ = self.layout(block).outputs[0].rsplit(".", 2)
+        module = self.blocks[block].get_submodule(name)
+        object.__setattr__(module, "forward", lambda *_, **__: (attention, None))
+        try:
+            yield
+        finally:
+            object.__delattr__(module, "forward")
 
     @contextmanager
     def counting_experts(self) -> Iterator[dict[int, Tensor]]:

@@ -36,7 +36,7 @@ class LoadedModel:
     """A checked model directory.
 
     Attributes:
-        model: The model in float32, eval mode.
+        model: The model in eval mode, in float32 or in the type that was asked for.
         tokenizer: Its tokenizer.
         dtype: Type of the weights on disk; what is exported has it too.
         context: Longest sequence the model supports, in tokens.
@@ -175,6 +175,7 @@ def load_model(
                 dtype=torch.float32 if upcast else dtype,
                 use_safetensors=True,
                 local_files_only=True,
+                trust_remote_code=False,  # else transformers asks on the terminal
                 output_loading_info=True,
             )
         model, info = loaded

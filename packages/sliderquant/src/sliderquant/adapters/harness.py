@@ -144,6 +144,8 @@ def run_tasks(
         except ImportError:
             raise InputError("tasks need lm-eval; pip install 'sliderquant[eval]'") from None
 
+        # Contexts and texts are encoded as the tokenizer does it by itself, with BOS where it puts
+        # one: add_bos_token stays unset. In rolling tasks the harness predicts that BOS, too.
         # The datasets library writes what it reads into a cache, which is thrown away here.
         host_class: Any = HFLM  # whose decorators hide the parameters
         host = host_class(

@@ -59,9 +59,13 @@ def _load_compressed(directory: Path, device: torch.device | str) -> PreTrainedM
         # compressed-tensors draws four progress bars on stderr.
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype="auto", use_safetensors=True, local_files_only=True,
+                directory,
+                dtype="auto",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,  # else transformers asks on the terminal
                 output_loading_info=True,
-            )  # fmt: skip
+            )
             model, info = loaded
 
             # transformers fills in what is missing with random values; here it is an error.

@@ -23,6 +23,11 @@ def device_with_float64(name: str) -> torch.device:
     return device
 
 
+def process_count() -> int:
+    """Return how many processes ``torchrun`` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def process_group(device: str, *, float64: bool = False) -> Iterator[torch.device]:
     """Join the processes that ``torchrun`` started, if it did; yields this process's device.
@@ -37,7 +42,7 @@ def process_group(device: str, *, float64: bool = False) -> Iterator[torch.devic
         InputError: If the device is unknown or not there.
     """
     target = device_with_float64(device) if float64 else resolve_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+    if process_count() == 1 or distributed.is_initialized():
         yield target
         return
     on_gpu = target.type == "cuda"

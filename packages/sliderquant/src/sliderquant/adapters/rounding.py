@@ -115,7 +115,8 @@ def _rounded_experts(
         out = nn.functional.linear(inner, self.down_proj[expert])
 
         # Each token adds the results of its experts, weighted by the router.
-        result = result.index_add(0, token, out * top_k_weights[token, place, None].to(out.dtype))
+        weighted = out * top_k_weights[token, place, None].to(out.dtype)
+        result = result.index_add(0, token, weighted.to(result.dtype))
     return result
 
 

@@ -1,4 +1,9 @@
-"""Text files to tokens: calibration samples and evaluation streams."""
+"""Text files to tokens: calibration samples, and chunks to measure on.
+
+All documents are one stream of tokens. A model that was trained with a BOS (begin of sequence) token
+expects one in front of whatever it reads, so every sample and every chunk that is cut from the stream
+gets the tokens that the model's own tokenizer puts in front of a text.
+"""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -15,6 +20,7 @@ from sliderquant.adapters.files import quiet_transformers
 
 LITERATURE_SEQLEN = 2048  # tokens per chunk of evaluation text
 SCARCE_TOKENS = 16_384  # below this, calibration tends to fit the samples rather than the model
+_PROBE = "a"  # a text that any tokenizer knows
 
 
 def read_documents(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -72,15 +78,45 @@ def _record_text(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> s
     raise InputError(f"{where} has neither 'text' nor 'messages'; add one of them")
 
 
+def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that a tokenizer itself puts in front of a text, such as BOS; often none.
+
+    What it puts behind a text, such as EOS, is no part of them.
+
+    Raises:
+        InputError: If the special tokens change the text's own tokens.
+    """
+    own: list[int] = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer(_PROBE)["input_ids"]
+    for front in range(len(full) - len(own) + 1):
+        if full[front : front + len(own)] == own:
+            return full[:front]
+    raise InputError(
+        f"the tokenizer encodes {_PROBE!r} as {own} without and {full} with special tokens; "
+        "use one that puts them around the text"
+    )
+
+
+def begin_note(begin: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Say in a line what every sample and chunk starts with."""
+    if not begin:
+        return "the tokenizer puts nothing in front of a text: samples and chunks are plain pieces"
+    front = tokenizer.decode(list(begin))
+    return f"every sample and chunk starts with {front}, as the tokenizer puts it"
+
+
 def encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " n"]:
-    """Join documents by blank lines and encode them as one text, as for published perplexities."""
+    """Join documents by blank lines and encode them as one text, without special tokens.
+
+    Special tokens that a chat template writes as text become their ids, where they stand.
+    """
     with quiet_transformers():  # the text is longer than the model's limit on purpose
-        ids = tokenizer("\n\n".join(documents), return_tensors="pt")["input_ids"]
-    return ids[0]
+        encoding = tokenizer("\n\n".join(documents), add_special_tokens=False, return_tensors="pt")
+    return encoding["input_ids"][0]
 
 
 def read_tokens(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " n"]:
-    """Read text files and encode them as one stream.
+    """Read text files and encode them as one stream without special tokens.
 
     Raises:
         InputError: If a file cannot be used, see ``read_documents``.
@@ -89,19 +125,25 @@ def read_tokens(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Int
 
 
 def calibration_samples(
-    stream: Int[Tensor, " tokens"], nsamples: int, seqlen: int, seed: int
+    stream: Int[Tensor, " tokens"],
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    begin: Sequence[int] = (),
 ) -> Int[Tensor, "n t"]:
-    """Cut random samples out of a token stream.
+    """Cut random samples out of a token stream, each with the same tokens in front.
 
     Args:
         stream: Token ids.
         nsamples: Number of samples; they may overlap.
-        seqlen: Tokens per sample.
+        seqlen: Tokens per sample, those in front included.
         seed: Of the places where samples begin.
+        begin: What stands in front of every sample, see ``begin_tokens``.
 
     Raises:
         InputError: If the stream is shorter than one sample.
     """
+    room = _room(seqlen, begin)
     if len(stream) < seqlen:
         raise InputError(
             f"calibration text has {len(stream)} tokens, one sample needs {seqlen}; "
@@ -118,24 +160,59 @@ def calibration_samples(
     # Places are drawn uniformly; the last one leaves room for a whole sample.
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(stream) - seqlen + 1, (nsamples, 1), generator=generator)
-    return stream[starts + torch.arange(seqlen)]
+
+    # A piece that begins with the same tokens already, as a chat does, does not get them twice.
+    front = stream.new_tensor(list(begin))
+    repeated = (stream[starts + torch.arange(len(begin))] == front).all(dim=1, keepdim=True)
+    starts += len(begin) * repeated
+    return torch.cat([front.expand(nsamples, -1), stream[starts + torch.arange(room)]], dim=1)
 
 
 def chunks(
-    stream: Int[Tensor, " n"], seqlen: int, batch_size: int = 1
+    stream: Int[Tensor, " n"], seqlen: int, batch_size: int = 1, begin: Sequence[int] = ()
 ) -> Iterable[Int[Tensor, "b t"]]:
-    """Cut a token stream into floor(n / seqlen) chunks without overlap, in batches.
+    """Cut a token stream into chunks without overlap, in batches; the tail is left out.
+
+    A piece that begins with the tokens of ``begin`` already, as a chat does, does not get them twice.
+
+    Args:
+        stream: Token ids.
+        seqlen: Tokens per chunk, those in front included.
+        batch_size: Chunks per batch.
+        begin: What stands in front of every chunk, see ``begin_tokens``.
 
     Raises:
         InputError: If the stream does not fill one chunk.
     """
-    count = len(stream) // seqlen
-    if count == 0:
+    # Where the pieces are: each follows the one before.
+    room = _room(seqlen, begin)
+    front = stream.new_tensor(list(begin))
+    starts, place = [], 0
+    while True:
+        if torch.equal(stream[place : place + len(begin)], front):
+            place += len(begin)
+        if place + room > len(stream):
+            break
+        starts.append(place)
+        place += room
+    if not starts:
         raise InputError(
             f"evaluation text has {len(stream)} tokens, fewer than one chunk of {seqlen}; "
             "give more text or lower --seqlen"
         )
-    return stream[: count * seqlen].view(count, seqlen).split(batch_size)
+
+    pieces = stream[torch.tensor(starts)[:, None] + torch.arange(room)]
+    return torch.cat([front.expand(len(starts), -1), pieces], dim=1).split(batch_size)
+
+
+def _room(seqlen: int, begin: Sequence[int]) -> int:
+    """Return how many tokens of the text a sample holds."""
+    if seqlen <= len(begin):
+        raise InputError(
+            f"seqlen is {seqlen}, and the tokenizer puts {len(begin)} tokens in front; "
+            f"give {len(begin) + 1} or more"
+        )
+    return seqlen - len(begin)
 
 
 def default_seqlen(context: int) -> int:

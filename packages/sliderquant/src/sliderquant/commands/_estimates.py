@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -9,18 +10,27 @@ from torch import Tensor
 
 from effml_common.device import synchronize
 from effml_common.logging import say, warn
+from sliderquant.adapters.processes import process_count
 from sliderquant.commands._job import Job
-from sliderquant.method.decoder import run_blocks
-from sliderquant.method.error_compensation import REFINEMENT_PASSES, refit_scales, sweep_columns_
-from sliderquant.method.quantizer import WeightFormat, nearest_codes, quantization_grid
+from sliderquant.method.block_rounding import samples_per_forward
+from sliderquant.method.decoder import Decoder, run_blocks
+from sliderquant.method.error_compensation import (
+    REFINEMENT_PASSES,
+    SCALE_STEPS,
+    damp_,
+    factorize,
+    ridge_update,
+    round_and_refine,
+)
+from sliderquant.method.layout import LayerGroup, layer_groups
+from sliderquant.method.moments import BlockRun, collect_moments, run_inside, split_samples
+from sliderquant.method.quantizer import WeightFormat
 
-# Forward passes of one block for one batch, whatever the method does with them. A visit of a window
-# takes a forward and a backward pass, and as much again for the fake quantizer: 3.5 to 5 in all.
+# Forward passes of one block for one batch: a visit of a window takes a forward and a backward pass,
+# and as much again for the fake quantizer, 3.5 to 5 in all.
 WINDOW_PASSES = 4
-# 4 layer groups in both models, the relay of both, moments: measured 7 to 10.
-ROUNDING_PASSES = 9
-# What is timed of a weight instead of all of it.
-TIMED_COLUMNS, TIMED_ROWS = 32, 32
+# Of a layer group no more than this is timed: input columns of the loops, inputs of the factorisation.
+TIMED_COLUMNS, TIMED_INPUTS = 256, 1024
 
 
 def announce(job: Job) -> None:
@@ -47,58 +57,81 @@ def announce(job: Job) -> None:
 @torch.no_grad()
 def estimate_seconds(job: Job) -> float:
     """Return the seconds that a calibration will take on the decoder's device; block 0 is read."""
-    # One block's forward pass for one batch is the unit of both methods.
-    decoder, batch_size = job.decoder, job.config.batch_size
+    decoder, samples = job.decoder, len(job.samples)
     decoder.hold([0])
-    hidden = decoder.block_inputs(job.samples[:batch_size])
-    forward = measure_seconds(lambda: run_blocks(decoder, [0], hidden, batch_size), decoder.device)
-    passes = forward * -(-len(job.samples) // batch_size)
+    try:
+        if not job.plan.windows:
+            size = min(samples, samples_per_forward(decoder, job.config, job.samples.shape[1]))
+            hidden = decoder.block_inputs(job.samples[:size])
+            of_block = _seconds_of_block(decoder, hidden, job.weights, -(-samples // size))
+            return decoder.depth * of_block / process_count()
 
-    # Windows repeat it; compensated rounding solves for every weight besides.
-    if job.plan.windows:
-        seconds = WINDOW_PASSES * job.plan.block_visits * job.config.epochs * passes
-    else:
-        weights = [w for w in decoder.linear_weights(0).values() if w.ndim == 2]
-        seconds = decoder.depth * (
-            ROUNDING_PASSES * passes + estimate_weights(weights, job.weights)
+        # One block's forward pass for one batch is the unit of the windows.
+        batch_size = job.config.batch_size
+        hidden = decoder.block_inputs(job.samples[:batch_size])
+        forward = measure_seconds(
+            lambda: run_blocks(decoder, [0], hidden, batch_size), decoder.device
         )
-    decoder.hold([])
-    return seconds
+        passes = forward * -(-samples // batch_size)
+        return WINDOW_PASSES * job.plan.block_visits * job.config.epochs * passes
+    finally:
+        decoder.hold([])
 
 
-def estimate_weights(weights: list[Tensor], fmt: WeightFormat) -> float:
-    """Return the seconds that compensated rounding of weights takes; those of one shape take as long."""
-    by_shape: dict[torch.Size, float] = {}
-    for weight in weights:
-        if weight.shape not in by_shape:
-            by_shape[weight.shape] = estimate_rounding(weight, fmt)
-    return sum(by_shape[weight.shape] for weight in weights)
-
-
-def estimate_rounding(weight: Float[Tensor, "out in"], fmt: WeightFormat) -> float:
-    """Return the seconds that compensated rounding of one weight takes, from a few columns and rows."""
-    # A rounded weight and its grid, as they are after error feedback.
-    columns = weight.shape[1]
-    size = fmt.columns_per_group(columns)
-    hessian = torch.eye(columns, device=weight.device)
-    scale, zero = quantization_grid(weight.unflatten(-1, (-1, size)), fmt)
-    scales, zeros = (x.squeeze(-1).repeat_interleave(size, dim=-1) for x in (scale, zero))
-    code = nearest_codes(weight, scales, zeros, fmt)
-    slope = weight - (code - zeros) * scales
-
-    # The column loops: one of error feedback, one a turn of coordinate descent.
-    visited = min(TIMED_COLUMNS, columns)
-    loop = measure_seconds(
-        lambda: sweep_columns_(code, slope, scales, zeros, fmt, hessian, visited), weight.device
+def _seconds_of_block(
+    decoder: Decoder, hidden: Float[Tensor, "n t h"], fmt: WeightFormat, batches: int
+) -> float:
+    """Return the seconds that compensated rounding of block 0 takes, from one batch of hidden states."""
+    # Each layer group once in both models, as often as there are batches, and the way to the end.
+    projection = decoder.layout(0).outputs[0]
+    runs = [
+        BlockRun(hidden=hidden.clone(), tensors=decoder.tensors(0), output_projection=projection)
+        for _ in range(2)
+    ]
+    split = replace(split_samples(len(hidden), len(hidden)), fitted=len(hidden), held_out=False)
+    groups, seconds = layer_groups(decoder.layout(0)), 0.0
+    for group in groups:
+        begin = time.perf_counter()
+        is_last = group is groups[-1]
+        collect_moments(decoder, 0, group, (runs[0], runs[1]), split, relay=is_last)
+        synchronize(decoder.device)
+        seconds += batches * (time.perf_counter() - begin)
+        seconds += _seconds_of_group(decoder, group, fmt)
+    everything = slice(0, len(hidden))
+    return seconds + batches * measure_seconds(
+        lambda: run_inside(decoder, 0, runs[1], everything, [""]), decoder.device
     )
-    loops = (REFINEMENT_PASSES + 1) * loop * columns / visited
 
-    # The scales of every row by least squares, once a turn.
-    rows = min(TIMED_ROWS, len(weight))
-    levels = (code - zeros)[:rows].unflatten(-1, (-1, size))
-    target, first, wide = weight[:rows], scale[:rows].squeeze(-1), hessian.double()
-    fit = measure_seconds(lambda: refit_scales(levels, first, target, wide), weight.device)
-    return loops + REFINEMENT_PASSES * fit * len(weight) / rows
+
+def _seconds_of_group(decoder: Decoder, group: LayerGroup, fmt: WeightFormat) -> float:
+    """Return the seconds that it takes to round the layers of a group, from a part of their columns."""
+    weights = [decoder.tensors(0)[name] for name in group.weights]
+    outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
+    device = weights[0].device
+
+    # Two factorisations and solutions, which grow with the third power of the inputs.
+    timed = min(inputs, TIMED_INPUTS)
+    moment = torch.eye(timed, dtype=torch.float64, device=device)
+    cross = moment.new_ones(timed, min(timed, outputs))
+
+    def solve() -> None:
+        curvature = factorize(damp_(moment.clone()))
+        ridge_update(curvature, cross)
+        curvature.inverse_factor(torch.float32)
+
+    seconds = 2 * measure_seconds(solve, device) * (inputs / timed) ** 3
+
+    # The column loops, and products of the weight with H: for each refinement the gradient twice, a
+    # step of the scales each, and half of one while the columns are visited.
+    size = fmt.columns_per_group(inputs)
+    columns = min(inputs, size if size > TIMED_COLUMNS else TIMED_COLUMNS // size * size)
+    target = torch.cat(weights)[:, :columns].T.float().contiguous()
+    curvature = factorize(torch.eye(columns, dtype=torch.float64, device=device))
+    loops = measure_seconds(lambda: round_and_refine(target, fmt, curvature), device)
+    product = measure_seconds(lambda: target.T @ target[:, : min(outputs, columns)], device)
+    flops = columns * outputs * min(outputs, columns)
+    products = 0.5 + REFINEMENT_PASSES * (2.5 + SCALE_STEPS)
+    return seconds + loops * inputs / columns + products * product / flops * inputs**2 * outputs
 
 
 def measure_seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -12,7 +12,14 @@ from sliderquant.adapters.formats import check_expressible
 from sliderquant.adapters.model_folder import StreamedModel
 from sliderquant.adapters.shapes import decoder_shape
 from sliderquant.adapters.simulation import fresh_learnables, weight_format
-from sliderquant.adapters.text import calibration_samples, chunks, default_seqlen, read_tokens
+from sliderquant.adapters.text import (
+    begin_note,
+    begin_tokens,
+    calibration_samples,
+    chunks,
+    default_seqlen,
+    read_tokens,
+)
 from sliderquant.commands.inspect import Plan, make_plan
 from sliderquant.config import FULL_BITS, QuantizeConfig
 from sliderquant.method.activations import ActivationFormat, activation_format
@@ -34,6 +41,7 @@ class Job:
         files: Its weight files.
         samples: Calibration samples, token ids [n, t].
         texts: Chunks of the texts to measure on, by the metric's name.
+        begin_note: What every sample and chunk starts with, in a line.
         plan: Windows, cost and memory.
         weights: Storage format of the quantized weights.
         activations: Rounding of activations, or ``None``.
@@ -49,6 +57,7 @@ class Job:
     files: Sequence[Path]
     samples: Tensor
     texts: Texts
+    begin_note: str
     plan: Plan
     weights: WeightFormat
     activations: ActivationFormat | None
@@ -66,12 +75,14 @@ def prepare_job(
     Raises:
         InputError: If text, settings and model do not fit one another.
     """
-    # Tokens to calibrate on, and to measure on.
-    samples = _read_samples(config, opened)
+    # Tokens to calibrate on, and to measure on, as the tokenizer begins a text.
+    begin = begin_tokens(opened.tokenizer)
+    samples = _read_samples(config, opened, begin)
     seqlen = default_seqlen(opened.context)
+    streams = {path: read_tokens([path], opened.tokenizer) for path in config.eval_text}
     texts = {
-        f"perplexity {Path(path).name}": list(chunks(read_tokens([path], opened.tokenizer), seqlen))
-        for path in config.eval_text
+        f"perplexity {Path(path).name}": list(chunks(stream, seqlen, begin=begin))
+        for path, stream in streams.items()
     }
 
     # Windows and formats follow from the settings and the shapes alone.
@@ -95,6 +106,7 @@ def prepare_job(
         files=opened.source.files,
         samples=samples,
         texts=texts,
+        begin_note=begin_note(begin, opened.tokenizer),
         plan=plan,
         weights=weights,
         activations=activations,
@@ -109,14 +121,14 @@ def prepare_job(
     )
 
 
-def _read_samples(config: QuantizeConfig, opened: StreamedModel) -> Tensor:
+def _read_samples(config: QuantizeConfig, opened: StreamedModel, begin: Sequence[int]) -> Tensor:
     stream = read_tokens(config.calib, opened.tokenizer)
-    largest, vocabulary = int(stream.max()), opened.config.vocab_size
+    largest, vocabulary = max(int(stream.max()), *begin, 0), opened.config.vocab_size
     if largest >= vocabulary:
         raise InputError(
             f"the tokenizer makes token {largest}, the model knows {vocabulary}; "
             "use the tokenizer that belongs to it"
         )
     return calibration_samples(
-        stream, config.nsamples, min(config.seqlen, opened.context), config.seed
+        stream, config.nsamples, min(config.seqlen, opened.context), config.seed, begin
     )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -55,12 +56,13 @@ def file_hashes(paths: Sequence[str]) -> dict[str, str]:
     return hashes
 
 
-def history_section(config: QuantizeConfig, report: Mapping[str, Any]) -> str:
+def history_section(config: QuantizeConfig, report: Mapping[str, Any], begin: str) -> str:
     """Return the part of the card that stays the same in every format: how the model was made.
 
     Args:
         config: Settings of the run that quantized the model.
         report: Of that run, as JSON; its rows are the figures.
+        begin: What every sample and chunk starts with, see ``begin_note``.
     """
     # What ran, with what, on what.
     environment = report["environment"]
@@ -84,12 +86,19 @@ def history_section(config: QuantizeConfig, report: Mapping[str, Any]) -> str:
         "",
         *(f"- `{name}` (sha256 `{digest}`)" for name, digest in data.items()),
         "",
+        f"In calibration and measurement {_literal(begin)}.",
+        "",
         "Settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".",
         "",
         "Libraries: " + ", ".join(f"{name} {number}" for name, number in libraries.items()) + ".",
         "",
     ]
     return "\n".join(lines)
+
+
+def _literal(text: str) -> str:
+    """Return text that Markdown shows as it is: special tokens look like HTML and emphasis."""
+    return re.sub(r"([\\`*_<\[])", r"\\\1", text)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -48,7 +48,7 @@ def calibrate_saved(job: Job) -> None:
         if done:
             bar.advance(done * job.plan.updates // (job.plan.stages * len(job.plan.windows)))
         save = partial(_save_window, job, settings, fingerprint)
-        clock = WindowClock(job.plan, done)
+        clock = WindowClock(job.plan, done, job.decoder.device)
         listener = RunListener(job, write_block, save, log, bar, stop, clock)
         calibrate(
             job.decoder,
@@ -61,6 +61,7 @@ def calibrate_saved(job: Job) -> None:
             on_window=listener.on_window,
             on_block=listener.on_block,
             on_experts=listener.on_experts,
+            on_rounded=listener.on_rounded,
             cache=job.cache,
         )
 

@@ -1,15 +1,18 @@
 """What ``quantize`` does whenever an update, a window or a block is finished."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
+import torch
 from torch import Tensor
 
+from effml_common.device import synchronize
 from effml_common.logging import Progress, RunLog, say, warn
 from effml_common.stopping import StopSignal
 from sliderquant.commands._job import Job
 from sliderquant.commands.inspect import Plan
+from sliderquant.method.layout import WEIGHT_SUFFIX
 from sliderquant.method.task import WindowResult
 
 
@@ -46,6 +49,17 @@ class RunListener:
         self._bar.advance()
         self._stop.check()
 
+    def on_rounded(self, block: int, strengths: Mapping[tuple[str, ...], float | None]) -> None:
+        """Log how far each layer group makes up for the errors of the layers before."""
+        named = {names[0].removesuffix(WEIGHT_SUFFIX): value for names, value in strengths.items()}
+        self._log.log(block + 1, {f"strength {name}": value for name, value in named.items()})
+        for names, strength in strengths.items():
+            if strength is None:
+                warn(
+                    f"block {block}: the inputs of {', '.join(names)} are zero in all calibration "
+                    "text; rounded to nearest"
+                )
+
     def on_window(self, result: WindowResult) -> None:
         """Save a finished window."""
         # Logged first: a resumed run drops lines that no checkpoint covers.
@@ -67,9 +81,16 @@ class RunListener:
 
 
 class WindowClock:
-    """Says how long each window took and how much time is left."""
+    """Says how long each window took and how much time is left.
 
-    def __init__(self, plan: Plan, done: int) -> None:
+    Args:
+        plan: Windows and stages.
+        done: Windows of an earlier process of the same run.
+        device: That computes; the clock is read when it has done what was asked of it.
+    """
+
+    def __init__(self, plan: Plan, done: int, device: torch.device) -> None:
+        self._device = device
         self._total = plan.stages * len(plan.windows)
         self._left = plan.stages * plan.block_visits
         self._skipped = done
@@ -78,6 +99,7 @@ class WindowClock:
 
     def tell(self, result: WindowResult) -> None:
         """Print one line for a finished window."""
+        synchronize(self._device)
         now = time.monotonic()
         self._visited += len(result.window)
         share = self._visited / (self._visited + self._remaining(result))

@@ -18,8 +18,10 @@ from sliderquant.config import BenchConfig
 from sliderquant.method.packed import PackedLinear
 
 NOTES = {
-    "torch": "packed layers dequantize their weight at every pass",
-    "triton": "packed layers of 2, 4 and 8 bits multiply up to 8 rows without dequantizing",
+    "torch": "packed layers were timed in plain PyTorch, which dequantizes the weight at every pass "
+    "(the Triton kernel needs a GPU)",
+    "triton": "packed layers were timed with the Triton kernel, which multiplies up to 8 rows without "
+    "writing the weight out; longer prompts dequantize it",
 }
 
 

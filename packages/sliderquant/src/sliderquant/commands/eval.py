@@ -7,13 +7,19 @@ from torch import Tensor
 
 from effml_common.device import resolve_device
 from effml_common.folders import run_folder
-from effml_common.logging import Progress
+from effml_common.logging import Progress, say
 from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.files import LoadedModel
 from sliderquant.adapters.harness import read_tasks, run_tasks
 from sliderquant.adapters.loading import load_any
 from sliderquant.adapters.simulation import model_logits
-from sliderquant.adapters.text import chunks, default_seqlen, read_tokens
+from sliderquant.adapters.text import (
+    begin_note,
+    begin_tokens,
+    chunks,
+    default_seqlen,
+    read_tokens,
+)
 from sliderquant.config import EvalConfig
 from sliderquant.method.metrics import perplexity
 
@@ -33,14 +39,16 @@ def text_perplexity(
     Args:
         loaded: Model and tokenizer.
         path: Text, or JSON lines.
-        seqlen: Tokens per chunk; default the literature's, or the model's limit.
+        seqlen: Tokens per chunk, with those that the tokenizer puts in front; default the
+            literature's, or the model's limit.
         batch_size: Chunks per forward pass.
 
     Raises:
         InputError: If the file cannot be used.
     """
     stream = read_tokens([path], loaded.tokenizer)
-    batches = list(chunks(stream, seqlen or default_seqlen(loaded.context), batch_size))
+    begin = begin_tokens(loaded.tokenizer)
+    batches = list(chunks(stream, seqlen or default_seqlen(loaded.context), batch_size, begin))
     with Progress(f"perplexity on {Path(path).name}", len(batches)) as bar:
         return perplexity(model_logits(loaded.model), advance_over(batches, bar))
 
@@ -69,11 +77,14 @@ def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
 
     # Perplexity of each text file.
     seqlen = config.seqlen or default_seqlen(loaded.context)
+    notes = [f"computed in {loaded.model.dtype}, stored in {loaded.dtype}"]
+    if config.text:
+        notes.append(begin_note(begin_tokens(loaded.tokenizer), loaded.tokenizer))
+        say(notes[-1])
     metrics = {
         f"perplexity {Path(path).name}": [text_perplexity(loaded, path, seqlen, config.batch_size)]
         for path in config.text
     }
-    notes = [f"computed in {loaded.model.dtype}, stored in {loaded.dtype}"]
 
     # Scores of each task, with their standard errors as notes.
     if tasks:

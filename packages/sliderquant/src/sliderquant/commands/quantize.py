@@ -10,7 +10,7 @@ from effml_common.report import Report, ReportBuilder, write_report
 from sliderquant.adapters.caches import ActivationCache
 from sliderquant.adapters.heap import return_large_blocks
 from sliderquant.adapters.model_folder import open_model
-from sliderquant.adapters.processes import process_group
+from sliderquant.adapters.processes import process_count, process_group
 from sliderquant.commands._estimates import announce
 from sliderquant.commands._job import prepare_job
 from sliderquant.commands._measurements import reference_rows, result_row
@@ -37,6 +37,7 @@ def quantize(config: QuantizeConfig) -> Report:
         CalibrationDivergedError: If a window diverges at three learning rates.
     """
     builder = ReportBuilder("sliderquant", ("transformers", "tokenizers"))
+    _check_processes(config)
     out = _output_folder(config)
 
     # Windows compute in float32; compensated rounding and rotations need double precision.
@@ -55,6 +56,7 @@ def quantize(config: QuantizeConfig) -> Report:
         opened.source.check_finite()
         if job.plan.lean:
             return_large_blocks()
+        say(job.begin_note)
         announce(job)
 
         # Calibrate; blocks are written as they become final.
@@ -64,18 +66,34 @@ def quantize(config: QuantizeConfig) -> Report:
 
     # The figures are known only after the weights are written.
     files = sorted(path.name for path in out.iterdir() if path.is_file())
-    notes = [f"stored as {config.format}; bits per weight counts the packed size"]
+    notes = [f"stored as {config.format}; bits per weight counts the packed size", job.begin_note]
     if job.plan.windows:
         notes.insert(0, f"intra_order={config.intra_order}, {INTRA_ORDERS[config.intra_order]}")
     report = builder.build(rows, device=str(device), seeds=[config.seed], notes=notes, files=files)
     document = report.to_json()
     write_report(report, out / "run")
     if rank() == 0:
-        card = model_card(out, Path(config.model).name, history_section(config, document))
+        history = history_section(config, document, job.begin_note)
+        card = model_card(out, Path(config.model).name, history)
         atomic_write(out / "README.md", card)
     loader = "sliderquant.load" if config.format == "native" else "from_pretrained of transformers"
     say(f"wrote {out}; load it with {loader}")
     return report
+
+
+def _check_processes(config: QuantizeConfig) -> None:
+    """Refuse processes that would get no sample of a batch, or none at all."""
+    count = process_count()
+    if config.nsamples < count:
+        raise InputError(
+            f"nsamples is {config.nsamples} and there are {count} processes; "
+            f"give --nsamples {count} or more"
+        )
+    if config.method == "slider" and config.batch_size < count:
+        raise InputError(
+            f"batch_size is {config.batch_size} and there are {count} processes; "
+            f"give --batch-size {count} or more"
+        )
 
 
 def _output_folder(config: QuantizeConfig) -> Path:

@@ -22,7 +22,7 @@ from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.model_folder import open_model
 from sliderquant.adapters.shapes import check_group_size, decoder_shape
-from sliderquant.adapters.text import chunks, read_tokens
+from sliderquant.adapters.text import begin_note, begin_tokens, chunks, read_tokens
 from sliderquant.config import SensitivityConfig
 from sliderquant.method.quantizer import WeightFormat, fake_quantize
 
@@ -65,7 +65,10 @@ def sensitivity(config: SensitivityConfig) -> Report:
 
     # Chunks spread over all of the text.
     stream = read_tokens(config.text, opened.tokenizer)
-    pieces = torch.cat(list(chunks(stream, min(config.seqlen, opened.context))))
+    begin = begin_tokens(opened.tokenizer)
+    note = begin_note(begin, opened.tokenizer)
+    say(note)
+    pieces = torch.cat(list(chunks(stream, min(config.seqlen, opened.context), begin=begin)))
     tokens = pieces[:: max(1, len(pieces) // config.nsamples)][: config.nsamples]
 
     # Every variant walks through the model beside the exact one.
@@ -91,7 +94,7 @@ def sensitivity(config: SensitivityConfig) -> Report:
         device=str(device),
         figures=figures,
         files=[f"run/{path.name}" for path in figures],
-        notes=advice(damages, config.metric) if config.mode == "single" else [],
+        notes=[note, *(advice(damages, config.metric) if config.mode == "single" else ())],
     )
 
 

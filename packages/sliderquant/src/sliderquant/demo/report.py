@@ -20,7 +20,7 @@ from sliderquant.adapters.processes import device_with_float64
 from sliderquant.adapters.simulation import (
     weight_format,
 )
-from sliderquant.adapters.text import calibration_samples, chunks, encode
+from sliderquant.adapters.text import begin_tokens, calibration_samples, chunks, encode
 from sliderquant.commands.inspect import make_plan
 from sliderquant.config import DemoConfig
 from sliderquant.demo.arms import (
@@ -49,11 +49,13 @@ class Material:
     Attributes:
         decoder: The trained model.
         stream: Token ids to draw calibration samples from.
+        begin: Token ids in front of every sample and chunk.
         texts: Held-out chunks to measure on, in batches, by name.
     """
 
     decoder: TransformersDecoder
     stream: Tensor
+    begin: Sequence[int]
     texts: Texts
 
 
@@ -98,13 +100,15 @@ def _prepare(config: DemoConfig, device: torch.device) -> Material:
     """Train or find the model, and encode the texts."""
     corpus = library_corpus()
     loaded = load_model(demo_model(config, corpus, device), device)
+    begin = begin_tokens(loaded.tokenizer)
     texts: dict[str, Sequence[Tensor]] = {}
     for name, text in (("code", corpus.code), ("prose", corpus.prose)):
-        pieces = chunks(encode([text], loaded.tokenizer), config.context)
+        pieces = chunks(encode([text], loaded.tokenizer), config.context, begin=begin)
         texts[name] = torch.cat(list(pieces)[:EVAL_CHUNKS]).split(EVAL_BATCH)
     return Material(
         decoder=TransformersDecoder(loaded.model),
         stream=encode(corpus.train, loaded.tokenizer),
+        begin=begin,
         texts=texts,
     )
 
@@ -114,7 +118,9 @@ def _run_arms(config: DemoConfig, material: Material, folder: Path) -> Results:
     results: Results = {}
     with RunLog(folder) as log:
         for seed in _seeds(config):
-            samples = calibration_samples(material.stream, config.nsamples, config.context, seed)
+            samples = calibration_samples(
+                material.stream, config.nsamples, config.context, seed, material.begin
+            )
             for bits in config.bits:
                 for arm in arms(config, bits, seed):
                     label = f"seed {seed}: {bits} bits, {arm.name}"

@@ -61,18 +61,22 @@ def fake_quantize_tokens(x: Float[Tensor, "*tokens d"], fmt: ActivationFormat) -
         tensor([[ 0.,  0.,  1.,  3.],
                 [ 0.,  0., 10., 30.]])
     """
+    # In half precision x / D would lie on a grid of half codes before it is rounded.
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+
     # The range of a token always holds zero.
-    low = x.amin(dim=-1, keepdim=True).clamp(max=0)
-    high = x.amax(dim=-1, keepdim=True).clamp(min=0)
+    low = exact.amin(dim=-1, keepdim=True).clamp(max=0)
+    high = exact.amax(dim=-1, keepdim=True).clamp(min=0)
     intervals = 2**fmt.bits - 1
     if fmt.sym:
         scale = (high.maximum(-low) / (intervals / 2)).clamp(min=SMALLEST_SCALE)
         bounds = (-(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1) - 1)
-        simulated = _limit_codes(round_ste(x / scale), *bounds) * scale
+        simulated = _limit_codes(round_ste(exact / scale), *bounds) * scale
     else:
         scale = ((high - low) / intervals).clamp(min=SMALLEST_SCALE)
         zero = (-low / scale).round().detach()
-        simulated = (_limit_codes(round_ste(x / scale) + zero, 0, intervals) - zero) * scale
+        simulated = (_limit_codes(round_ste(exact / scale) + zero, 0, intervals) - zero) * scale
+    simulated = simulated.to(x.dtype)
 
     # An early stage of intra-layer sliding leaves the features at the end as they are.
     if fmt.ratio >= 1:

@@ -1,38 +1,41 @@
 """Compensated rounding of a whole model: one block after the other, front to back.
 
 x_fp is what enters a block in the full-precision model, x_q what enters it in the model whose earlier
-blocks are rounded already. How one weight is rounded stands in ``error_compensation``.
+blocks are rounded already. How one layer group is rounded stands in ``error_compensation``, what it is
+rounded for in ``moments``.
+
+A block costs about two and a half forward passes of each sample: one in the full-precision model, which
+is led from layer group to layer group, and in the quantized model one that goes the same way and
+computes gate and up projection once more behind their rounding.
 """
 
-from dataclasses import dataclass
+import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sliderquant.method.activations import ActivationFormat, fake_quantize_tokens
+from effml_common.errors import NonFiniteError
+from sliderquant.config import SliderConfig
 from sliderquant.method.decoder import Decoder
-from sliderquant.method.error_compensation import round_weight
-from sliderquant.method.layout import WEIGHT_SUFFIX, LayerGroup, layer_groups, scale_channels
-from sliderquant.method.learnables import BlockLearnables
-from sliderquant.method.quantizer import simulate_storage
+from sliderquant.method.error_compensation import round_layers
+from sliderquant.method.layout import LayerGroup, layer_groups, scale_channels
+from sliderquant.method.moments import (
+    BLOCK_OUTPUT,
+    BlockRun,
+    SampleSplit,
+    collect_moments,
+    run_inside,
+    split_samples,
+)
+from sliderquant.method.parallel import own_samples, process_count
+from sliderquant.method.precision import stream_dtype
+from sliderquant.method.quantizer import quantize_weight, simulate_storage
 from sliderquant.method.smoothing import set_smoothing_factors_
 from sliderquant.method.task import CalibrationTask
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockRun:
-    """One block as one of the two models runs it.
-
-    Attributes:
-        hidden: Hidden states that enter the block, [n, t, h].
-        tensors: Its parameters by name.
-        activations: How the model rounds activations; ``None`` if it does not.
-    """
-
-    hidden: Float[Tensor, "n t h"]
-    tensors: dict[str, Tensor]
-    activations: ActivationFormat | None = None
+# Tokens of a forward pass: enough that matrix products are efficient.
+TOKENS_PER_FORWARD = {"cpu": 2**11, "cuda": 2**14}
 
 
 @torch.no_grad()
@@ -40,126 +43,128 @@ def round_blocks_(task: CalibrationTask) -> None:
     """Round the linear layers of every block, front to back, in place of training them.
 
     Channel scales and the ``closed_form`` weights of the learnables are set; fused experts stay as they
-    are.
+    are. Several processes share the samples and the rows of each weight; all of them get the result.
     """
-    decoder, batch_size = task.decoder, task.config.batch_size
-    embedded = decoder.block_inputs(task.tokens)
-    x_fp, x_q = task.cache("x_fp", embedded), task.cache("x_q", embedded)
-    for block, learnables in enumerate(task.learnables):
-        # Round the block for the inputs that it gets behind the blocks that are rounded already.
-        decoder.hold([block])
-        tensors = decoder.tensors(block)
-        full_precision = BlockRun(hidden=x_fp, tensors=tensors)
-        quantized = round_block_(
-            decoder, block, learnables, full_precision, x_q, batch_size, task.activations
-        )
+    # Each process has every n-th sample; the last ones of all are held out.
+    decoder = task.decoder
+    batch_size = samples_per_forward(decoder, task.config, task.tokens.shape[1])
+    own = own_samples(len(task.tokens))
+    split = split_samples(len(task.tokens), batch_size, own.start, process_count())
 
-        # Both models move on behind the block.
-        for run in (full_precision, quantized):
-            for part in run.hidden.split(batch_size):
-                part.copy_(decoder.run_block(block, part, run.tensors, run.activations))
+    embedded = decoder.block_inputs(task.tokens[own]).to(stream_dtype(decoder.device))
+    x_fp, x_q = task.cache("x_fp", embedded), task.cache("x_q", embedded)
+    del embedded
+    for block, learnables in enumerate(task.learnables):
+        decoder.hold([block])
+        round_block_(task, block, x_fp, x_q, split)
         task.listeners.on_block(block)
 
         # Codes of all blocks together would fill a card; they are read again block by block.
         learnables.move_codes("cpu")
 
 
+def samples_per_forward(decoder: Decoder, config: SliderConfig, seqlen: int) -> int:
+    """Return the samples of a forward pass: as many as make it efficient, or as the user asks for."""
+    tokens = TOKENS_PER_FORWARD["cpu" if decoder.device.type == "cpu" else "cuda"]
+    return max(config.batch_size, tokens // seqlen)
+
+
 def round_block_(
-    decoder: Decoder,
+    task: CalibrationTask,
     block: int,
-    learnables: BlockLearnables,
-    full_precision: BlockRun,
+    x_fp: Float[Tensor, "n t h"],
     x_q: Float[Tensor, "n t h"],
-    batch_size: int,
-    activations: ActivationFormat | None,
-) -> BlockRun:
+    split: SampleSplit,
+) -> None:
     """Round the linear layers of one block, in the order in which the block computes them.
 
-    Args:
-        decoder: The model.
-        block: Number of the block.
-        learnables: Of the block; channel scales and ``closed_form`` weights are set in place.
-        full_precision: The block in the full-precision model.
-        x_q: Hidden states that enter the block in the quantized model.
-        batch_size: Samples per forward pass.
-        activations: How the quantized model rounds activations; ``None`` if it does not.
+    Both hidden states are replaced by what comes out behind the block.
 
-    Returns:
-        The block in the quantized model.
+    Args:
+        task: Model, learnables and whom to tell. The block's channel scales and ``closed_form`` weights
+            are set in place.
+        block: Number of the block.
+        x_fp: Hidden states that enter the block in the full-precision model.
+        x_q: Hidden states that enter the block in the quantized model.
+        split: How the samples are used.
+
+    Raises:
+        NonFiniteError: If the inputs of a layer are not finite.
     """
     # Scaling channels leaves the function as it is, and makes rounded activations more precise.
-    tensors, x_fp = full_precision.tensors, full_precision.hidden
-    set_smoothing_factors_(decoder, block, learnables, tensors, x_fp, batch_size)
+    decoder, learnables = task.decoder, task.learnables[block]
+    tensors = decoder.tensors(block)
+    set_smoothing_factors_(decoder, block, learnables, tensors, x_fp, split.batch_size)
     scaled = scale_channels(tensors, learnables.sites, list(learnables.factors))
-    exact = BlockRun(hidden=x_fp, tensors=tensors | scaled)
+    (output_projection, *_) = decoder.layout(block).outputs
+    exact = BlockRun(hidden=x_fp, tensors=tensors | scaled, output_projection=output_projection)
 
     # The quantized block starts with all linear layers at full precision.
     current = tensors | {n: simulate_storage(t, learnables.fmt) for n, t in scaled.items()}
-    quantized = BlockRun(hidden=x_q, tensors=current, activations=activations)
+    quantized = BlockRun(
+        hidden=x_q,
+        tensors=current,
+        output_projection=output_projection,
+        activations=task.activations,
+    )
 
     # Each group sees the inputs that the groups before it produce once they are rounded.
-    for group in layer_groups(decoder.layout(block)):
-        second_moment, cross_moments = collect_moments(
-            decoder, block, group, exact, quantized, batch_size
+    groups = layer_groups(decoder.layout(block))
+    strengths = {}
+    for group in groups:
+        strength = _round_group_(
+            task, block, group, (exact, quantized), split, relay=group is groups[-1]
         )
-        for name in group.weights:
-            linear = learnables.linear(name)
-            linear.closed_form = round_weight(
-                exact.tensors[name], linear.fmt, second_moment, cross_moments[name]
-            )
-            current[name] = linear(exact.tensors[name])
-    return quantized
+        strengths[group.weights] = strength
+    task.listeners.on_rounded(block, strengths)
+
+    # The quantized model moves on behind the block; the other one did so with the last group.
+    for begin in range(0, len(x_q), split.batch_size):
+        samples = slice(begin, begin + split.batch_size)
+        x_q[samples] = run_inside(decoder, block, quantized, samples, [BLOCK_OUTPUT])[BLOCK_OUTPUT]
 
 
-def collect_moments(
-    decoder: Decoder,
+def _round_group_(
+    task: CalibrationTask,
     block: int,
     group: LayerGroup,
-    exact: BlockRun,
-    quantized: BlockRun,
-    batch_size: int,
-) -> tuple[Float[Tensor, "in in"], dict[str, Float[Tensor, "in out"]]]:
-    """Return X^T X of a layer group, and X^T E of each of its weights, in float64.
+    runs: tuple[BlockRun, BlockRun],
+    split: SampleSplit,
+    *,
+    relay: bool,
+) -> float | None:
+    """Round the layers of one group, in place; returns the strength of their ridge update.
 
-    Args:
-        decoder: The model.
-        block: Number of the block.
-        group: Linear layers that read the same input.
-        exact: The block in the full-precision model.
-        quantized: The block in the quantized model, whose earlier groups are rounded already.
-        batch_size: Samples per forward pass.
+    A group whose inputs are all zero is rounded to nearest: nothing tells one code from another. Then
+    there is no strength.
     """
-    reader = group.weights[0].removesuffix(WEIGHT_SUFFIX)
-    modules = [reader] if group.target_module is None else [reader, group.target_module]
-    second_moment: Tensor | float = 0.0
-    cross_moments: dict[str, Tensor | float] = dict.fromkeys(group.weights, 0.0)
-    batches = zip(exact.hidden.split(batch_size), quantized.hidden.split(batch_size), strict=True)
-    for hidden_of_both in batches:
-        # What enters the group, and the place where its output arrives, in both models.
-        wanted, present = (
-            {
-                name: value.flatten(0, -2)
-                for name, value in decoder.inputs_inside(
-                    block, hidden, run.tensors, modules, run.activations
-                ).items()
-            }
-            for hidden, run in zip(hidden_of_both, (exact, quantized), strict=True)
+    exact, quantized = runs
+    moments = collect_moments(task.decoder, block, group, runs, split, relay=relay)
+    linears = {name: task.learnables[block].linear(name) for name in group.weights}
+    activity = wait_for(moments.activity())
+    if not math.isfinite(activity):
+        raise NonFiniteError(
+            f"block {block}: the inputs of {group.weights[0]} are not finite; "
+            "use an intact model, or one that fits the type it computes in"
         )
 
-        # X is what the layers multiply with.
-        x = present[reader]
-        if quantized.activations is not None:
-            x = fake_quantize_tokens(x, quantized.activations)
-        second_moment = second_moment + (x.T @ x).double()
+    # One solution for all layers of the group.
+    strength = None
+    if activity == 0:
+        rounded = [quantize_weight(exact.tensors[n].float(), linears[n].fmt) for n in linears]
+    else:
+        outputs = [len(exact.tensors[name]) for name in linears]
+        fmt = linears[group.weights[0]].fmt
+        rounded, share = round_layers(moments, outputs, fmt)
+        strength = wait_for(share)
 
-        # E is what the full-precision weight on X lacks, or what the residual stream lacks.
-        for name in group.weights:
-            if group.target_module is None:
-                error = (wanted[reader] - x) @ exact.tensors[name].T
-            else:
-                error = wanted[group.target_module] - present[group.target_module]
-            cross_moments[name] = cross_moments[name] + (x.T @ error).double()
-    return (
-        torch.as_tensor(second_moment),
-        {name: torch.as_tensor(moment) for name, moment in cross_moments.items()},
-    )
+    # From here on the quantized model computes with what was rounded.
+    for (name, linear), weight in zip(linears.items(), rounded, strict=True):
+        linear.closed_form = weight
+        quantized.tensors[name] = linear(exact.tensors[name])
+    return strength
+
+
+def wait_for(value: Float[Tensor, ""]) -> float:
+    """Return a number that a device has computed; the host waits for it, twice for a layer group."""
+    return value.item()

@@ -6,7 +6,7 @@ enters it in the model whose earlier blocks are quantized already. ``block_round
 after the other; ``window_passes`` trains windows of blocks, stage by stage.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxtyping import Int
 from torch import Tensor
@@ -37,6 +37,9 @@ def calibrate(
     on_window: Callable[[WindowResult], None] = lambda result: None,
     on_block: Callable[[int], None] = lambda block: None,
     on_experts: Callable[[int, Tensor], None] = lambda block, counts: None,
+    on_rounded: Callable[[int, Mapping[tuple[str, ...], float | None]], None] = (
+        lambda block, strengths: None
+    ),
     cache: HiddenStateCache = lambda name, hidden: hidden.clone(),
 ) -> None:
     """Train the learnables of all blocks, in place, window by window and stage by stage.
@@ -57,6 +60,8 @@ def calibrate(
         on_window: Called after each window and stage; the place to save.
         on_block: Called once per block, in order, when it is final, while it is still in memory.
         on_experts: Called with a block and the tokens that each of its experts received.
+        on_rounded: Called with a block, and for each of its layer groups the strength of the ridge
+            update, ``None`` where the inputs are all zero.
         cache: Given a name and hidden states, returns a copy of them that may live on disk.
 
     Raises:
@@ -86,7 +91,11 @@ def calibrate(
         return
 
     listeners = Listeners(
-        on_update=on_update, on_window=on_window, on_block=on_block, on_experts=on_experts
+        on_update=on_update,
+        on_window=on_window,
+        on_block=on_block,
+        on_experts=on_experts,
+        on_rounded=on_rounded,
     )
     task = CalibrationTask(
         decoder=decoder,

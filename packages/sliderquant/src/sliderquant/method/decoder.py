@@ -73,8 +73,12 @@ class Decoder(Protocol):
         weights: dict[str, Tensor],
         modules: Sequence[str],
         activations: ActivationFormat | None = None,
+        attention: Float[Tensor, "n t h"] | None = None,
     ) -> dict[str, Tensor]:
-        """Return what modules of a block are called with, before rounding; "" is what it returns."""
+        """Return what modules of a block are called with, before rounding; "" is what it returns.
+
+        ``attention``, if given, is taken for what the attention returns, which then is not computed.
+        """
         ...
 
     def counting_experts(self) -> AbstractContextManager[dict[int, Tensor]]:

@@ -5,7 +5,7 @@ A block is a mapping from parameter names to tensors. Linear weights are [out, i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -77,18 +77,22 @@ class BlockLayout:
     output_norms: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class LayerGroup:
     """Linear layers that read the same input.
 
     Attributes:
         weights: Names of their weights.
-        target_module: Where their output should equal the full-precision model's: the input of this
-            module of the block, the output of the block if empty, the layers' own output if ``None``.
+        stream_module: The module of the block whose input is the residual stream that the layer's output
+            is added to; ``None`` for layers that do not write to the stream.
+        ends_attention: Whether the group is the output projection of the attention.
+        begins_mlp: The norm in front of the MLP, if the group reads it.
     """
 
     weights: tuple[str, ...]
-    target_module: str | None
+    stream_module: str | None
+    ends_attention: bool = False
+    begins_mlp: str | None = None
 
 
 def layer_groups(layout: BlockLayout) -> list[LayerGroup]:
@@ -97,27 +101,28 @@ def layer_groups(layout: BlockLayout) -> list[LayerGroup]:
     The layers that read a norm come before the layer that writes to the residual stream. The writer aims
     at the stream itself, unless a norm stands between them (Gemma): then it aims at its own output.
     """
-    (_, attention), (mlp_norm, mlp) = layout.readers.items()
+    (attention_norm, attention), (mlp_norm, mlp) = layout.readers.items()
     output, down = layout.writers[:2]
 
-    # Behind the attention the stream is what the second norm reads; behind the MLP it is the result.
-    behind_attention, behind_mlp = mlp_norm.removesuffix(WEIGHT_SUFFIX), ""
-    if layout.output_norms:
-        behind_attention = behind_mlp = None
-    readers_and_writers = (
-        (attention, None),
-        ((output,), behind_attention),
-        (mlp, None),
-        ((down,), behind_mlp),
+    # What a norm reads is the stream to which the layers behind it add.
+    before_attention, before_mlp = (
+        norm.removesuffix(WEIGHT_SUFFIX) for norm in (attention_norm, mlp_norm)
+    )
+    aims_at_stream = not layout.output_norms
+    groups = (
+        LayerGroup(attention, None),
+        LayerGroup((output,), before_attention if aims_at_stream else None, ends_attention=True),
+        LayerGroup(mlp, None, begins_mlp=before_mlp),
+        LayerGroup((down,), before_mlp if aims_at_stream else None),
     )
 
     # Routers are not quantized, and fused experts have no weight of a linear layer.
-    quantized = [name for name in layout.linears if name.endswith(WEIGHT_SUFFIX)]
-    groups = [
-        LayerGroup(weights=tuple(n for n in names if n in quantized), target_module=target)
-        for names, target in readers_and_writers
+    quantized = {name for name in layout.linears if name.endswith(WEIGHT_SUFFIX)}
+    of_linears = [
+        replace(group, weights=tuple(name for name in group.weights if name in quantized))
+        for group in groups
     ]
-    return [group for group in groups if group.weights]
+    return [group for group in of_linears if group.weights]
 
 
 def clamp_factor(factor: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -7,7 +7,7 @@ leading axis [experts] on all of them.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sliderquant.method.layout import ScalingSite, scale_channels
+from sliderquant.method.precision import is_accelerator, product_dtype, without_autocast
 from sliderquant.method.quantizer import (
     INITIAL_LOGIT,
     QuantizedWeight,
@@ -25,7 +26,10 @@ from sliderquant.method.quantizer import (
 )
 
 UNQUANTIZED_BITS = 16
-WEIGHTS_PER_PIECE = 2**17  # weights that are simulated at a time where memory is short
+# Weights that are simulated at a time where memory is short. A processor's piece stays in its cache; an
+# accelerator, which pays for each operation, takes a layer at once and only the largest in parts.
+WEIGHTS_PER_PIECE = 2**17
+ACCELERATOR_WEIGHTS_PER_PIECE = 2**27
 OPEN_LOGIT = 50.0  # its sigmoid is exactly one in float32: no clipping
 
 
@@ -64,7 +68,7 @@ class LinearLearnables(nn.Module):
         """Return W~ = W + B A / r in float32; W itself if the format keeps full precision."""
         if self.fmt.bits == UNQUANTIZED_BITS:
             return weight
-        return weight.to(self.lora_b.dtype) + self.lora_b @ self.lora_a / self.rank
+        return _add_low_rank(weight, self.lora_a, self.lora_b)
 
     def forward(self, weight: Float[Tensor, "*experts out in"], ratio: float = 1.0) -> Tensor:
         """Return the simulated weight at intra-layer ratio ``ratio``, in float32."""
@@ -83,10 +87,10 @@ class LinearLearnables(nn.Module):
 
 
 class _SimulationInPieces(torch.autograd.Function):
-    """Simulates a weight a few rows at a time, and computes them again for the gradient.
+    """Simulates a weight in pieces of some rows, and computes each again for the gradient.
 
     Rows do not depend on each other, so a piece is exact. The temporaries of autograd, about six times
-    the weight, shrink to those of one piece, which also stay in the processor's cache.
+    the weight, shrink to those of one piece.
     """
 
     @staticmethod
@@ -94,8 +98,12 @@ class _SimulationInPieces(torch.autograd.Function):
         ctx.fmt, ctx.ratio = fmt, ratio
         ctx.save_for_backward(*tensors)
         weight = tensors[0]
+        pieces = _pieces(weight.shape, weight.device)
+        if len(pieces) == 1:
+            return _simulate_piece(fmt, ratio, *tensors).to(weight.dtype)
+
         result = torch.empty_like(weight)
-        for index in _pieces(weight.shape):
+        for index in pieces:
             result[index] = _simulate_piece(fmt, ratio, *_views_of_piece(tensors, index))
         return result
 
@@ -103,45 +111,58 @@ class _SimulationInPieces(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         # One gradient for the weight, A, B, u and l, where it is asked for.
         tensors = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:]
+        pieces = _pieces(tensors[0].shape, tensors[0].device)
+        if len(pieces) == 1:
+            return (None, None, *_gradients_of_piece(ctx, tensors, outputs[0]))
         gradients = [
             torch.zeros_like(tensor) if is_needed else None
-            for tensor, is_needed in zip(tensors, needed, strict=True)
+            for tensor, is_needed in zip(tensors, ctx.needs_input_grad[2:], strict=True)
         ]
 
-        for index in _pieces(tensors[0].shape):
-            # Compute the piece again, this time with a graph.
-            views = [
-                view.detach().requires_grad_(is_needed)
-                for view, is_needed in zip(_views_of_piece(tensors, index), needed, strict=True)
-            ]
-            with torch.enable_grad():
-                piece = _simulate_piece(ctx.fmt, ctx.ratio, *views)
-
-            # Add its gradients up; A belongs to all pieces of an expert.
-            leaves = [view for view in views if view.requires_grad]
-            of_piece = iter(torch.autograd.grad(piece, leaves, outputs[0][index]))
-            for gradient in _views_of_piece(gradients, index):
+        # Add the gradients of the pieces up; A belongs to all pieces of an expert.
+        for index in pieces:
+            of_piece = _gradients_of_piece(ctx, _views_of_piece(tensors, index), outputs[0][index])
+            for total, gradient in zip(_views_of_piece(gradients, index), of_piece, strict=True):
                 if gradient is not None:
-                    gradient += next(of_piece)
+                    total += gradient
         return (None, None, *gradients)
 
 
-def _pieces(shape: Sequence[int]) -> Iterator[tuple[Any, ...]]:
-    """Yield indices of row blocks of about a hundred thousand weights, never of two experts."""
+def _gradients_of_piece(ctx: Any, tensors: Sequence[Tensor], output: Tensor) -> list[Tensor | None]:
+    """Compute a piece again, this time with a graph; return the gradients that are asked for."""
+    views = [
+        tensor.detach().requires_grad_(is_needed)
+        for tensor, is_needed in zip(tensors, ctx.needs_input_grad[2:], strict=True)
+    ]
+    with torch.enable_grad():
+        piece = _simulate_piece(ctx.fmt, ctx.ratio, *views)
+    leaves = [view for view in views if view.requires_grad]
+    gradients = iter(torch.autograd.grad(piece, leaves, output))
+    return [next(gradients) if view.requires_grad else None for view in views]
+
+
+def _pieces(shape: Sequence[int], device: torch.device) -> list[tuple[Any, ...]]:
+    """Return the indices of a weight's pieces: blocks of rows; on an accelerator also of experts."""
     *experts, rows, columns = shape
-    rows_per_piece = max(1, WEIGHTS_PER_PIECE // columns)
-    for expert in range(experts[0]) if experts else [None]:
-        for first in range(0, rows, rows_per_piece):
-            block = slice(first, first + rows_per_piece)
-            yield (block,) if expert is None else (expert, block)
+    if is_accelerator(device) and experts:
+        at_once = max(1, ACCELERATOR_WEIGHTS_PER_PIECE // (rows * columns))
+        return [
+            (slice(first, first + at_once), slice(None)) for first in range(0, experts[0], at_once)
+        ]
+
+    limit = ACCELERATOR_WEIGHTS_PER_PIECE if is_accelerator(device) else WEIGHTS_PER_PIECE
+    at_once = max(1, limit // columns)
+    blocks = [slice(first, first + at_once) for first in range(0, rows, at_once)]
+    if not experts:
+        return [(block,) for block in blocks]
+    return [(expert, block) for expert in range(experts[0]) for block in blocks]
 
 
 def _views_of_piece(tensors: Sequence[Tensor | None], index: tuple[Any, ...]) -> list[Any]:
-    """Return the views of (weight, A, B, u, l) that belong to a piece; all its rows share A."""
-    expert = index[:-1]
+    """Return the views of (weight, A, B, u, l) that belong to a piece; all rows of an expert share A."""
+    experts = index[:-1]
     return [
-        None if tensor is None else tensor[expert] if position == 1 else tensor[index]
+        None if tensor is None else tensor[experts] if position == 1 else tensor[index]
         for position, tensor in enumerate(tensors)
     ]
 
@@ -156,7 +177,17 @@ def _simulate_piece(
     lower: Tensor,
 ) -> Tensor:
     """Return some rows of the simulated weight, from the same rows of what it is made of."""
-    return fake_quantize(weight + b @ a / a.shape[0], fmt, upper, lower, ratio)
+    return fake_quantize(_add_low_rank(weight, a, b), fmt, upper, lower, ratio)
+
+
+def _add_low_rank(
+    weight: Float[Tensor, "*experts out in"],
+    a: Float[Tensor, "*experts r in"],
+    b: Float[Tensor, "*experts out r"],
+) -> Float[Tensor, "*experts out in"]:
+    """Return W~ = W + B A / r, in the type of A and B whatever autocast says."""
+    with without_autocast(weight.device):
+        return weight.to(b.dtype) + b @ a / a.shape[-2]
 
 
 class BlockLearnables(nn.Module):
@@ -218,9 +249,11 @@ class BlockLearnables(nn.Module):
         for name, linear in zip(self.names, self.linears, strict=True):
             weight = scaled.get(name, tensors[name])
             if self.recompute and torch.is_grad_enabled():
-                simulated[name] = linear.forward_in_pieces(weight, ratio)
+                value = linear.forward_in_pieces(weight, ratio)
             else:
-                simulated[name] = linear(weight, ratio)
+                value = linear(weight, ratio)
+            # Autocast would convert the weight of a linear layer at each use, this does it once.
+            simulated[name] = value.to(product_dtype(value)) if value.ndim == 2 else value
         return simulated
 
     @torch.no_grad()
@@ -291,4 +324,4 @@ class BlockLearnables(nn.Module):
         for linear in self.linears:
             for parameter in linear.parameters():
                 if parameter.ndim == 3 and parameter.grad is not None:
-                    parameter.grad[~self.trained_experts] = 0
+                    parameter.grad.masked_fill_(~self.trained_experts[:, None, None], 0)

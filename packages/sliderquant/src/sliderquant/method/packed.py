@@ -77,7 +77,7 @@ class PackedLinear(PackedWeight):
     Args:
         linear: The layer it stands in for; its bias is taken over.
         fmt: Storage format.
-        kernel: Use the Triton kernel where it applies: few rows, codes of 2, 4 or 8 bits.
+        kernel: Use the Triton kernel for few rows.
     """
 
     def __init__(self, linear: nn.Linear, fmt: WeightFormat, kernel: bool = False) -> None:
@@ -93,10 +93,10 @@ class PackedLinear(PackedWeight):
 
         # Few rows, as in decoding: the kernel multiplies without writing the weight out.
         if self.kernel:
-            from sliderquant.kernels.packed_gemv import BITS, ROWS, packed_gemv
+            from sliderquant.kernels.packed_gemv import ROWS, packed_gemv
 
             rows = x.reshape(-1, self.in_features)
-            if self.fmt.bits in BITS and len(rows) <= ROWS:
+            if len(rows) <= ROWS:
                 y = packed_gemv(rows, packed, scale, zero, self.fmt.bits)
                 y = y if self.bias is None else y + self.bias
                 return y.view(*x.shape[:-1], self.out_features)

@@ -9,6 +9,7 @@ in the released code, the range always holds zero, so that every grid can be sto
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -67,17 +68,29 @@ class WeightFormat:
 
 def straight_through(exact: Tensor, approximate: Tensor) -> Tensor:
     """Return ``approximate`` with the gradient of ``exact``."""
-    return exact + (approximate - exact).detach()
+    return _StraightThrough.apply(exact, approximate.detach())
+
+
+class _StraightThrough(torch.autograd.Function):
+    """As exact + (approximate - exact), without two passes over the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, exact: Tensor, approximate: Tensor) -> Tensor:
+        return approximate
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 def round_ste(x: Tensor) -> Tensor:
     """Round to the nearest integer, ties to even; the gradient passes unchanged."""
-    return straight_through(x, x.round())
+    return straight_through(x, x.detach().round())
 
 
 def simulate_storage(x: Tensor, fmt: WeightFormat) -> Tensor:
     """Return ``x`` as it reads back after being stored in ``fmt.dtype``; the gradient passes."""
-    return x if fmt.dtype == x.dtype else straight_through(x, x.to(fmt.dtype).to(x.dtype))
+    return x if fmt.dtype == x.dtype else straight_through(x, x.detach().to(fmt.dtype).to(x.dtype))
 
 
 def quantization_grid(
@@ -131,11 +144,27 @@ def nearest_codes(
 
     The rounding passes the gradient on; a weight outside the grid gets none.
     """
-    low, high = fmt.code_range
-    codes = round_ste(weight / scale) + zero
-    # Not clamp: its gradient at the bounds, where half of all 2-bit codes are, is 1 in some releases
-    # of torch and 0 in others.
-    return torch.where(codes > high, high, torch.where(codes < low, low, codes))
+    codes = round_ste(weight / scale)
+    return _LimitedCodes.apply(codes if fmt.sym else codes + zero, *fmt.code_range)
+
+
+class _LimitedCodes(torch.autograd.Function):
+    """Codes within [low, high], where a code at a bound still has a gradient.
+
+    Half of all 2-bit codes are at the bounds. The gradient of clamp is 1 there in some releases of torch
+    and 0 in others.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, low: int, high: int) -> Tensor:
+        limited = codes.clamp(low, high)
+        ctx.save_for_backward(limited != codes)
+        return limited
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (is_outside,) = ctx.saved_tensors
+        return gradients[0].masked_fill(is_outside, 0), None, None
 
 
 def fake_quantize(
@@ -169,7 +198,8 @@ def fake_quantize(
         tensor([[0., 0., 1., 3.]])
     """
     grouped, scale, zero = _group_weight(weight, fmt, upper, lower)
-    values = (nearest_codes(grouped, scale, zero, fmt) - zero) * scale
+    codes = nearest_codes(grouped, scale, zero, fmt)
+    values = (codes if fmt.sym else codes - zero) * scale
     simulated = simulate_storage(values, fmt).flatten(-2)
     if ratio >= 1:
         return simulated

@@ -33,6 +33,15 @@ def own_share(index: Int[Tensor, " b"]) -> Int[Tensor, " part"]:
     return index[distributed.get_rank() :: distributed.get_world_size()]
 
 
+def select_samples(
+    hidden: Float[Tensor, "n t h"], index: Int[Tensor, " part"]
+) -> Float[Tensor, "part t h"]:
+    """Return a copy of some samples; unlike an index, their numbers need not go to a card first."""
+    if len(index) == 0:
+        return hidden[:0]
+    return torch.stack([hidden[sample] for sample in index.tolist()])
+
+
 def to_device(hidden: Float[Tensor, "..."], device: torch.device) -> Float[Tensor, "..."]:
     """Return hidden states on a device; those in the host's memory reach a card without a wait."""
     if device.type == "cuda" and hidden.device.type == "cpu" and torch.cuda.is_available():
@@ -40,10 +49,10 @@ def to_device(hidden: Float[Tensor, "..."], device: torch.device) -> Float[Tenso
     return hidden.to(device)
 
 
-def all_reduce_(loss: Float[Tensor, ""], parameters: Sequence[Tensor]) -> float:
+def all_reduce_(loss: Float[Tensor, ""], parameters: Sequence[Tensor]) -> Float[Tensor, ""]:
     """Sum loss and gradients over all processes, in place; returns the summed loss."""
     if not distributed.is_initialized():
-        return loss.item()
+        return loss
 
     # One message for everything; a process without a sample takes part with zeros.
     for parameter in parameters:
@@ -55,4 +64,4 @@ def all_reduce_(loss: Float[Tensor, ""], parameters: Sequence[Tensor]) -> float:
     value, *sums = flat.split([1, *(gradient.numel() for gradient in gradients)])
     for gradient, total in zip(gradients, sums, strict=True):
         gradient.copy_(total.view_as(gradient))
-    return value.item()
+    return value.squeeze(0)

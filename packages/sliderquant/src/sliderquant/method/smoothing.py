@@ -16,6 +16,8 @@ from torch import Tensor
 from sliderquant.method.decoder import Decoder
 from sliderquant.method.layout import COLUMNS, WEIGHT_SUFFIX, ScaledParameter, ScalingSite
 from sliderquant.method.learnables import BlockLearnables
+from sliderquant.method.parallel import sum_over_processes_
+from sliderquant.method.precision import forward_precision
 
 
 @torch.no_grad()
@@ -43,14 +45,19 @@ def set_smoothing_factors_(
     if not readers:
         return
 
-    # Mean of the squares of each input channel, over all tokens.
-    mean_squares: dict[str, Tensor] = {}
-    modules = [name.removesuffix(WEIGHT_SUFFIX) for name in readers]
+    # Mean of the squares of each input channel, over all tokens of all processes.
+    sums: dict[str, Tensor] = {}
+    modules = [name.removesuffix(WEIGHT_SUFFIX) for name in sorted(readers)]
     for hidden in x_fp.split(batch_size):
-        for module, x in decoder.inputs_inside(block, hidden, tensors, modules).items():
-            mean = x.square().flatten(0, -2).sum(dim=0) / x_fp.shape[:2].numel()
-            name = module + WEIGHT_SUFFIX
-            mean_squares[name] = mean + mean_squares.get(name, 0)
+        with forward_precision(decoder.device):
+            inputs = decoder.inputs_inside(block, hidden, tensors, modules)
+        for module, x in inputs.items():
+            squares = x.float().square().flatten(0, -2).sum(dim=0)
+            sums[module + WEIGHT_SUFFIX] = squares + sums.get(module + WEIGHT_SUFFIX, 0)
+    tokens = next(iter(sums.values())).new_tensor(x_fp.shape[:2].numel())
+    for total in (tokens, *(sums[name] for name in sorted(sums))):
+        sum_over_processes_(total)
+    mean_squares = {name: total / tokens for name, total in sums.items()}
 
     for site, factor in zip(learnables.sites, learnables.factors, strict=True):
         factor.copy_(smoothing_factors(site, weights, mean_squares))

@@ -1,6 +1,6 @@
 """What a calibration works on, and what it tells its caller as it goes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Int
@@ -42,12 +42,15 @@ class Listeners:
         on_window: Called after each window and stage; the place to save.
         on_block: Called once per block, in order, when it is final, while it is still in memory.
         on_experts: Called with a block and the tokens that each of its experts received.
+        on_rounded: Called with a block, and for each of its layer groups, by the names of its weights,
+            the strength of the ridge update; ``None`` where the inputs are all zero.
     """
 
     on_update: Callable[[float], None]
     on_window: Callable[[WindowResult], None]
     on_block: Callable[[int], None]
     on_experts: Callable[[int, Tensor], None]
+    on_rounded: Callable[[int, Mapping[tuple[str, ...], float | None]], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.decoder import run_blocks
+from sliderquant.method.precision import forward_precision
 from sliderquant.method.task import CalibrationTask, WindowResult
 from sliderquant.method.window_training import train_window_guarded
 from sliderquant.method.windows import passes
@@ -93,25 +94,28 @@ class _NetworkPass:
     def _relay(self, block: int) -> None:
         """Push x_fp through a block at full precision, and x_q through the simulated block."""
         batch_size = self.config.batch_size
-        run_blocks(self.decoder, [block], self.x_fp, batch_size, out=self.x_fp)
-        run_blocks(
-            self.decoder, [block], self.x_q, batch_size, self.learnables, self.relay_ratio,
-            self.relay_activations, out=self.x_q,
-        )  # fmt: skip
+        with forward_precision(self.decoder.device):
+            run_blocks(self.decoder, [block], self.x_fp, batch_size, out=self.x_fp)
+            run_blocks(
+                self.decoder, [block], self.x_q, batch_size, self.learnables, self.relay_ratio,
+                self.relay_activations, out=self.x_q,
+            )  # fmt: skip
         self.position = block + 1
 
     def _targets(self, window: Sequence[int]) -> Tensor:
         """Return what the full-precision window makes of x_fp, or of x_q where the config asks so."""
         source = self.x_fp if self.config.target_input == "fp" else self.x_q
         targets = self.task.cache("targets", source)
-        with self.decoder.counting_experts() as counts:
+        precision = forward_precision(self.decoder.device)
+        with precision, self.decoder.counting_experts() as counts:
             run_blocks(self.decoder, window, targets, self.config.batch_size, out=targets)
 
         # Experts that calibration text hardly reaches stay untrained: they would learn its noise.
         for block, tokens in counts.items():
             if self.learnables[block].trained_experts is None:
                 self.task.listeners.on_experts(block, tokens)
-            self.learnables[block].trained_experts = tokens >= self.config.min_expert_tokens
+            enough = tokens >= self.config.min_expert_tokens
+            self.learnables[block].trained_experts = enough.to(self.decoder.device)
         return targets
 
     def _train_window(

@@ -20,11 +20,13 @@ from sliderquant.config import SliderConfig
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.decoder import Decoder
 from sliderquant.method.learnables import BlockLearnables
-from sliderquant.method.sampling import all_reduce_, batches, own_share, to_device
+from sliderquant.method.precision import forward_precision, is_accelerator
+from sliderquant.method.sampling import all_reduce_, batches, own_share, select_samples, to_device
 
 RETRIES = 2  # restarts of a window that diverged, each at half the learning rates
 # Above this many weights in a window, its blocks are computed again in the backward pass.
 RECOMPUTE_ABOVE = 2**24
+ACCELERATOR_UPDATES_PER_READING = 8  # updates whose losses the host waits for together
 
 
 class CalibrationDivergedError(NonFiniteError):
@@ -108,49 +110,111 @@ def train_window(
         seed: Of the batch order.
         rate: Multiplier on the learning rates.
         activations: How activations are rounded at that ratio; ``None`` if they are not.
-        on_update: Called after each update with its loss.
+        on_update: Called with the loss of each update, in order; on an accelerator for several updates
+            at a time.
 
     Returns:
         Mean loss of the first and of the last epoch.
 
     Raises:
-        CalibrationDivergedError: If the loss or its gradient is not finite; the update is not made.
+        CalibrationDivergedError: If the loss or its gradient is not finite. On a CPU the update is not
+            made; an accelerator may have made it, and some more, before the host knows.
     """
     # An optimizer of the window's own, with a rate for each kind of learnable.
     epochs = config.epochs // config.stages
     rate *= config.batch_size if config.lr_scale_by_batch else 1
     rates = [rate * lr for lr in (config.lr_lora, config.lr_lwc, config.lr_scale)]
     trained = [learnables[block] for block in window]
-    groups = [group for block in trained for group in block.parameter_groups(*rates)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0)
-    updates = epochs * -(-len(inputs) // config.batch_size)
+    optimizer = window_optimizer(trained, rates, decoder.device)
+    updates_per_epoch = -(-len(inputs) // config.batch_size)
+    updates = epochs * updates_per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda update: max(0, 1 - update / updates)
     )
 
     # Every epoch visits all samples once; under several processes, each computes its share.
     simulate = window_simulation(decoder, window, learnables, ratio, activations)
-    losses: list[list[float]] = [[] for _ in range(epochs)]
-    for epoch, batch in batches(len(inputs), config.batch_size, epochs, seed):
+    log = UpdateLog(decoder.device, on_update)
+    for _, batch in batches(len(inputs), config.batch_size, epochs, seed):
         share = own_share(batch)
-        wanted = to_device(targets[share], decoder.device)
-        loss = update_window(simulate, inputs[share], wanted, len(batch), trained, optimizer)
+        x_q, wanted = (
+            to_device(select_samples(hidden, share), decoder.device) for hidden in (inputs, targets)
+        )
+        log.add(*compute_gradients_(simulate, x_q, wanted, len(batch), trained, optimizer))
+        optimizer.step()
         schedule.step()
-        losses[epoch].append(loss)
-        on_update(loss)
-    epoch_means = [sum(epoch) / len(epoch) for epoch in losses]
-    return epoch_means[0], epoch_means[-1]
+    log.read()
+
+    first_epoch, last_epoch = log.losses[:updates_per_epoch], log.losses[-updates_per_epoch:]
+    return sum(first_epoch) / len(first_epoch), sum(last_epoch) / len(last_epoch)
 
 
-def update_window(
+class UpdateLog:
+    """Losses and gradient norms of the updates, read from an accelerator some updates at a time.
+
+    Each reading waits until the device has caught up with the host.
+
+    Args:
+        device: Where they are computed; those of a CPU are read at once.
+        on_update: Called with each loss.
+    """
+
+    def __init__(self, device: torch.device, on_update: Callable[[float], None]) -> None:
+        self.losses: list[float] = []
+        self._on_update = on_update
+        self._unread: list[Tensor] = []
+        self._reading_size = ACCELERATOR_UPDATES_PER_READING if is_accelerator(device) else 1
+
+    def add(self, loss: Float[Tensor, ""], gradient_norm: Float[Tensor, ""]) -> None:
+        """Take note of an update before it is made; read when enough are noted.
+
+        Raises:
+            CalibrationDivergedError: As ``read`` does.
+        """
+        self._unread.append(torch.stack([loss, gradient_norm]))
+        if len(self._unread) == self._reading_size:
+            self.read()
+
+    def read(self) -> None:
+        """Read what is noted.
+
+        Raises:
+            CalibrationDivergedError: If a loss or a gradient norm is not finite.
+        """
+        unread, self._unread = self._unread, []
+        for loss, gradient_norm in torch.stack(unread).tolist() if unread else ():
+            if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+                raise CalibrationDivergedError(f"loss {loss}, gradient norm {gradient_norm}")
+            self.losses.append(loss)
+            self._on_update(loss)
+
+
+def window_optimizer(
+    learnables: Sequence[BlockLearnables], rates: Sequence[float], device: torch.device
+) -> torch.optim.AdamW:
+    """Return AdamW for the learnables of a window; on CUDA one kernel updates many tensors.
+
+    Args:
+        learnables: Of the window's blocks.
+        rates: Learning rates of the corrections, the clipping and the channel scaling.
+        device: Where they are trained.
+    """
+    groups = [group for block in learnables for group in block.parameter_groups(*rates)]
+    # ``None`` leaves the choice to torch.
+    return torch.optim.AdamW(groups, weight_decay=0, fused=device.type == "cuda" or None)
+
+
+def compute_gradients_(
     simulate: Callable[[Tensor], Tensor],
     inputs: Float[Tensor, "share t h"],
     targets: Float[Tensor, "share t h"],
     batch_size: int,
     learnables: Sequence[BlockLearnables],
     optimizer: torch.optim.Optimizer,
-) -> float:
-    """Update a window's learnables once, from this process's share of a batch.
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Compute the gradients of a window's learnables, from this process's share of a batch.
+
+    Nothing here waits for the device.
 
     Args:
         simulate: F^ of the window.
@@ -161,10 +225,7 @@ def update_window(
         optimizer: Holds their parameters.
 
     Returns:
-        Mean squared error over the whole batch.
-
-    Raises:
-        CalibrationDivergedError: If the loss or its gradient is not finite; the update is not made.
+        Mean squared error over the whole batch, and the norm of its gradient.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
@@ -172,21 +233,19 @@ def update_window(
     # A process without a sample takes part in the sum with a zero, on the device of its gradients.
     loss = parameters[0].new_zeros(())
     if len(inputs):
+        # At least float32, also where the hidden states are half as wide.
         simulated = simulate(inputs)
-        error = simulated - targets
+        error = simulated.to(torch.promote_types(simulated.dtype, torch.float32)) - targets
         # The mean over the whole batch, of which this process may hold a part.
         loss = error.square().sum() / (batch_size * error[0].numel())
         loss.backward()
     batch_loss = all_reduce_(loss.detach(), parameters)
 
-    # Nothing is changed when a value is not finite.
+    # Nothing is learned for experts that see too few tokens.
     for block_learnables in learnables:
         block_learnables.mask_gradients_()
     norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
-    if not (math.isfinite(batch_loss) and torch.isfinite(norm)):
-        raise CalibrationDivergedError(f"loss {batch_loss}, gradient norm {norm.item()}")
-    optimizer.step()
-    return batch_loss
+    return batch_loss, norm
 
 
 def window_simulation(
@@ -205,24 +264,31 @@ def window_simulation(
         ratio: Intra-layer ratio of the stage.
         activations: How activations are rounded; ``None`` if they are not.
     """
-    # A large window keeps only the hidden states between its blocks for the backward pass.
+    # A large window keeps only the hidden states between its blocks for the backward pass, and on an
+    # accelerator the simulated weights: to simulate them takes longer there than to multiply with them.
     frozen = {block: decoder.tensors(block) for block in window}
     weights = sum(tensor.numel() for tensors in frozen.values() for tensor in tensors.values())
     recompute = weights > RECOMPUTE_ABOVE
+    keep_weights = not recompute or is_accelerator(decoder.device)
 
-    def run(block: int, hidden: Tensor) -> Tensor:
+    def simulate_weights(block: int) -> dict[str, Tensor]:
         learnables[block].recompute = recompute
-        simulated = frozen[block] | learnables[block](frozen[block], ratio)
+        return frozen[block] | learnables[block](frozen[block], ratio)
+
+    def run(block: int, hidden: Tensor, weights: dict[str, Tensor] | None) -> Tensor:
+        simulated = simulate_weights(block) if weights is None else weights
         return decoder.run_block(block, hidden, simulated, activations)
 
     def simulate(hidden: Tensor) -> Tensor:
-        for block in window:
-            if recompute:
-                hidden = checkpoint(
-                    run, block, hidden, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                hidden = run(block, hidden)
+        with forward_precision(decoder.device):
+            for block in window:
+                kept = simulate_weights(block) if keep_weights else None
+                if recompute:
+                    hidden = checkpoint(
+                        run, block, hidden, kept, use_reentrant=False, preserve_rng_state=False
+                    )
+                else:
+                    hidden = run(block, hidden, kept)
         return hidden
 
     return simulate

@@ -1,0 +1,185 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "torch==2.14.0",
+#     "transformers==5.17.0",
+#     "compressed-tensors==0.19.0",
+#     "llmcompressor==0.14.0.1",
+#     "auto-round==0.15.1",
+#     "hqq==0.2.8.post1",
+#     "torchao==0.18.0",
+#     "sliderquant[plot]",
+#     "effml-common",
+#     "gguf==0.19.0",
+# ]
+# [tool.uv.sources]
+# sliderquant = { path = "../../packages/sliderquant", editable = true }
+# effml-common = { path = "../../packages/effml-common", editable = true }
+# ///
+"""sliderquant on a real language model, Gemma 3 270M, against what a user would install instead.
+
+GPTQ and AWQ of llm-compressor, AutoRound, HQQ and rounding to nearest get the same calibration tokens,
+grids and texts, in the environment described above:
+
+    uv run benchmarks/sliderquant/gemma.py --plan
+    uv run benchmarks/sliderquant/gemma.py
+    uv run benchmarks/sliderquant/gemma.py --only gptq compensated --setting W3g128 --seeds 0
+    uv run benchmarks/sliderquant/gemma.py --model llama
+    uv run benchmarks/sliderquant/gemma.py --report
+
+A cell is one model, setting, arm and calibration seed. It runs in a process of its own and leaves one
+JSON file; what is there is not run again, except what failed. A file's name holds a hash of all that
+shapes its result: settings, model, text and library version, and for sliderquant's own arms also the
+code of its ``method`` and ``kernels``. Model and text are fetched once, see ``gemma_data``.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+# Run as a script, which uv needs: what is ours is found from the root, and the modules of this folder
+# (``cuda``) do not hide those of libraries.
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.sliderquant.gemma_cells import (
+    Cell,
+    GemmaConfig,
+    design,
+    expected_seconds,
+    known_results,
+    path_of,
+    result_of,
+    timed_cell,
+)
+from benchmarks.sliderquant.gemma_measure import subject_of, work
+from benchmarks.sliderquant.gemma_report import write
+from effml_common.errors import InputError
+from effml_common.files import atomic_write
+from effml_common.logging import say, set_quiet
+from effml_common.parsing import COMMON_FLAGS, one_line, parse
+
+PROG = "uv run benchmarks/sliderquant/gemma.py"
+EXAMPLES = (
+    f"{PROG} --plan",
+    f"{PROG} --only compensated --setting W2g64 --seeds 0 --own damping=0.05",
+)
+
+
+def run(config: GemmaConfig) -> None:
+    """Run every cell that is missing, one process after the other."""
+    logs = Path(config.logs)
+    logs.mkdir(parents=True, exist_ok=True)
+    if call_apart(subject_of, logs / f"{config.model}.log", config.model):
+        log = logs / f"{config.model}.log"
+        raise InputError(f"{config.model} could not be made; see the end of {log}")
+
+    cells = design(config)
+    for number, cell in enumerate(cells, start=1):
+        path = path_of(config, cell)
+        if result_of(config, cell) is not None:
+            continue
+        words = f"{number}/{len(cells)} {cell.model} {cell.setting} {cell.label}, seed {cell.seed}"
+
+        # Windows take as long as AutoRound did, which is known when that has run.
+        timed = cell
+        if cell.arm == "slider":
+            peer = result_of(config, timed_cell(config, cell.setting, cell.seed))
+            if peer is None:
+                say(f"{words}: needs the time of autoround, left out")
+                continue
+            timed = replace(cell, options={**cell.options, "seconds": peer["cpu_seconds"]})
+
+        expected = expected_seconds(cell, known_results(Path(config.cells)))
+        say(f"{words}: about {expected:.0f} CPU seconds")
+        run_cell(config, timed, path, words)
+
+
+def run_cell(config: GemmaConfig, cell: Cell, path: Path, words: str) -> None:
+    """Run a cell in its own process and say how it ended."""
+    begin = time.monotonic()
+    code = call_apart(work, Path(config.logs) / f"{path.stem}.log", config, cell, path)
+    if code:  # killed, or stopped by a library, before it could write down its error
+        error = {**asdict(cell), "error": f"the process ended with code {code}"}
+        atomic_write(path, json.dumps(error) + "\n")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    ppl = ", ".join(f"{name} {value:.2f}" for name, value in result.get("ppl", {}).items())
+    say(f"{words}: {result.get('error') or ppl} ({time.monotonic() - begin:.0f} s)")
+
+
+def call_apart(function: Callable[..., Any], log: Path, *arguments: Any) -> int:
+    """Call a function in a process of its own that prints into ``log``; return its exit code."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=call_with_log, args=(function, log, arguments))
+    process.start()
+    process.join()
+    return process.exitcode or 0
+
+
+def call_with_log(function: Callable[..., Any], log: Path, arguments: Sequence[Any]) -> None:
+    """Call a function with all that it and its libraries print in a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    function(*arguments)
+
+
+def plan(config: GemmaConfig) -> Table:
+    """Return a table of the cells, what is there and the CPU seconds that the others will take."""
+    known, total = known_results(Path(config.cells)), 0.0
+    table = Table("cell", "seed", "state", "CPU seconds")
+    for cell in design(config):
+        result = result_of(config, cell)
+        expected = expected_seconds(cell, known)
+        total += expected if result is None else 0.0
+        seconds = expected if result is None else result["cell_cpu_seconds"]
+        state = "missing" if result is None else "there"
+        name = f"{cell.model} {cell.setting} {cell.label}"
+        table.add_row(name, str(cell.seed), state, f"{seconds:.0f}")
+    table.add_row("all that is missing", "", "", f"{total:.0f} ({total / 3600:.1f} h)")
+    return table
+
+
+def main() -> int:
+    """Parse the flags, run or plan, write the report; 2 on bad input, 130 when interrupted."""
+    words = [word for word in sys.argv[1:] if word not in COMMON_FLAGS]
+    set_quiet("--quiet" in sys.argv)
+    try:
+        config = parse(GemmaConfig, words, prog=PROG, examples=EXAMPLES)
+        for folder in (config.cells, config.logs, config.out):
+            if Path(folder).is_file():
+                raise InputError(f"{folder} is a file; give a folder")
+        Path(config.cells).mkdir(parents=True, exist_ok=True)
+
+        # Nothing may look for a model hub, and processes inherit what is set here.
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)
+
+        if config.plan:
+            Console().print(plan(config))
+            return 0
+        if not config.report:
+            run(config)
+        table = write(config, [PROG, *words])
+        if table is not None:
+            print(table)
+    except (InputError, OSError) as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

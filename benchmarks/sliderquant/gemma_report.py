@@ -1,0 +1,324 @@
+"""The report of the study on Gemma 3 270M: JSON, a table in Markdown and a picture of what there is."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sliderquant.gemma_cells import (
+    DEVELOPMENT,
+    FULL,
+    FUNCTIONS,
+    GRIDS,
+    GemmaConfig,
+    is_own,
+    known_results,
+    source_hash,
+)
+from effml_common.files import atomic_write
+from effml_common.logging import say
+from effml_common.report import Claim, Report, Row, environment
+
+NAMES = {
+    "rtn": "round to nearest",
+    "hqq": "HQQ",
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "autoround": "AutoRound",
+    "autoround-ext": "AutoRound, extended",
+    "compensated": "sliderquant, compensated",
+    "slider": "sliderquant, windows",
+    FULL: FULL,
+}
+UNCALIBRATED = ("rtn", "hqq")  # their one run stands beside every seed
+PEER_LIBRARIES = ("llmcompressor", "auto-round", "hqq", "compressed-tensors")
+MARKERS = dict(zip(FUNCTIONS, "os^vD<*P", strict=True))
+WIDE = 3.0  # times the smallest perplexity: then a logarithmic axis
+FAR = 30.0  # times the smallest perplexity: then an arrow at the edge, with the value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One row: an arm on a model at a setting.
+
+    Attributes:
+        model: "gemma" or "llama".
+        setting: Key of ``GRIDS``, or ``FULL``.
+        arm: Key of ``FUNCTIONS``, or ``FULL``.
+        label: The arm, with those settings that are not the study's own.
+        runs: Results by seed.
+    """
+
+    model: str
+    setting: str
+    arm: str
+    label: str
+    runs: Mapping[int, Mapping[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The row's name in the table."""
+        return NAMES[self.arm] + self.label.removeprefix(self.arm)
+
+    @property
+    def texts(self) -> list[str]:
+        """Names of the texts that all runs were measured on, those that settings are chosen on last."""
+        names = set.intersection(*(set(run["ppl"]) for run in self.runs.values()))
+        return sorted(names, key=lambda name: (name.endswith(DEVELOPMENT), name))
+
+    def values(self, text: str) -> list[float]:
+        """Return the perplexities on a text, one per seed."""
+        return [run["ppl"][text] for run in self.runs.values()]
+
+    def of_seed(self, seed: int) -> Mapping[str, Any] | None:
+        """Return the run of a seed; a method without calibration has one run for all."""
+        return self.runs.get(0 if self.arm in UNCALIBRATED else seed)
+
+    def cost(self, name: str) -> list[float]:
+        """Return "cpu_seconds", "seconds" or "peak_mib" of every run; none for full precision."""
+        return [run[name] for run in self.runs.values() if name in run]
+
+
+def entries(config: GemmaConfig) -> list[Entry]:
+    """Return all rows there are, in the order of the study."""
+    runs: dict[tuple[str, str, str, str], dict[int, Any]] = {}
+    for result in known_results(Path(config.cells)):
+        key = (result["model"], result["setting"], result["arm"], result["label"])
+        runs.setdefault(key, {})[result["seed"]] = result
+    settings, arms = [FULL, *GRIDS], [FULL, *FUNCTIONS]
+    order = sorted(runs, key=lambda k: (k[0], settings.index(k[1]), arms.index(k[2]), k[3]))
+    return [
+        Entry(
+            model=key[0],
+            setting=key[1],
+            arm=key[2],
+            label=key[3],
+            runs=dict(sorted(runs[key].items())),
+        )
+        for key in order
+    ]
+
+
+def write(config: GemmaConfig, command: Sequence[str]) -> str | None:
+    """Write JSON, Markdown and pictures of the cells there are.
+
+    Returns:
+        The Markdown, or ``None`` if there are no cells.
+    """
+    rows = entries(config)
+    if not rows:
+        say("nothing to report yet")
+        return None
+
+    # Pictures first, because the report names them.
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = _pictures(out, rows)
+    report = Report(
+        package="sliderquant",
+        version=version("sliderquant"),
+        command=command,
+        seeds=sorted({seed for row in rows for seed in row.runs}),
+        seconds=sum(seconds for row in rows for seconds in row.cost("seconds")),
+        rows=[_row(entry) for entry in rows],
+        claims=_claims(rows),
+        notes=_notes(rows),
+        files=[path.name for path in pictures],
+        environment=environment(("transformers", *PEER_LIBRARIES)),
+    )
+
+    text = json.dumps(report.to_json(), indent=1, allow_nan=False)
+    atomic_write(out / "sliderquant-gemma.json", text + "\n")
+    markdown = markdown_table(rows)
+    atomic_write(out / "sliderquant-gemma.md", markdown)
+    return markdown
+
+
+def _row(entry: Entry) -> Row:
+    """Return a row of the report, whose setting says how the arm was run."""
+    metrics = {f"ppl {text}": entry.values(text) for text in entry.texts}
+    costs = {"CPU seconds": "cpu_seconds", "seconds": "seconds", "peak MiB": "peak_mib"}
+    metrics |= {name: entry.cost(key) for name, key in costs.items() if entry.cost(key)}
+    first = next(iter(entry.runs.values()))
+    how = [first.get("library", "float32"), first.get("how", "")]
+    if _is_outdated(entry):
+        how.append("measured with an earlier version of the method")
+    name = f"{entry.model} {entry.name}"
+    if entry.setting != FULL:
+        name = f"{entry.model} {entry.setting} {entry.name}"
+    return Row(name, "; ".join(filter(None, how)), metrics)
+
+
+def _is_outdated(entry: Entry) -> bool:
+    """Whether the package's own code has changed since any of the runs."""
+    return is_own(entry.arm) and any(run["source"] != source_hash() for run in entry.runs.values())
+
+
+def _claims(rows: Sequence[Entry]) -> list[Claim]:
+    """Return "sliderquant is lower than X" for its arms as they are, on every held-out text."""
+    claims = []
+    for own in rows:
+        if not is_own(own.arm) or own.label != own.arm:
+            continue
+        others = [
+            row
+            for row in rows
+            if (row.model, row.setting) == (own.model, own.setting)
+            and (not is_own(row.arm) or (own.arm, row.label) == ("compensated", "slider"))
+        ]
+        for other in others:
+            claims += _paired_claims(own, other)
+    return claims
+
+
+def _paired_claims(own: Entry, other: Entry) -> list[Claim]:
+    """Return a claim per held-out text, on the seeds that both have."""
+    pairs = [(own.of_seed(seed), other.of_seed(seed)) for seed in own.runs]
+    known = [(ours, theirs) for ours, theirs in pairs if ours and theirs]
+    if not known:
+        return []
+    return [
+        Claim(
+            f"{own.model}-{own.setting}-{own.label}-{other.label}-{text}".replace(" ", "_"),
+            f"{own.model} {own.setting}: {own.name} is lower than {other.name} on {text}",
+            [theirs["ppl"][text] - ours["ppl"][text] for ours, theirs in known],
+        )
+        for text in own.texts
+        if not text.endswith(DEVELOPMENT)
+    ]
+
+
+def _notes(rows: Sequence[Entry]) -> list[str]:
+    notes = [
+        "full precision is Gemma 3 270M as the package index has it, dequantized from 4 to 8 bits a "
+        "weight: compare methods with each other, not with figures published for Gemma",
+        "every method gets the same 64 samples of 512 tokens; a seed varies samples, batch order and "
+        "initial values; embedding and head, which are one tensor, and norms stay in full precision",
+        "weights are rounded on asymmetric grids, activations asymmetrically per token",
+        "every chunk and sample begins with BOS; the texts are pages of Python's documentation that "
+        "were not calibrated on, and of the Debian handbook",
+        "CPU seconds are user and system time of the quantization alone, by one thread",
+        "HQQ keeps real-valued zero points; AWQ runs with the pinning of memory for a GPU left out",
+        "AutoRound runs its own light recipe, 50 iterations at a rate of 0.005, with --batch-size "
+        "samples of 512 tokens",
+        "sliderquant, windows, gets as many epochs as fit into the CPU seconds of AutoRound",
+    ]
+    machines = {run["machine"]["processor"] for row in rows for run in row.runs.values()}
+    return [*notes, f"measured on {', '.join(sorted(machines))}"]
+
+
+def markdown_table(rows: Sequence[Entry]) -> str:
+    """Return a table of perplexities and costs for each model, mean and standard error over seeds."""
+    parts = []
+    for model in dict.fromkeys(row.model for row in rows):
+        here = [row for row in rows if row.model == model]
+        texts = list(dict.fromkeys(text for row in here for text in row.texts))
+        header = ["setting", "method", *texts, "CPU seconds", "peak MiB", "seeds"]
+        lines = [header, ["---"] * len(header)]
+        for row in here:
+            numbers = [_number(row.values(t) if t in row.texts else []) for t in texts]
+            costs = [_number(row.cost(name)) for name in ("cpu_seconds", "peak_mib")]
+            name = row.name + (" (earlier code)" if _is_outdated(row) else "")
+            lines.append([row.setting, name, *numbers, *costs, str(len(row.runs))])
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts.append(f"## {model}\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def _number(values: Sequence[float]) -> str:
+    """Return mean and, for several values, standard error; empty for none."""
+    if not values:
+        return ""
+    mean, error = _mean_and_error(values)
+    digits = 4 if mean < 1e4 else 3
+    text = f"{mean:.{digits}g}" if mean < 1e4 else f"{mean:.{digits}e}"
+    return text + (f" ± {error:.2g}" if len(values) > 1 else "")
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and standard error, 0 for one value."""
+    n = len(values)
+    mean = sum(values) / n
+    if n == 1:
+        return mean, 0.0
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def _pictures(out: Path, rows: Sequence[Entry]) -> list[Path]:
+    """Draw perplexity against CPU seconds, a file for each model."""
+    if find_spec("matplotlib") is None:
+        say("no pictures: install sliderquant[plot]")
+        return []
+    pictures = []
+    for model in dict.fromkeys(row.model for row in rows):
+        here = [row for row in rows if row.model == model]
+        if any(row.setting != FULL for row in here):
+            suffix = "" if model == "gemma" else f"-{model}"
+            pictures.append(_picture(out / f"sliderquant-gemma{suffix}.png", here))
+    return pictures
+
+
+def _picture(path: Path, rows: Sequence[Entry]) -> Path:
+    """Draw one panel per setting and held-out text."""
+    from matplotlib.figure import Figure
+
+    texts = [text for text in rows[0].texts if not text.endswith(DEVELOPMENT)]
+    settings = [name for name in GRIDS if any(row.setting == name for row in rows)]
+    full = [row for row in rows if row.setting == FULL]
+    drawn = [row for row in rows if row.setting != FULL and row.label == row.arm]
+    size = (3.6 * len(settings) + 0.4, 3.4 * len(texts) + 0.7)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(texts), len(settings), squeeze=False)
+
+    # Panels show what is near the best; what is far off is an arrow at the upper edge.
+    handles: dict[str, Any] = {}
+    for line, text in enumerate(texts):
+        for column, setting in enumerate(settings):
+            panel = panels[line][column]
+            here = [row for row in drawn if row.setting == setting]
+            if full:
+                level = full[0].values(text)[0]
+                handles[FULL] = panel.axhline(level, color="grey", linestyle="--")
+            _draw_panel(panel, here, text, handles)
+            panel.set_title(setting if line == 0 else "")
+            panel.set_xlabel("CPU seconds" if line == len(texts) - 1 else "")
+            panel.set_ylabel(f"perplexity, {text}" if column == 0 else "")
+
+    names = [name for name in (FULL, *FUNCTIONS) if name in handles]
+    figure.legend(
+        [handles[name] for name in names],
+        [NAMES[name] for name in names],
+        loc="outside lower center",
+        ncols=min(len(names), 2 * len(settings)),
+    )
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _draw_panel(panel: Any, rows: Sequence[Entry], text: str, handles: dict[str, Any]) -> None:
+    """Draw the arms of one setting on one text, with standard errors over seeds."""
+    points = {row.arm: _mean_and_error(row.values(text)) for row in rows}
+    edge = FAR * min(mean for mean, _ in points.values())
+    for row in rows:
+        mean, error = points[row.arm]
+        seconds = sum(row.cost("cpu_seconds")) / len(row.runs)
+        color = f"C{list(FUNCTIONS).index(row.arm)}"
+        style = {"color": color, "marker": MARKERS[row.arm], "linestyle": "none"}
+        if mean <= edge:
+            handles[row.arm] = panel.errorbar(seconds, mean, yerr=error, capsize=3, **style)
+        else:
+            handles.setdefault(row.arm, panel.plot(seconds, edge, **style)[0])
+            words = f"↑ {mean:.2g}"
+            panel.annotate(words, (seconds, edge), xytext=(6, -3), textcoords="offset points")
+
+    # Costs differ by orders of magnitude; perplexities at few bits too.
+    panel.set_xscale("log")
+    panel.margins(x=0.15)
+    shown = [min(mean, edge) for mean, _ in points.values()]
+    if max(shown) > WIDE * min(shown):
+        panel.set_yscale("log")
+    panel.grid(visible=True, which="both", alpha=0.25)

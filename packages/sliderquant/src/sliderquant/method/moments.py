@@ -1,0 +1,265 @@
+"""Second moments of what the linear layers of a block read, in the quantized model.
+
+Symbols: X [n, in] are the inputs of a layer group in the quantized model, F [n, in] those in the
+full-precision model, W [out, in] its weights, E [n, out] what the outputs lack to equal the
+full-precision model's. Layers that write to the residual stream also make up for what the stream lacks.
+Other layers have E = (F - X) W^T, and where W has many rows it is enough to sum X^T (F - X). Products
+are computed in float32, batch by batch, and summed in float64.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sliderquant.method.activations import ActivationFormat, fake_quantize_tokens
+from sliderquant.method.decoder import Decoder
+from sliderquant.method.layout import WEIGHT_SUFFIX, LayerGroup
+from sliderquant.method.parallel import sum_over_processes_
+from sliderquant.method.precision import forward_precision, tf32_products
+from sliderquant.method.sampling import to_device
+
+HELD_OUT_SHARE = 8  # of so many samples, one is kept apart from the fit of the ridge regression
+BLOCK_OUTPUT = ""  # the name under which a decoder returns what a block gives
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class BlockRun:
+    """One block as one of the two models runs it, and how far it has come.
+
+    Once the layers in front of the attention's output projection are final, what that projection reads
+    is kept; once the projection is final, the residual stream behind it takes the place of the block's
+    input. So nothing is computed again that cannot change any more, except gate and up projection.
+
+    Attributes:
+        hidden: Residual stream of this process's samples: in front of the block, then behind the
+            attention, [n, t, h]; changed in place.
+        tensors: Parameters of the block by name.
+        output_projection: Name of the weight that ends the attention.
+        activations: How the model rounds activations; ``None`` if it does not.
+        heads: What the output projection reads, while that is known, [n, t, q].
+        behind_attention: Whether ``hidden`` is the stream behind the attention.
+    """
+
+    hidden: Float[Tensor, "n t h"]
+    tensors: dict[str, Tensor]
+    output_projection: str
+    activations: ActivationFormat | None = None
+    heads: Float[Tensor, "n t q"] | None = None
+    behind_attention: bool = False
+
+    def attention_output(
+        self, samples: slice, hidden: Float[Tensor, "b t h"]
+    ) -> Float[Tensor, "b t h"] | None:
+        """Return what the attention gives for some samples; ``None`` if it has to be computed."""
+        # Behind the attention nothing is to be added to the stream any more.
+        if self.behind_attention:
+            return torch.zeros_like(hidden)
+        if self.heads is None:
+            return None
+        heads = to_device(self.heads[samples], hidden.device)
+        if self.activations is not None:
+            heads = fake_quantize_tokens(heads, self.activations)
+        bias = self.tensors.get(self.output_projection.removesuffix(WEIGHT_SUFFIX) + ".bias")
+        return torch.nn.functional.linear(heads, self.tensors[self.output_projection], bias)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class InputMoments:
+    """Sums over the tokens of some samples, float64.
+
+    Attributes:
+        second: X^T X.
+        cross: X^T E, or X^T (F - X).
+    """
+
+    second: Float[Tensor, "in in"]
+    cross: Float[Tensor, "in k"]
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class GroupMoments:
+    """Moments of a layer group over all calibration samples.
+
+    Attributes:
+        weight: W of all layers of the group, one below the other, float32.
+        through_weight: Whether ``cross`` is X^T (F - X), to be multiplied with W^T.
+        fitted: Moments of the samples that the ridge regression is fitted to.
+        held_out: Those of the others; ``None`` if there are too few samples to keep one apart.
+    """
+
+    weight: Float[Tensor, "out in"]
+    through_weight: bool
+    fitted: InputMoments
+    held_out: InputMoments | None
+
+    def activity(self) -> Float[Tensor, ""]:
+        """Return the sum of the squared inputs: 0 if the layers read nothing, NaN or infinity if bad."""
+        total = self.fitted.second.diagonal().sum()
+        if self.held_out is not None:
+            total = total + self.held_out.second.diagonal().sum()
+        return total
+
+    def merge_(self) -> InputMoments:
+        """Return the moments of all samples; from then on none are held out."""
+        if self.held_out is not None:
+            self.fitted.second.add_(self.held_out.second)
+            self.fitted.cross.add_(self.held_out.cross)
+            self.held_out = None
+        return self.fitted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleSplit:
+    """How this process's samples are used; the last ones are held out.
+
+    Attributes:
+        fitted: How many come first.
+        held_out: Whether any process holds samples out.
+        batch_size: Samples per forward pass.
+    """
+
+    fitted: int
+    held_out: bool
+    batch_size: int
+
+
+def split_samples(
+    samples: int, batch_size: int, process: int = 0, processes: int = 1
+) -> SampleSplit:
+    """Hold out the last eighth of the samples, at least one of two.
+
+    Args:
+        samples: Calibration samples of all processes.
+        batch_size: Samples per forward pass.
+        process: Number of this process, which has every ``processes``-th sample from there on.
+        processes: Their number.
+    """
+    kept_apart = min(samples // 2, -(-samples // HELD_OUT_SHARE))
+    return SampleSplit(
+        fitted=len(range(process, samples - kept_apart, processes)),
+        held_out=kept_apart > 0,
+        batch_size=batch_size,
+    )
+
+
+def collect_moments(
+    decoder: Decoder,
+    block: int,
+    group: LayerGroup,
+    runs: tuple[BlockRun, BlockRun],
+    split: SampleSplit,
+    *,
+    relay: bool = False,
+) -> GroupMoments:
+    """Return the moments of a layer group, summed over all processes; both runs come as far as that.
+
+    Args:
+        decoder: The model.
+        block: Number of the block.
+        group: Linear layers that read the same input.
+        runs: The block in the full-precision and in the quantized model, in which earlier groups are
+            rounded already.
+        split: How the samples are used.
+        relay: Let the full-precision model run on to the end of the block, and replace its hidden states
+            by what comes out.
+    """
+    # What the output projection reads is kept from here on.
+    weight = torch.cat([runs[0].tensors[name] for name in group.weights]).float()
+    heads: list[Tensor | None] = [None, None]
+    if group.ends_attention and not relay:
+        shape = (*runs[0].hidden.shape[:2], weight.shape[1])
+        heads = [run.hidden.new_empty(shape) for run in runs]
+
+    def moments_of(samples: range) -> InputMoments:
+        return _sum_moments(decoder, block, group, weight, runs, samples, heads, relay=relay)
+
+    own, size = len(runs[0].hidden), split.batch_size
+    fitted = moments_of(range(0, split.fitted, size))
+    held_out = moments_of(range(split.fitted, own, size)) if split.held_out else None
+    for run, kept in zip(runs, heads, strict=True):
+        run.heads = kept
+        run.behind_attention |= group.begins_mlp is not None
+    return GroupMoments(
+        weight=weight,
+        through_weight=_goes_through_weight(group, weight),
+        fitted=fitted,
+        held_out=held_out,
+    )
+
+
+def _goes_through_weight(group: LayerGroup, weight: Float[Tensor, "out in"]) -> bool:
+    """Return whether to sum X^T (F - X): one product of the inputs, or two of the weight's size."""
+    outputs, inputs = weight.shape
+    return group.stream_module is None and inputs < 2 * outputs
+
+
+def _sum_moments(
+    decoder: Decoder,
+    block: int,
+    group: LayerGroup,
+    weight: Float[Tensor, "out in"],
+    runs: tuple[BlockRun, BlockRun],
+    batches: range,
+    heads: Sequence[Tensor | None],
+    *,
+    relay: bool,
+) -> InputMoments:
+    """Return the moments over some samples of this process and of all others."""
+    reader, stream = group.weights[0].removesuffix(WEIGHT_SUFFIX), group.stream_module
+    modules = dict.fromkeys(name for name in (reader, stream, group.begins_mlp) if name is not None)
+    through_weight = _goes_through_weight(group, weight)
+    outputs, inputs = weight.shape
+    second = weight.new_zeros(inputs, inputs, dtype=torch.float64)
+    cross = weight.new_zeros(inputs, inputs if through_weight else outputs, dtype=torch.float64)
+
+    exact, quantized = runs
+    for begin in batches:
+        samples = slice(begin, min(begin + batches.step, batches.stop))
+        asked = [*modules, BLOCK_OUTPUT] if relay else list(modules)
+        wanted = run_inside(decoder, block, exact, samples, asked)
+        present = run_inside(decoder, block, quantized, samples, list(modules))
+
+        # What has come to be final is not computed again.
+        for run, seen, kept in zip(runs, (wanted, present), heads, strict=True):
+            if kept is not None:
+                kept[samples] = seen[reader]
+            if group.begins_mlp is not None:
+                run.hidden[samples] = seen[group.begins_mlp]
+        if relay:
+            exact.hidden[samples] = wanted[BLOCK_OUTPUT]
+
+        # X is what the layers multiply with.
+        x = present[reader]
+        if quantized.activations is not None:
+            x = fake_quantize_tokens(x, quantized.activations)
+        x = x.float().flatten(0, -2)
+        lacking = wanted[reader].float().flatten(0, -2) - x
+
+        # A layer that writes to the stream also makes up for what the stream lacks.
+        with tf32_products(decoder.device):
+            if not through_weight:
+                lacking = lacking @ weight.T
+            if stream is not None:
+                lacking += (wanted[stream].float() - present[stream].float()).flatten(0, -2)
+            second += x.T @ x
+            cross += x.T @ lacking
+
+    # Every process continues with the same sums.
+    sum_over_processes_(second)
+    sum_over_processes_(cross)
+    return InputMoments(second=second, cross=cross)
+
+
+def run_inside(
+    decoder: Decoder, block: int, run: BlockRun, samples: slice, modules: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return what modules of a block are called with for some samples; "" is what the block returns."""
+    hidden = to_device(run.hidden[samples], decoder.device)
+    with forward_precision(decoder.device):
+        attention = run.attention_output(samples, hidden)
+        return decoder.inputs_inside(
+            block, hidden, run.tensors, modules, run.activations, attention
+        )
