@@ -34,8 +34,8 @@ from sliderquant.config import (
 from sliderquant.method import block_rounding, window_training
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.calibration import calibrate
-from sliderquant.method.error_compensation import round_layers
-from sliderquant.method.moments import GroupMoments, InputMoments
+from sliderquant.method.error_compensation import corrected_weight, round_layers
+from sliderquant.method.moments import GroupMoments
 from sliderquant.method.quantizer import WeightFormat
 from sliderquant.method.smoothing import smoothing_factors
 from sliderquant.method.window_training import train_window
@@ -54,15 +54,15 @@ def kept(name: str, hidden: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_weight_is_rounded_where_it_is(symmetric, fake_card) -> None:
     fmt = WeightFormat(bits=3, group_size=8, sym=symmetric, dtype=torch.float16)
-    part = InputMoments(
+    moments = GroupMoments(
+        weight=fake_card.tensor(6, 16),
+        through_weight=False,
         second=fake_card.tensor(16, 16, dtype=torch.float64),
         cross=fake_card.tensor(16, 6, dtype=torch.float64),
+        strength=fake_card.tensor(),
     )
-    moments = GroupMoments(
-        weight=fake_card.tensor(6, 16), through_weight=False, fitted=part, held_out=part
-    )
-    (weight,), strength = round_layers(moments, [6], fmt)
-    assert weight.codes.device == weight.scale.device == strength.device == fake_card.device
+    (weight,) = round_layers(*corrected_weight(moments), [6], fmt)
+    assert weight.codes.device == weight.scale.device == fake_card.device
     assert weight.dequantize().device == fake_card.device
 
 

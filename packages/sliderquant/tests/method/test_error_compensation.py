@@ -16,27 +16,24 @@ from sliderquant.adapters.simulation import (
 )
 from sliderquant.adapters.text import calibration_samples, chunks, encode
 from sliderquant.config import SliderConfig
-from sliderquant.method import error_compensation
+from sliderquant.method import error_compensation, ridge
 from sliderquant.method.activations import activation_format, fake_quantize_tokens
 from sliderquant.method.calibration import calibrate
 from sliderquant.method.decoder import run_blocks
 from sliderquant.method.error_compensation import (
-    DAMPING,
     Grid,
     coordinate_descent_sweep,
-    damp_,
-    factorize,
-    held_out_strength,
+    corrected_weight,
     refit_scales,
-    ridge_update,
     round_layers,
     round_with_error_feedback,
     search_grid,
 )
 from sliderquant.method.layout import layer_groups
 from sliderquant.method.metrics import perplexity
-from sliderquant.method.moments import GroupMoments, InputMoments
+from sliderquant.method.moments import GroupMoments, Sums
 from sliderquant.method.quantizer import WeightFormat, quantization_grid, quantize_weight
+from sliderquant.method.ridge import DAMPING, HeldOutScore, factorize, ridge_update
 from sliderquant.method.round_to_nearest import rtn_weights
 
 
@@ -67,8 +64,22 @@ def grid_of(weight, fmt) -> Grid:
     return Grid(scale=scale.squeeze(-1).T, zero=zero.squeeze(-1).T, group_size=size, fmt=fmt)
 
 
-def moments_of(x, error) -> InputMoments:
-    return InputMoments(second=(x.T @ x).double(), cross=(x.T @ error).double())
+def moments_of(weight, x, error, strength=0.0) -> GroupMoments:
+    return GroupMoments(
+        weight=weight,
+        through_weight=False,
+        second=(x.T @ x).double(),
+        cross=(x.T @ error).double(),
+        strength=torch.tensor(strength),
+    )
+
+
+def damped(moment):
+    return moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment)).double()
+
+
+def rounded_layers(moments, outputs, fmt):
+    return round_layers(*corrected_weight(moments), outputs, fmt)
 
 
 def brain_surgeon(weight, scale, zero, high, h):
@@ -91,20 +102,24 @@ def test_codes_are_those_of_the_textbook_procedure(columns) -> None:
     weight, x, _ = layer(columns)
     fmt = WeightFormat(bits=3, group_size=None, sym=False, dtype=torch.float32)
     grid = grid_of(weight, fmt)
-    h = damp_((x.T @ x).double())
-    result = round_with_error_feedback(weight.T, grid, factorize(h)).T
+    curvature = factorize((x.T @ x).double())
+    h = damped((x.T @ x).double())
+    result = round_with_error_feedback(weight.T, grid, curvature).T
     scale, zero = (t.T.expand_as(weight) for t in (grid.scale, grid.zero))
     expected = torch.tensor(brain_surgeon(weight, scale, zero, 7, h), dtype=torch.float32)
     # In float32 a value in the middle between two codes may fall to either side.
     assert (result != expected).float().mean() < 0.01
 
 
-def test_a_matrix_is_factorised_once_for_solutions_and_for_feedback() -> None:
+@pytest.mark.parametrize("at_once", [2048, 7])  # columns of the inverse: all, and some at a time
+def test_a_matrix_is_factorised_once_for_solutions_and_for_feedback(at_once, monkeypatch) -> None:
+    monkeypatch.setattr(ridge, "PANEL_COLUMNS", at_once)
     _, x, error = layer(24)
-    h, cross = damp_((x.T @ x).double()), (x.T @ error).double()
-    curvature = factorize(h)
+    h, cross = damped((x.T @ x).double()), (x.T @ error).double()
+    curvature = factorize((x.T @ x).double(), torch.float64)
+    torch.testing.assert_close(curvature.hessian, h)
     np.testing.assert_allclose(curvature.solve(cross), np.linalg.solve(h, cross), rtol=1e-9)
-    u, order = curvature.inverse_factor(torch.float64), curvature.order
+    u, order = curvature.inverse_factor(), curvature.order
     assert torch.equal(u, u.triu())
     inverse = np.linalg.inv(h[order][:, order])
     np.testing.assert_allclose(u.T @ u, inverse, rtol=1e-8, atol=1e-12)
@@ -114,9 +129,9 @@ def test_a_matrix_is_factorised_once_for_solutions_and_for_feedback() -> None:
 def test_regression_minimises_the_damped_squared_error() -> None:
     _, x, error = layer(16)
     moment = (x.T @ x).double()
-    result = ridge_update(factorize(damp_(moment.clone())), (x.T @ error).double())
-    ridge = math.sqrt(DAMPING * moment.diagonal().mean())
-    stacked = np.vstack([x.numpy(), ridge * np.eye(16)])
+    result = ridge_update(factorize(moment), (x.T @ error).double())
+    penalty = math.sqrt(DAMPING * moment.diagonal().mean())
+    stacked = np.vstack([x.numpy(), penalty * np.eye(16)])
     wanted = np.vstack([error.numpy(), np.zeros((16, 6))])
     change = np.linalg.lstsq(stacked, wanted, rcond=None)[0]
     np.testing.assert_allclose(result, change, atol=1e-4)
@@ -125,38 +140,42 @@ def test_regression_minimises_the_damped_squared_error() -> None:
 @pytest.mark.parametrize("through_weight", [False, True])
 def test_the_strength_is_the_one_with_the_least_error_on_held_out_samples(through_weight) -> None:
     weight, x, _ = (t.double() for t in layer(16))
-    true_update = torch.randn(16, 16 if through_weight else 6, dtype=torch.float64)
-    lacking = 0.3 * x @ true_update + torch.randn(400, true_update.shape[1]).double()
-    held_out = InputMoments(second=x.T @ x, cross=x.T @ lacking)
+    update = torch.randn(16, 16 if through_weight else 6, dtype=torch.float64)
+    lacking = 0.3 * x @ update + torch.randn(400, update.shape[1]).double()
     readout = weight.T if through_weight else torch.eye(6, dtype=torch.float64)
-    result = held_out_strength(true_update, held_out, weight if through_weight else None)
+
+    def strength_for(wanted) -> float:
+        score = HeldOutScore(update, weight if through_weight else None)
+        for tokens, rest in zip(x.split(150), wanted.split(150), strict=True):
+            score.add(tokens, rest)
+        return float(score.strength())
 
     def missed(strength: float) -> float:
-        return float(((strength * x @ true_update - lacking) @ readout).square().sum())
+        return float(((strength * x @ update - lacking) @ readout).square().sum())
 
     best = min(np.linspace(0, 1, 1001), key=missed)
-    assert result == pytest.approx(best, abs=6e-4)
-    assert 0.1 < result < 0.6
+    assert strength_for(lacking) == pytest.approx(best, abs=6e-4)
+    assert 0.1 < best < 0.6
     # An update that makes held-out samples worse is not made at all.
-    worse = InputMoments(second=x.T @ x, cross=-(x.T @ lacking))
-    assert held_out_strength(true_update, worse, weight if through_weight else None) == 0
+    assert strength_for(-lacking) == 0
 
 
-def test_an_update_that_only_fits_noise_is_left_out() -> None:
+@pytest.mark.parametrize("through_weight", [False, True])
+def test_an_update_that_only_fits_noise_is_left_out(through_weight) -> None:
     weight, x, _ = layer(64)
+    weight = torch.cat([weight] * 11)  # more rows than half of the columns
     generator = torch.Generator().manual_seed(5)
-    fmt = WeightFormat(bits=8, group_size=None, sym=False, dtype=torch.float32)
-    noise = torch.randn(400, 6, generator=generator)
-    signal = 0.5 * x @ torch.randn(64, 6, generator=generator)
+    width = 64 if through_weight else 66
+    noise = torch.randn(400, width, generator=generator)
+    signal = 0.5 * x @ torch.randn(64, width, generator=generator)
     strengths = []
-    for error in (noise, signal):
-        # 64 unknowns and 80 samples to fit them, 320 held out.
-        parts = [moments_of(x[part], error[part]) for part in (slice(80), slice(80, None))]
-        moments = GroupMoments(
-            weight=weight, through_weight=False, fitted=parts[0], held_out=parts[1]
-        )
-        _, strength = round_layers(moments, [6], fmt)
-        strengths.append(strength)
+    for lacking in (noise, signal):
+        # 64 unknowns and 80 tokens to fit them, 320 held out.
+        sums = Sums(weight, through_weight=through_weight)
+        sums.add(x[:80], lacking[:80])
+        score = sums.fit()
+        score.add(x[80:], lacking[80:])
+        strengths.append(float(score.strength()))
     assert strengths[0] < 0.05
     assert strengths[1] > 0.9
 
@@ -166,13 +185,7 @@ def test_layers_of_a_group_are_rounded_as_they_would_be_alone() -> None:
     fmt = WeightFormat(bits=2, group_size=8, sym=False, dtype=torch.bfloat16)
 
     def rounded(rows, outputs):
-        parts = [
-            moments_of(x[part], error[part][:, rows]) for part in (slice(300), slice(300, 400))
-        ]
-        moments = GroupMoments(
-            weight=weight[rows], through_weight=False, fitted=parts[0], held_out=None
-        )
-        return round_layers(moments, outputs, fmt)[0]
+        return rounded_layers(moments_of(weight[rows], x, error[:, rows], 0.5), outputs, fmt)
 
     together = rounded(slice(0, 6), [4, 2])
     for both, rows in zip(together, (slice(0, 4), slice(4, 6)), strict=True):
@@ -270,8 +283,8 @@ def test_a_sweep_leaves_no_code_that_a_single_change_would_improve() -> None:
     fmt = WeightFormat(bits=2, group_size=None, sym=False, dtype=torch.float32)
     grid = grid_of(target, fmt)
     scale, zero = (t.T.expand_as(target) for t in (grid.scale, grid.zero))
-    h = damp_((x.T @ x).double())
-    curvature = factorize(h)
+    h = damped((x.T @ x).double())
+    curvature = factorize((x.T @ x).double())
     order = curvature.order
     code = round_with_error_feedback(target.T, grid, curvature).T
     costs = [cost(target, (code - zero).unsqueeze(1), scale[:, :1], h)]
@@ -293,9 +306,8 @@ def test_a_sweep_leaves_no_code_that_a_single_change_would_improve() -> None:
 def test_unrelated_inputs_get_the_nearest_codes_on_a_grid_that_fits_better(sym) -> None:
     weight, _, _ = layer(32)
     fmt = WeightFormat(bits=2, group_size=16, sym=sym, dtype=torch.bfloat16)
-    unrelated = InputMoments(second=torch.eye(32).double(), cross=torch.zeros(32, 6).double())
-    moments = GroupMoments(weight=weight, through_weight=False, fitted=unrelated, held_out=None)
-    (result,), _ = round_layers(moments, [6], fmt)
+    unrelated = moments_of(weight, torch.eye(32), torch.zeros(32, 6))
+    (result,) = rounded_layers(unrelated, [6], fmt)
     scale = result.scale.float().repeat_interleave(16, dim=-1)
     zero = 0 if sym else result.zero.repeat_interleave(16, dim=-1)
     wanted = ((weight / scale).round() + zero).clamp(*fmt.code_range)
@@ -307,9 +319,8 @@ def test_unrelated_inputs_get_the_nearest_codes_on_a_grid_that_fits_better(sym) 
 def test_inputs_that_are_never_active_are_no_trouble() -> None:
     weight, x, error = layer(16)
     fmt = WeightFormat(bits=2, group_size=None, sym=False, dtype=torch.float32)
-    used = moments_of(x * (torch.arange(16) < 8), error)
-    moments = GroupMoments(weight=weight, through_weight=False, fitted=used, held_out=None)
-    (result,), _ = round_layers(moments, [6], fmt)
+    used = moments_of(weight, x * (torch.arange(16) < 8), error, 1.0)
+    (result,) = rounded_layers(used, [6], fmt)
     assert result.dequantize().isfinite().all()
 
 
@@ -375,7 +386,7 @@ def test_layers_aim_at_the_full_precision_output_from_rounded_inputs(
     decoder, samples, monkeypatch
 ) -> None:
     """With 8-bit weights and 4-bit activations, the error left is that of ridge regression."""
-    monkeypatch.setattr(error_compensation, "update_strength", lambda _: torch.tensor(1.0))
+    monkeypatch.setattr(HeldOutScore, "strength", lambda _: torch.tensor(1.0))
     config = settings(wbits=8, abits=4, channel_scale="off")
     learnables = fresh_learnables(decoder, config, torch.float32)
     calibrate(decoder, samples, [], learnables, config)

@@ -17,14 +17,12 @@ from sliderquant.method.decoder import Decoder, run_blocks
 from sliderquant.method.error_compensation import (
     REFINEMENT_PASSES,
     SCALE_STEPS,
-    damp_,
-    factorize,
-    ridge_update,
     round_and_refine,
 )
 from sliderquant.method.layout import LayerGroup, layer_groups
 from sliderquant.method.moments import BlockRun, collect_moments, run_inside, split_samples
 from sliderquant.method.quantizer import WeightFormat
+from sliderquant.method.ridge import factorize, ridge_update
 
 # Forward passes of one block for one batch: a visit of a window takes a forward and a backward pass,
 # and as much again for the fake quantizer, 3.5 to 5 in all.
@@ -89,6 +87,7 @@ def _seconds_of_block(
         for _ in range(2)
     ]
     split = replace(split_samples(len(hidden), len(hidden)), fitted=len(hidden), held_out=False)
+
     groups, seconds = layer_groups(decoder.layout(0)), 0.0
     for group in groups:
         begin = time.perf_counter()
@@ -115,9 +114,9 @@ def _seconds_of_group(decoder: Decoder, group: LayerGroup, fmt: WeightFormat) ->
     cross = moment.new_ones(timed, min(timed, outputs))
 
     def solve() -> None:
-        curvature = factorize(damp_(moment.clone()))
+        curvature = factorize(moment)
         ridge_update(curvature, cross)
-        curvature.inverse_factor(torch.float32)
+        curvature.inverse_factor()
 
     seconds = 2 * measure_seconds(solve, device) * (inputs / timed) ** 3
 

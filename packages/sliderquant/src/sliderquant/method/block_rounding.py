@@ -18,7 +18,7 @@ from torch import Tensor
 from effml_common.errors import NonFiniteError
 from sliderquant.config import SliderConfig
 from sliderquant.method.decoder import Decoder
-from sliderquant.method.error_compensation import round_layers
+from sliderquant.method.error_compensation import corrected_weight, round_layers
 from sliderquant.method.layout import LayerGroup, layer_groups, scale_channels
 from sliderquant.method.moments import (
     BLOCK_OUTPUT,
@@ -148,20 +148,22 @@ def _round_group_(
             "use an intact model, or one that fits the type it computes in"
         )
 
-    # One solution for all layers of the group.
+    # Without any activity no code is better than another.
     strength = None
     if activity == 0:
         rounded = [quantize_weight(exact.tensors[n].float(), linears[n].fmt) for n in linears]
     else:
+        # One solution for all layers of the group; the moments, as large as H, are not needed after it.
+        strength = wait_for(moments.strength)
+        target, curvature = corrected_weight(moments)
+        del moments
         outputs = [len(exact.tensors[name]) for name in linears]
-        fmt = linears[group.weights[0]].fmt
-        rounded, share = round_layers(moments, outputs, fmt)
-        strength = wait_for(share)
+        rounded = round_layers(target, curvature, outputs, linears[group.weights[0]].fmt)
 
     # From here on the quantized model computes with what was rounded.
     for (name, linear), weight in zip(linears.items(), rounded, strict=True):
         linear.closed_form = weight
-        quantized.tensors[name] = linear(exact.tensors[name])
+        quantized.tensors[name] = weight.dequantize().to(stream_dtype(task.decoder.device))
     return strength
 
 

@@ -7,12 +7,12 @@ weight, X [n, in] those inputs, E [n, out] what the layer's output lacks to equa
 model's, d the damping.
 
 1. ``moments.collect_moments`` runs both models over the samples and sums X^T X and X^T E.
-2. ``damp_`` gives H = X^T X + d mean(diag(X^T X)) I.
+2. ``factorize`` gives H = X^T X + d mean(diag(X^T X)) I.
 3. ``ridge_update`` gives (H^-1 X^T E)^T, the ridge regression that makes up for the errors of all layers
    before. The target is the output that the layer would have in the full-precision model, as in GPTAQ
    (arXiv 2504.02692). A layer that writes to the residual stream also corrects the error that the
-   stream already carries. ``held_out_strength`` says how much of the update holds on samples that it
-   was not fitted to: W* = W + strength * update.
+   stream already carries. ``HeldOutScore`` says how much of the update holds on samples that it was
+   not fitted to: W* = W + strength * update.
 4. ``search_grid`` gives each group of W* the range in which nearest rounding errs least, and
    ``round_with_error_feedback`` rounds the columns of W* one after the other, the most active
    input first. The columns behind take over what a column lacks, as in GPTQ (arXiv 2210.17323).
@@ -35,7 +35,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sliderquant.kernels.column_rounding import round_columns, sweep_columns
-from sliderquant.method.moments import GroupMoments, InputMoments
+from sliderquant.method.moments import GroupMoments
 from sliderquant.method.parallel import gather_columns, own_columns
 from sliderquant.method.quantizer import (
     QuantizedWeight,
@@ -44,8 +44,8 @@ from sliderquant.method.quantizer import (
     quantization_grid,
     simulate_storage,
 )
+from sliderquant.method.ridge import Curvature, factorize, ridge_update
 
-DAMPING = 0.01  # d, the share of the mean diagonal that is added to X^T X, as in GPTQ
 REFINEMENT_PASSES = 3  # times that scales and codes are improved in turn (step 5)
 COLUMN_BLOCK = 128  # columns whose errors reach all columns behind them in one matrix product
 SMALLEST_RANGE = 0.4  # least share of a group's range that its grid may cover
@@ -83,67 +83,40 @@ class Grid:
         return (self.levels(codes) * self.scale.unsqueeze(1)).flatten(0, 1)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Curvature:
-    """H of one input, factorised once for every weight that reads it.
+def corrected_weight(moments: GroupMoments) -> tuple[Float[Tensor, "in out"], Curvature]:
+    """Return W* of all layers of a group side by side, transposed, and H: steps 2 and 3 of the method.
 
-    Attributes:
-        hessian: H, float64, columns in their own order.
-        order: Columns in the order in which they are rounded: falling diag(H).
-        cholesky: Lower Cholesky factor L of H with rows and columns in the reverse of that order.
+    Layers make up for the errors of the layers before, as far as that holds on samples kept apart.
     """
-
-    hessian: Float[Tensor, "in in"]
-    order: Int[Tensor, " in"]
-    cholesky: Float[Tensor, "in in"]
-
-    def solve(self, right: Float[Tensor, "in out"]) -> Float[Tensor, "in out"]:
-        """Return H^-1 times a matrix."""
-        reverse = self.order.flip(0)
-        result = torch.empty_like(right)
-        result[reverse] = torch.cholesky_solve(right[reverse], self.cholesky)
-        return result
-
-    def inverse_factor(self, dtype: torch.dtype) -> Float[Tensor, "in in"]:
-        """Return U in a type, upper, with U^T U the inverse of H in the order of rounding.
-
-        With J the reversal of rows, J H J = L L^T makes U = J L^-1 J.
-        """
-        identity = torch.eye(
-            len(self.order), dtype=self.cholesky.dtype, device=self.cholesky.device
-        )
-        inverse = torch.linalg.solve_triangular(self.cholesky, identity, upper=False)
-        return inverse.to(dtype).flip(0, 1)
+    weight, curvature = moments.weight, factorize(moments.second)
+    update = ridge_update(curvature, moments.cross).to(weight.dtype)
+    update = update @ weight.T if moments.through_weight else update
+    return weight.T + moments.strength.to(weight.dtype) * update, curvature
 
 
 def round_layers(
-    moments: GroupMoments, outputs: Sequence[int], fmt: WeightFormat
-) -> tuple[list[QuantizedWeight], Float[Tensor, ""]]:
-    """Return layers that read the same input rounded for it, and the strength of their ridge update.
+    target: Float[Tensor, "in out"],
+    curvature: Curvature,
+    outputs: Sequence[int],
+    fmt: WeightFormat,
+) -> list[QuantizedWeight]:
+    """Return layers that read the same input, rounded for it: steps 4 and 5 of the method.
 
-    These are steps 2 to 5 of the method. Several processes share the rows of the weights.
+    Several processes share the rows of the weights.
 
     Args:
-        moments: Of the layers' input, with their weights; used up.
+        target: W* of all layers side by side.
+        curvature: H of their input.
         outputs: Rows of each layer's weight.
         fmt: Storage format; its group size divides ``in``.
     """
-    # Make up for the errors of the layers before, as far as that holds on samples kept apart.
-    weight = moments.weight
-    strength = update_strength(moments)
-    everything = moments.merge_()
-    curvature = factorize(damp_(everything.second))
-    update = ridge_update(curvature, everything.cross).to(weight.dtype)
-    update = update @ weight.T if moments.through_weight else update
-    target = weight.T + strength.to(weight.dtype) * update
-
     # Each process rounds some rows; all of them get the result.
-    rows = own_columns(len(weight))
+    rows = own_columns(target.shape[1])
     codes, grid = round_and_refine(target[:, rows].contiguous(), fmt, curvature)
     low, _ = fmt.code_range
-    codes = gather_columns((codes - low).to(torch.uint8), len(weight)).to(torch.int16) + low
-    scale = gather_columns(grid.scale, len(weight))
-    zero = gather_columns(grid.zero, len(weight))
+    codes = gather_columns((codes - low).to(torch.uint8), target.shape[1]).to(torch.int16) + low
+    scale = gather_columns(grid.scale, target.shape[1])
+    zero = gather_columns(grid.zero, target.shape[1])
 
     # Layer by layer, as they are stored.
     outputs = list(outputs)
@@ -158,20 +131,7 @@ def round_layers(
             fmt=fmt,
         )
         for codes_of_layer, scale_of_layer, zero_of_layer in parts
-    ], strength
-
-
-def update_strength(moments: GroupMoments) -> Float[Tensor, ""]:
-    """Return how much of the ridge update holds on the samples kept apart; without any, nothing."""
-    if moments.held_out is None:
-        return moments.fitted.second.new_zeros(())
-    # The damping is taken back: it belongs to all samples together.
-    undamped = moments.fitted.second.diagonal().clone()
-    curvature = factorize(damp_(moments.fitted.second))
-    update = ridge_update(curvature, moments.fitted.cross)
-    moments.fitted.second.diagonal().copy_(undamped)
-    weight = moments.weight.double() if moments.through_weight else None
-    return held_out_strength(update, moments.held_out, weight)
+    ]
 
 
 def round_and_refine(
@@ -182,11 +142,10 @@ def round_and_refine(
     codes = round_with_error_feedback(target, grid, curvature)
 
     # Scales that fit the codes, codes that fit the scales.
-    hessian = curvature.hessian.to(target.dtype)
     for _ in range(REFINEMENT_PASSES):
-        scale = refit_scales(codes, grid, target, hessian)
+        scale = refit_scales(codes, grid, target, curvature.hessian)
         grid = replace(grid, scale=simulate_storage(scale, grid.fmt))
-        codes = coordinate_descent_sweep(codes, grid, target, hessian, curvature.order)
+        codes = coordinate_descent_sweep(codes, grid, target, curvature.hessian, curvature.order)
     return codes, grid
 
 
@@ -216,55 +175,6 @@ def search_grid(target: Float[Tensor, "in out"], fmt: WeightFormat) -> Grid:
     )
 
 
-def damp_(second_moment: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """Return H = X^T X + d mean(diag(X^T X)) I, with d = ``DAMPING``, in place of X^T X.
-
-    The damping bounds the update by inputs that are rarely active. An input that is never active gets
-    d times the mean of all, so that H can be inverted.
-    """
-    diagonal = second_moment.diagonal()
-    diagonal += DAMPING * diagonal.mean()
-    return second_moment
-
-
-def factorize(hessian: Float[Tensor, "in in"]) -> Curvature:
-    """Return H with its Cholesky factor; one that is not finite or not positive gives NaN.
-
-    The most active input is rounded first: its error can be spread over all others.
-    """
-    order = hessian.diagonal().argsort(descending=True)
-    reverse = order.flip(0)
-    # Not ``cholesky``, which waits for a GPU to tell whether it failed.
-    cholesky, _ = torch.linalg.cholesky_ex(hessian[reverse.unsqueeze(1), reverse])
-    return Curvature(hessian=hessian, order=order, cholesky=cholesky)
-
-
-def ridge_update(curvature: Curvature, cross_moment: Float[Tensor, "in out"]) -> Tensor:
-    """Return H^-1 X^T E [in, out], the transposed update of the weight; ``cross_moment`` is X^T E."""
-    return curvature.solve(cross_moment)
-
-
-def held_out_strength(
-    update: Float[Tensor, "in k"],
-    held_out: InputMoments,
-    weight: Float[Tensor, "out k"] | None = None,
-) -> Float[Tensor, ""]:
-    """Return the share of an update that lowers the error on held-out samples most, within 0 to 1.
-
-    With B the update, the squared error of s B there is s^2 tr(B^T X^T X B) - 2 s tr(B^T X^T E) and a
-    constant: a parabola in s. Without any benefit the share is 0.
-
-    Args:
-        update: B, or what becomes B when it is multiplied with W^T.
-        held_out: Moments of the held-out samples.
-        weight: W in the second case; then X^T E is ``held_out.cross`` W^T.
-    """
-    seen = update if weight is None else update @ (weight.T @ weight)
-    benefit = (seen * held_out.cross).sum()
-    cost = (seen * (held_out.second @ update)).sum()
-    return torch.where(cost > 0, benefit / cost, 0.0).clamp(0, 1)
-
-
 def round_with_error_feedback(
     target: Float[Tensor, "in out"], grid: Grid, curvature: Curvature
 ) -> Float[Tensor, "in out"]:
@@ -279,7 +189,7 @@ def round_with_error_feedback(
         curvature: H and its factor.
     """
     order = curvature.order
-    factor = curvature.inverse_factor(target.dtype)
+    factor = curvature.inverse_factor()
 
     # The codes come back in the order of the columns of the weight.
     remaining, codes = target[order], torch.empty_like(target)

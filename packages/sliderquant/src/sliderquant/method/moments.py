@@ -7,7 +7,7 @@ Other layers have E = (F - X) W^T, and where W has many rows it is enough to sum
 are computed in float32, batch by batch, and summed in float64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from sliderquant.method.activations import ActivationFormat, fake_quantize_tokens
 from sliderquant.method.decoder import Decoder
 from sliderquant.method.layout import WEIGHT_SUFFIX, LayerGroup
-from sliderquant.method.parallel import sum_over_processes_
+from sliderquant.method.parallel import sum_over_processes
 from sliderquant.method.precision import forward_precision, tf32_products
+from sliderquant.method.ridge import HeldOutScore, factorize, ridge_update
 from sliderquant.method.sampling import to_device
 
 HELD_OUT_SHARE = 8  # of so many samples, one is kept apart from the fit of the ridge regression
@@ -67,48 +68,26 @@ class BlockRun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class InputMoments:
-    """Sums over the tokens of some samples, float64.
-
-    Attributes:
-        second: X^T X.
-        cross: X^T E, or X^T (F - X).
-    """
-
-    second: Float[Tensor, "in in"]
-    cross: Float[Tensor, "in k"]
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
 class GroupMoments:
-    """Moments of a layer group over all calibration samples.
+    """Sums over the tokens of all calibration samples, for one layer group, float64.
 
     Attributes:
         weight: W of all layers of the group, one below the other, float32.
         through_weight: Whether ``cross`` is X^T (F - X), to be multiplied with W^T.
-        fitted: Moments of the samples that the ridge regression is fitted to.
-        held_out: Those of the others; ``None`` if there are too few samples to keep one apart.
+        second: X^T X.
+        cross: X^T E of all layers side by side, or X^T (F - X).
+        strength: How much of the ridge update holds on samples that it was not fitted to, 0 to 1.
     """
 
     weight: Float[Tensor, "out in"]
     through_weight: bool
-    fitted: InputMoments
-    held_out: InputMoments | None
+    second: Float[Tensor, "in in"]
+    cross: Float[Tensor, "in k"]
+    strength: Float[Tensor, ""]
 
     def activity(self) -> Float[Tensor, ""]:
         """Return the sum of the squared inputs: 0 if the layers read nothing, NaN or infinity if bad."""
-        total = self.fitted.second.diagonal().sum()
-        if self.held_out is not None:
-            total = total + self.held_out.second.diagonal().sum()
-        return total
-
-    def merge_(self) -> InputMoments:
-        """Return the moments of all samples; from then on none are held out."""
-        if self.held_out is not None:
-            self.fitted.second.add_(self.held_out.second)
-            self.fitted.cross.add_(self.held_out.cross)
-            self.held_out = None
-        return self.fitted
+        return self.second.diagonal().sum()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,20 +152,28 @@ def collect_moments(
         shape = (*runs[0].hidden.shape[:2], weight.shape[1])
         heads = [run.hidden.new_empty(shape) for run in runs]
 
-    def moments_of(samples: range) -> InputMoments:
-        return _sum_moments(decoder, block, group, weight, runs, samples, heads, relay=relay)
-
+    # The ridge regression is fitted to the first samples and tried on the last ones.
+    sums = Sums(weight, through_weight=_goes_through_weight(group, weight))
+    passed = (decoder, block, group, runs, heads)
     own, size = len(runs[0].hidden), split.batch_size
-    fitted = moments_of(range(0, split.fitted, size))
-    held_out = moments_of(range(split.fitted, own, size)) if split.held_out else None
+    for x, lacking in _batches(*passed, range(0, split.fitted, size), sums, relay=relay):
+        sums.add(x, lacking)
+    score = sums.fit() if split.held_out else None
+    for x, lacking in _batches(*passed, range(split.fitted, own, size), sums, relay=relay):
+        if score is not None:
+            score.add(x, lacking)
+        sums.add(x, lacking)
+    sums.share()
+
     for run, kept in zip(runs, heads, strict=True):
         run.heads = kept
         run.behind_attention |= group.begins_mlp is not None
     return GroupMoments(
         weight=weight,
-        through_weight=_goes_through_weight(group, weight),
-        fitted=fitted,
-        held_out=held_out,
+        through_weight=sums.through_weight,
+        second=sums.second,
+        cross=sums.cross,
+        strength=sums.second.new_zeros(()) if score is None else score.strength(),
     )
 
 
@@ -196,31 +183,56 @@ def _goes_through_weight(group: LayerGroup, weight: Float[Tensor, "out in"]) -> 
     return group.stream_module is None and inputs < 2 * outputs
 
 
-def _sum_moments(
+class Sums:
+    """X^T X and X^T E, or X^T (F - X), over the tokens so far."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], *, through_weight: bool) -> None:
+        outputs, inputs = weight.shape
+        self.weight, self.through_weight = weight, through_weight
+        self.second = weight.new_zeros(inputs, inputs, dtype=torch.float64)
+        self.cross = self.second.new_zeros(inputs, inputs if through_weight else outputs)
+
+    def add(self, x: Float[Tensor, "n in"], lacking: Float[Tensor, "n k"]) -> None:
+        """Add the tokens of a batch."""
+        self.second += x.T @ x
+        self.cross += x.T @ lacking
+
+    def share(self) -> None:
+        """Let every process have the sums over all processes."""
+        self.second, self.cross = (sum_over_processes(total) for total in (self.second, self.cross))
+
+    def fit(self) -> HeldOutScore:
+        """Return the score of the update that fits the tokens so far, of all processes."""
+        second, cross = sum_over_processes(self.second), sum_over_processes(self.cross)
+        update = ridge_update(factorize(second), cross).to(self.weight.dtype)
+        return HeldOutScore(update, self.weight if self.through_weight else None)
+
+
+def _batches(
     decoder: Decoder,
     block: int,
     group: LayerGroup,
-    weight: Float[Tensor, "out in"],
     runs: tuple[BlockRun, BlockRun],
-    batches: range,
     heads: Sequence[Tensor | None],
+    begins: range,
+    sums: Sums,
     *,
     relay: bool,
-) -> InputMoments:
-    """Return the moments over some samples of this process and of all others."""
-    reader, stream = group.weights[0].removesuffix(WEIGHT_SUFFIX), group.stream_module
-    modules = dict.fromkeys(name for name in (reader, stream, group.begins_mlp) if name is not None)
-    through_weight = _goes_through_weight(group, weight)
-    outputs, inputs = weight.shape
-    second = weight.new_zeros(inputs, inputs, dtype=torch.float64)
-    cross = weight.new_zeros(inputs, inputs if through_weight else outputs, dtype=torch.float64)
+) -> Iterator[tuple[Float[Tensor, "n in"], Float[Tensor, "n k"]]]:
+    """Run both models up to a layer group; yield X, and E or F - X, of each batch of tokens.
 
+    What has come to be final on the way is kept in ``runs`` and ``heads``.
+    """
+    reader, stream = group.weights[0].removesuffix(WEIGHT_SUFFIX), group.stream_module
+    modules = list(
+        dict.fromkeys(name for name in (reader, stream, group.begins_mlp) if name is not None)
+    )
     exact, quantized = runs
-    for begin in batches:
-        samples = slice(begin, min(begin + batches.step, batches.stop))
-        asked = [*modules, BLOCK_OUTPUT] if relay else list(modules)
+    for begin in begins:
+        samples = slice(begin, min(begin + begins.step, begins.stop))
+        asked = [*modules, BLOCK_OUTPUT] if relay else modules
         wanted = run_inside(decoder, block, exact, samples, asked)
-        present = run_inside(decoder, block, quantized, samples, list(modules))
+        present = run_inside(decoder, block, quantized, samples, modules)
 
         # What has come to be final is not computed again.
         for run, seen, kept in zip(runs, (wanted, present), heads, strict=True):
@@ -238,19 +250,14 @@ def _sum_moments(
         x = x.float().flatten(0, -2)
         lacking = wanted[reader].float().flatten(0, -2) - x
 
-        # A layer that writes to the stream also makes up for what the stream lacks.
+        # A layer that writes to the stream also makes up for what the stream lacks. Whoever takes the
+        # batch multiplies it in TF32, too.
         with tf32_products(decoder.device):
-            if not through_weight:
-                lacking = lacking @ weight.T
+            if not sums.through_weight:
+                lacking = lacking @ sums.weight.T
             if stream is not None:
                 lacking += (wanted[stream].float() - present[stream].float()).flatten(0, -2)
-            second += x.T @ x
-            cross += x.T @ lacking
-
-    # Every process continues with the same sums.
-    sum_over_processes_(second)
-    sum_over_processes_(cross)
-    return InputMoments(second=second, cross=cross)
+            yield x, lacking
 
 
 def run_inside(

@@ -5,10 +5,13 @@ from jaxtyping import Shaped
 from torch import Tensor, distributed
 
 
-def sum_over_processes_(tensor: Tensor) -> None:
-    """Add up a tensor over all processes, in place."""
-    if distributed.is_initialized():
-        distributed.all_reduce(tensor)
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes; the tensor itself if there is but one."""
+    if not distributed.is_initialized():
+        return tensor
+    total = tensor.clone()
+    distributed.all_reduce(total)
+    return total
 
 
 def process_count() -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sliderquant.method.decoder import Decoder
 from sliderquant.method.layout import COLUMNS, WEIGHT_SUFFIX, ScaledParameter, ScalingSite
 from sliderquant.method.learnables import BlockLearnables
-from sliderquant.method.parallel import sum_over_processes_
+from sliderquant.method.parallel import sum_over_processes
 from sliderquant.method.precision import forward_precision
 
 
@@ -55,9 +55,8 @@ def set_smoothing_factors_(
             squares = x.float().square().flatten(0, -2).sum(dim=0)
             sums[module + WEIGHT_SUFFIX] = squares + sums.get(module + WEIGHT_SUFFIX, 0)
     tokens = next(iter(sums.values())).new_tensor(x_fp.shape[:2].numel())
-    for total in (tokens, *(sums[name] for name in sorted(sums))):
-        sum_over_processes_(total)
-    mean_squares = {name: total / tokens for name, total in sums.items()}
+    tokens = sum_over_processes(tokens)
+    mean_squares = {name: sum_over_processes(sums[name]) / tokens for name in sorted(sums)}
 
     for site, factor in zip(learnables.sites, learnables.factors, strict=True):
         factor.copy_(smoothing_factors(site, weights, mean_squares))
