@@ -172,7 +172,7 @@ def test_an_update_that_only_fits_noise_is_left_out(through_weight) -> None:
     for lacking in (noise, signal):
         # 64 unknowns and 80 tokens to fit them, 320 held out.
         sums = Sums(weight, through_weight=through_weight)
-        sums.add(x[:80], lacking[:80])
+        sums.add([(x[:80], lacking[:80])])
         score = sums.fit()
         score.add(x[80:], lacking[80:])
         strengths.append(float(score.strength()))

@@ -7,7 +7,7 @@ Other layers have E = (F - X) W^T, and where W has many rows it is enough to sum
 are computed in float32, batch by batch, and summed in float64.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -156,13 +156,9 @@ def collect_moments(
     sums = Sums(weight, through_weight=_goes_through_weight(group, weight))
     passed = (decoder, block, group, runs, heads)
     own, size = len(runs[0].hidden), split.batch_size
-    for x, lacking in _batches(*passed, range(0, split.fitted, size), sums, relay=relay):
-        sums.add(x, lacking)
+    sums.add(_batches(*passed, range(0, split.fitted, size), sums, relay=relay))
     score = sums.fit() if split.held_out else None
-    for x, lacking in _batches(*passed, range(split.fitted, own, size), sums, relay=relay):
-        if score is not None:
-            score.add(x, lacking)
-        sums.add(x, lacking)
+    sums.add(_batches(*passed, range(split.fitted, own, size), sums, relay=relay), score)
     sums.share()
 
     for run, kept in zip(runs, heads, strict=True):
@@ -192,10 +188,18 @@ class Sums:
         self.second = weight.new_zeros(inputs, inputs, dtype=torch.float64)
         self.cross = self.second.new_zeros(inputs, inputs if through_weight else outputs)
 
-    def add(self, x: Float[Tensor, "n in"], lacking: Float[Tensor, "n k"]) -> None:
-        """Add the tokens of a batch."""
-        self.second += x.T @ x
-        self.cross += x.T @ lacking
+    def add(
+        self,
+        batches: Iterable[tuple[Float[Tensor, "n in"], Float[Tensor, "n k"]]],
+        score: HeldOutScore | None = None,
+    ) -> None:
+        """Add the tokens of some batches, which are held out if there is a score."""
+        for x, lacking in batches:
+            if score is not None:
+                score.add(x, lacking)
+            self.second += x.T @ x
+            self.cross += x.T @ lacking
+            del x, lacking  # freed before the next batch is computed
 
     def share(self) -> None:
         """Let every process have the sums over all processes."""
@@ -248,7 +252,7 @@ def _batches(
         if quantized.activations is not None:
             x = fake_quantize_tokens(x, quantized.activations)
         x = x.float().flatten(0, -2)
-        lacking = wanted[reader].float().flatten(0, -2) - x
+        lacking = wanted[reader].flatten(0, -2) - x
 
         # A layer that writes to the stream also makes up for what the stream lacks. Whoever takes the
         # batch multiplies it in TF32, too.
@@ -258,6 +262,7 @@ def _batches(
             if stream is not None:
                 lacking += (wanted[stream].float() - present[stream].float()).flatten(0, -2)
             yield x, lacking
+        del wanted, present, x, lacking  # freed before the next batch is computed
 
 
 def run_inside(
