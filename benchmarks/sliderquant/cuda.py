@@ -121,7 +121,7 @@ def round_a_block(kit: Kit, tiny: bool) -> Step:
         cache=lambda name, hidden: hidden,
         done=0,
     )
-    dtype = stream_dtype(kit.device)
+    dtype = stream_dtype(kit.device, torch.float32)
     x_fp, x_q = (kit.randn(samples, tokens, config.hidden_size, dtype=dtype) for _ in range(2))
     split = split_samples(samples, samples_per_forward(decoder, task.config, tokens))
 

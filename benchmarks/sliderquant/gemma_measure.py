@@ -233,7 +233,7 @@ def chunk_losses(model: PreTrainedModel, text: Int[Tensor, "n t"], batch: int) -
     Logits come in blocks of the vocabulary, of which Gemma has 262,144 tokens: laid out at once, they
     take longer to sum than to compute. The head is a plain matrix, see ``check_outside``.
     """
-    head = model.get_output_embeddings().weight
+    head = model.get_submodule("lm_head").weight
     assert isinstance(head, Tensor)
     losses: list[float] = []
     for tokens in text.split(batch):

@@ -9,6 +9,7 @@ from benchmarks.hot_paths import HotPath, Kit, Step, count
 from benchmarks.sliderquant.cuda import (
     CALIBRATING,
     PATHS,
+    ROUNDING,
     UPDATE,
     block_learnables,
     update_blocks,
@@ -109,3 +110,10 @@ def test_a_packed_product_is_one_launch() -> None:
     few, many = (count(path, tiny=True)["launches"] for path in (packed, dequantized))
     # 7 layers in 2 blocks: unpacking takes several launches, the kernel is one.
     assert many - few >= 7 * 2 * 5
+
+
+def test_rounding_a_block_of_llama_3_8b_keeps_to_what_was_promised() -> None:
+    cost = budgets()["sliderquant"][ROUNDING]
+    assert cost["launches"] <= 20_000
+    assert cost["peak"] <= 12 * 2**30
+    assert 32 * cost["step_ms"] < 6 * 60_000  # all blocks of the model

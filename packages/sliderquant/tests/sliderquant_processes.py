@@ -1,6 +1,7 @@
 """What tests run in processes of their own.
 
 usage: torchrun --nproc-per-node 2 sliderquant_processes.py calibrate FOLDER...
+       torchrun --nproc-per-node 2 sliderquant_processes.py round FOLDER...
        sliderquant_processes.py serve
 """
 
@@ -9,10 +10,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import distributed
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from effml_common.cli import main
@@ -21,7 +25,9 @@ from sliderquant.adapters.processes import process_group
 from sliderquant.adapters.simulation import fresh_learnables
 from sliderquant.cli import COMMANDS
 from sliderquant.config import SliderConfig
+from sliderquant.method import block_rounding
 from sliderquant.method.calibration import calibrate
+from sliderquant.method.moments import collect_moments
 
 WINDOWS = [[0, 1], [1, 2]]
 
@@ -69,12 +75,55 @@ def calibrate_folder(folder: Path, name: str) -> None:
     torch.save({"rates": rates, "state": state}, folder / name)
 
 
-def calibrate_folders(folders: list[str]) -> None:
+def round_folder(folder: Path, name: str) -> None:
+    """Round the model in ``folder/model`` in closed form, for ``folder/tokens.pt``.
+
+    Saved as ``folder/<name>``: moments of the first layer group, codes and scales of all weights,
+    strengths, FLOPs and CPU seconds.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64).eval()
+    tokens = torch.load(folder / "tokens.pt", weights_only=True)
+    config = SliderConfig(wbits=3, group_size=16, nsamples=len(tokens), seqlen=tokens.shape[1])
+    decoder = TransformersDecoder(model)
+    learnables = fresh_learnables(decoder, config, torch.float32)
+    moments, strengths = [], []
+
+    def keep_moments(*words, **more):
+        result = collect_moments(*words, **more)
+        moments.append({"second": result.second.clone(), "cross": result.cross.clone()})
+        return result
+
+    begin = time.process_time()
+    with (
+        mock.patch.object(block_rounding, "collect_moments", keep_moments),
+        FlopCounterMode(display=False) as flops,
+    ):
+        calibrate(
+            decoder,
+            tokens,
+            [],
+            learnables,
+            config,
+            on_rounded=lambda block, shares: strengths.extend(shares.values()),
+        )
+    rounded = [linear.closed_form for of_block in learnables for linear in of_block.linears]
+    result = {
+        "moments": moments[0],
+        "codes": [weight.codes for weight in rounded],
+        "scales": [weight.scale for weight in rounded],
+        "strengths": strengths,
+        "flops": flops.get_total_flops(),
+        "seconds": time.process_time() - begin,
+    }
+    torch.save(result, folder / name)
+
+
+def for_folders(work: Callable[[Path, str], None], folders: list[str]) -> None:
     with process_group("cpu") as device:
         assert device == torch.device("cpu")
         assert distributed.get_world_size() == 2
         for folder in map(Path, folders):
-            calibrate_folder(folder, f"rank-{distributed.get_rank()}")
+            work(folder, f"rank-{distributed.get_rank()}")
 
 
 def start(words: list[str], err: str) -> int:
@@ -114,4 +163,8 @@ def serve() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    serve() if sys.argv[1] == "serve" else calibrate_folders(sys.argv[2:])
+    command, *words = sys.argv[1:]
+    if command == "serve":
+        serve()
+    else:
+        for_folders({"calibrate": calibrate_folder, "round": round_folder}[command], words)

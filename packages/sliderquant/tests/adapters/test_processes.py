@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sliderquant_processes import calibrate_folder
+from sliderquant_processes import calibrate_folder, round_folder
 from torch import distributed
 
 from effml_common.cli import main
@@ -61,6 +61,36 @@ def test_two_processes_learn_what_one_learns(dtype, tolerance, tiny, tokens, tmp
         for key, value in alone["state"].items():
             assert torch.equal(first["state"][key], second["state"][key]), (folder.name, key)
             torch.testing.assert_close(first["state"][key], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.slow
+def test_two_processes_round_what_one_rounds(tiny, tmp_path) -> None:
+    # 17 samples, of which the last three are held out: neither part can be halved.
+    generator = torch.Generator().manual_seed(3)
+    folders = [tmp_path / name for name in ("llama", "gemma3")]
+    for folder in folders:
+        tiny(folder.name, hidden_size=64, intermediate_size=192).save_pretrained(folder / "model")
+        torch.save(torch.randint(1, 90, (17, 32), generator=generator), folder / "tokens.pt")
+    run_two(SCRIPT, "round", *folders)
+
+    for folder in folders:
+        round_folder(folder, "alone")
+        alone, first, second = (
+            torch.load(folder / file, weights_only=True) for file in ("alone", "rank-0", "rank-1")
+        )
+        for name, value in alone["moments"].items():
+            assert torch.equal(first["moments"][name], second["moments"][name])
+            torch.testing.assert_close(first["moments"][name], value, rtol=1e-9, atol=1e-9)
+        assert first["strengths"] == second["strengths"]
+        assert first["strengths"] == pytest.approx(alone["strengths"], abs=1e-3)
+
+        # Samples and rows are shared: each computes little more than half.
+        codes, others, same = (
+            torch.cat([c.flatten() for c in r["codes"]]) for r in (alone, first, second)
+        )
+        assert torch.equal(others, same)
+        assert (codes != others).double().mean() < 1e-4
+        assert max(first["flops"], second["flops"]) < 0.6 * alone["flops"]
 
 
 def test_one_process_joins_nothing(monkeypatch) -> None:

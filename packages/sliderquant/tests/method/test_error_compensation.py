@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from sliderquant.adapters.simulation import (
     fresh_learnables,
@@ -16,7 +17,7 @@ from sliderquant.adapters.simulation import (
 )
 from sliderquant.adapters.text import calibration_samples, chunks, encode
 from sliderquant.config import SliderConfig
-from sliderquant.method import error_compensation, ridge
+from sliderquant.method import block_rounding, error_compensation, moments, ridge
 from sliderquant.method.activations import activation_format, fake_quantize_tokens
 from sliderquant.method.calibration import calibrate
 from sliderquant.method.decoder import run_blocks
@@ -31,7 +32,7 @@ from sliderquant.method.error_compensation import (
 )
 from sliderquant.method.layout import layer_groups
 from sliderquant.method.metrics import perplexity
-from sliderquant.method.moments import GroupMoments, Sums
+from sliderquant.method.moments import GroupMoments, Sums, run_inside
 from sliderquant.method.quantizer import WeightFormat, quantization_grid, quantize_weight
 from sliderquant.method.ridge import DAMPING, HeldOutScore, factorize, ridge_update
 from sliderquant.method.round_to_nearest import rtn_weights
@@ -380,6 +381,24 @@ def test_later_blocks_make_up_for_the_error_of_earlier_ones(decoder, samples) ->
         for made in (fresh_learnables(decoder, config, torch.float32), learnables)
     ]
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_a_block_costs_less_than_three_forward_passes(decoder, samples, monkeypatch) -> None:
+    passes = []
+
+    def counted(*words):
+        with FlopCounterMode(display=False) as counter:
+            result = run_inside(*words)
+        passes.append(counter.get_total_flops())
+        return result
+
+    for module in (moments, block_rounding):
+        monkeypatch.setattr(module, "run_inside", counted)
+    config = settings()
+    calibrate(decoder, samples, [], fresh_learnables(decoder, config, torch.float32), config)
+    with FlopCounterMode(display=False) as once:
+        run_blocks(decoder, range(decoder.depth), decoder.block_inputs(samples), 16)
+    assert 2 < sum(passes) / once.get_total_flops() < 3
 
 
 def test_layers_aim_at_the_full_precision_output_from_rounded_inputs(

@@ -51,7 +51,8 @@ def round_blocks_(task: CalibrationTask) -> None:
     own = own_samples(len(task.tokens))
     split = split_samples(len(task.tokens), batch_size, own.start, process_count())
 
-    embedded = decoder.block_inputs(task.tokens[own]).to(stream_dtype(decoder.device))
+    embedded = decoder.block_inputs(task.tokens[own])
+    embedded = embedded.to(stream_dtype(decoder.device, embedded.dtype))
     x_fp, x_q = task.cache("x_fp", embedded), task.cache("x_q", embedded)
     del embedded
     for block, learnables in enumerate(task.learnables):
@@ -163,7 +164,8 @@ def _round_group_(
     # From here on the quantized model computes with what was rounded.
     for (name, linear), weight in zip(linears.items(), rounded, strict=True):
         linear.closed_form = weight
-        quantized.tensors[name] = weight.dequantize().to(stream_dtype(task.decoder.device))
+        dtype = stream_dtype(task.decoder.device, exact.tensors[name].dtype)
+        quantized.tensors[name] = weight.dequantize().to(dtype)
     return strength
 
 

@@ -88,7 +88,8 @@ def corrected_weight(moments: GroupMoments) -> tuple[Float[Tensor, "in out"], Cu
 
     Layers make up for the errors of the layers before, as far as that holds on samples kept apart.
     """
-    weight, curvature = moments.weight, factorize(moments.second)
+    weight = moments.weight
+    curvature = factorize(moments.second, weight.dtype)
     update = ridge_update(curvature, moments.cross).to(weight.dtype)
     update = update @ weight.T if moments.through_weight else update
     return weight.T + moments.strength.to(weight.dtype) * update, curvature

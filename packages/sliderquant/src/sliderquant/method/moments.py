@@ -72,7 +72,7 @@ class GroupMoments:
     """Sums over the tokens of all calibration samples, for one layer group, float64.
 
     Attributes:
-        weight: W of all layers of the group, one below the other, float32.
+        weight: W of all layers of the group, one below the other, float32 or float64.
         through_weight: Whether ``cross`` is X^T (F - X), to be multiplied with W^T.
         second: X^T X.
         cross: X^T E of all layers side by side, or X^T (F - X).
@@ -146,7 +146,8 @@ def collect_moments(
             by what comes out.
     """
     # What the output projection reads is kept from here on.
-    weight = torch.cat([runs[0].tensors[name] for name in group.weights]).float()
+    weight = torch.cat([runs[0].tensors[name] for name in group.weights])
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     heads: list[Tensor | None] = [None, None]
     if group.ends_attention and not relay:
         shape = (*runs[0].hidden.shape[:2], weight.shape[1])
@@ -208,7 +209,7 @@ class Sums:
     def fit(self) -> HeldOutScore:
         """Return the score of the update that fits the tokens so far, of all processes."""
         second, cross = sum_over_processes(self.second), sum_over_processes(self.cross)
-        update = ridge_update(factorize(second), cross).to(self.weight.dtype)
+        update = ridge_update(factorize(second, self.weight.dtype), cross).to(self.weight.dtype)
         return HeldOutScore(update, self.weight if self.through_weight else None)
 
 
@@ -251,7 +252,7 @@ def _batches(
         x = present[reader]
         if quantized.activations is not None:
             x = fake_quantize_tokens(x, quantized.activations)
-        x = x.float().flatten(0, -2)
+        x = x.to(sums.weight.dtype).flatten(0, -2)
         lacking = wanted[reader].flatten(0, -2) - x
 
         # A layer that writes to the stream also makes up for what the stream lacks. Whoever takes the
@@ -260,7 +261,8 @@ def _batches(
             if not sums.through_weight:
                 lacking = lacking @ sums.weight.T
             if stream is not None:
-                lacking += (wanted[stream].float() - present[stream].float()).flatten(0, -2)
+                lacking += wanted[stream].flatten(0, -2)
+                lacking -= present[stream].flatten(0, -2)
             yield x, lacking
         del wanted, present, x, lacking  # freed before the next batch is computed
 

@@ -34,9 +34,9 @@ def forward_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def stream_dtype(device: torch.device) -> torch.dtype:
-    """Return the type in which hidden states wait between blocks on a device."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def stream_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which hidden states wait between blocks: bfloat16 on CUDA, else their own."""
+    return torch.bfloat16 if device.type == "cuda" else dtype
 
 
 @contextmanager
