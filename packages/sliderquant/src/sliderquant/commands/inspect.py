@@ -80,7 +80,7 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
         lean = largest * sum(map(math.prod, shape.linears.values())) > RECOMPUTE_ABOVE
         memory = _memory(config, shape, largest, lean)
         if not trained:
-            memory |= _memory_of_feedback(shape, layers)
+            memory |= _memory_of_feedback(config, shape, layers)
 
     return Plan(
         windows=windows,
@@ -124,16 +124,22 @@ def _memory(
     }
 
 
-def _memory_of_feedback(shape: ModelShape, layers: int) -> dict[str, float]:
-    """What compensated rounding needs instead of simulating a window: codes of all blocks, moments."""
+def _memory_of_feedback(config: SliderConfig, shape: ModelShape, layers: int) -> dict[str, float]:
+    """What compensated rounding needs instead of simulating a window, computed in float32."""
     solved = [weight for weight in shape.linears.values() if len(weight) == 2]  # no fused experts
-    codes = 2 * layers * sum(map(math.prod, solved))
-    # X^T X, H, its factor and inverse in float64.
+    of_block = sum(map(math.prod, solved))
+    # The block once more as it is rounded, and eight tensors of the size of the largest layer.
+    rounded = 4 * (of_block + 8 * max(map(math.prod, solved), default=0))
+    # X^T X, a reordered copy, its factor and X^T E in float64.
     moments = 4 * 8 * max((columns**2 for _, columns in solved), default=0)
+    # What the attention's output projection reads, in both models.
+    tokens = config.nsamples * min(config.seqlen, shape.context)
     return {
         "simulation of the window": 0.0,
-        "codes of all blocks (with eval text)": codes / 2**30,
+        "rounding of the largest layer": rounded / 2**30,
         "moments of the largest layer": moments / 2**30,
+        "activation caches": 4 * 4 * tokens * shape.hidden / 2**30,
+        "codes of all blocks (with eval text)": 2 * layers * of_block / 2**30,
     }
 
 
