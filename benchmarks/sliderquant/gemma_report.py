@@ -270,7 +270,8 @@ def _picture(path: Path, rows: Sequence[Entry]) -> Path:
     settings = [name for name in GRIDS if any(row.setting == name for row in rows)]
     full = [row for row in rows if row.setting == FULL]
     drawn = [row for row in rows if row.setting != FULL and row.label == row.arm]
-    size = (3.6 * len(settings) + 0.4, 3.4 * len(texts) + 0.7)
+    costs = [seconds for row in drawn for seconds in row.cost("cpu_seconds")]
+    size = (3.2 * len(settings) + 0.4, 3.2 * len(texts) + 0.7)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(texts), len(settings), squeeze=False)
 
@@ -280,10 +281,12 @@ def _picture(path: Path, rows: Sequence[Entry]) -> Path:
         for column, setting in enumerate(settings):
             panel = panels[line][column]
             here = [row for row in drawn if row.setting == setting]
-            if full:
-                level = full[0].values(text)[0]
+            levels = full[0].values(text) if full else []
+            for level in levels:
                 handles[FULL] = panel.axhline(level, color="grey", linestyle="--")
-            _draw_panel(panel, here, text, handles)
+            _draw_panel(panel, here, text, levels, handles)
+            panel.set_xscale("log")
+            panel.set_xlim(0.5 * min(costs), 2.0 * max(costs))
             panel.set_title(setting if line == 0 else "")
             panel.set_xlabel("CPU seconds" if line == len(texts) - 1 else "")
             panel.set_ylabel(f"perplexity, {text}" if column == 0 else "")
@@ -299,26 +302,36 @@ def _picture(path: Path, rows: Sequence[Entry]) -> Path:
     return path
 
 
-def _draw_panel(panel: Any, rows: Sequence[Entry], text: str, handles: dict[str, Any]) -> None:
+def _draw_panel(
+    panel: Any,
+    rows: Sequence[Entry],
+    text: str,
+    levels: Sequence[float],
+    handles: dict[str, Any],
+) -> None:
     """Draw the arms of one setting on one text, with standard errors over seeds."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     points = {row.arm: _mean_and_error(row.values(text)) for row in rows}
     edge = FAR * min(mean for mean, _ in points.values())
     for row in rows:
         mean, error = points[row.arm]
         seconds = sum(row.cost("cpu_seconds")) / len(row.runs)
         color = f"C{list(FUNCTIONS).index(row.arm)}"
-        style = {"color": color, "marker": MARKERS[row.arm], "linestyle": "none"}
+        style = {"color": color, "marker": MARKERS[row.arm], "markersize": 8, "linestyle": "none"}
         if mean <= edge:
             handles[row.arm] = panel.errorbar(seconds, mean, yerr=error, capsize=3, **style)
         else:
             handles.setdefault(row.arm, panel.plot(seconds, edge, **style)[0])
-            words = f"↑ {mean:.2g}"
-            panel.annotate(words, (seconds, edge), xytext=(6, -3), textcoords="offset points")
+            words = f"↑ {mean:.1g}" if mean >= 1e5 else f"↑ {mean:,.0f}"
+            panel.annotate(words, (seconds, edge), xytext=(7, -3), textcoords="offset points")
 
-    # Costs differ by orders of magnitude; perplexities at few bits too.
-    panel.set_xscale("log")
-    panel.margins(x=0.15)
-    shown = [min(mean, edge) for mean, _ in points.values()]
+    # Full precision is in the picture; perplexities at few bits differ by orders of magnitude.
+    shown = [*levels, *(min(mean, edge) for mean, _ in points.values())]
     if max(shown) > WIDE * min(shown):
         panel.set_yscale("log")
-    panel.grid(visible=True, which="both", alpha=0.25)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value < 1e5 else "")
+        panel.yaxis.set_minor_locator(NullLocator())
+    panel.margins(y=0.12)
+    panel.grid(visible=True, alpha=0.25)
