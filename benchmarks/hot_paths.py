@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sliderquant.method.precision import forward_precision
+
 MODULES = ("sliderquant", "com_pt", "scalekd", "af_dcd", "morse_diffusion", "fis_dit")
 BUDGETS = Path(__file__).parents[1] / "tests" / "cuda" / "budgets.json"
 
@@ -157,25 +159,8 @@ class RealKit:
 def _autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if device.type == "cpu":
         return torch.autocast("cpu", torch.bfloat16)
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return _cuda_autocast()
-
-
-@contextlib.contextmanager
-def _cuda_autocast() -> Any:
-    """As ``torch.autocast("cuda")``, which switches itself off where there is no driver."""
-    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", enabled)
-        torch.set_autocast_dtype("cuda", dtype)
+    # Not ``torch.autocast("cuda")``, which switches itself off where there is no driver.
+    return forward_precision(device)
 
 
 def count(path: HotPath, *, tiny: bool = False, ceilings: Ceilings = H100) -> dict[str, Any]:

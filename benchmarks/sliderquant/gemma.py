@@ -71,7 +71,7 @@ from effml_common.parsing import COMMON_FLAGS, one_line, parse
 PROG = "uv run benchmarks/sliderquant/gemma.py"
 EXAMPLES = (
     f"{PROG} --plan",
-    f"{PROG} --only compensated --setting W2g64 --seeds 0 --own damping=0.05",
+    f"{PROG} --only compensated --setting W2g64 --seeds 0 --own channel_scale=on",
 )
 
 

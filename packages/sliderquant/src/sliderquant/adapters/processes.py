@@ -23,7 +23,7 @@ def device_with_float64(name: str) -> torch.device:
     return device
 
 
-def process_count() -> int:
+def started_processes() -> int:
     """Return how many processes ``torchrun`` started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -42,7 +42,7 @@ def process_group(device: str, *, float64: bool = False) -> Iterator[torch.devic
         InputError: If the device is unknown or not there.
     """
     target = device_with_float64(device) if float64 else resolve_device(device)
-    if process_count() == 1 or distributed.is_initialized():
+    if started_processes() == 1 or distributed.is_initialized():
         yield target
         return
     on_gpu = target.type == "cuda"

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from effml_common.device import synchronize
 from effml_common.logging import say, warn
-from sliderquant.adapters.processes import process_count
 from sliderquant.commands._job import Job
 from sliderquant.method.block_rounding import samples_per_forward
 from sliderquant.method.decoder import Decoder, run_blocks
@@ -21,6 +20,7 @@ from sliderquant.method.error_compensation import (
 )
 from sliderquant.method.layout import LayerGroup, layer_groups
 from sliderquant.method.moments import BlockRun, collect_moments, run_inside, split_samples
+from sliderquant.method.parallel import process_count
 from sliderquant.method.quantizer import WeightFormat
 from sliderquant.method.ridge import factorize, ridge_update
 

@@ -10,7 +10,7 @@ from effml_common.report import Report, ReportBuilder, write_report
 from sliderquant.adapters.caches import ActivationCache
 from sliderquant.adapters.heap import return_large_blocks
 from sliderquant.adapters.model_folder import open_model
-from sliderquant.adapters.processes import process_count, process_group
+from sliderquant.adapters.processes import process_group, started_processes
 from sliderquant.commands._estimates import announce
 from sliderquant.commands._job import prepare_job
 from sliderquant.commands._measurements import reference_rows, result_row
@@ -83,7 +83,7 @@ def quantize(config: QuantizeConfig) -> Report:
 
 def _check_processes(config: QuantizeConfig) -> None:
     """Refuse processes that would get no sample of a batch, or none at all."""
-    count = process_count()
+    count = started_processes()
     if config.nsamples < count:
         raise InputError(
             f"nsamples is {config.nsamples} and there are {count} processes; "

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, distributed
 
+from sliderquant.method.parallel import own_samples
+
 
 def batches(
     samples: int, batch_size: int, epochs: int, seed: tuple[int, ...]
@@ -28,9 +30,7 @@ def seeded(numbers: tuple[int, ...]) -> torch.Generator:
 
 def own_share(index: Int[Tensor, " b"]) -> Int[Tensor, " part"]:
     """Return this process's part of a batch: every n-th sample under n processes, else all."""
-    if not distributed.is_initialized():
-        return index
-    return index[distributed.get_rank() :: distributed.get_world_size()]
+    return index[own_samples(len(index))]
 
 
 def select_samples(
