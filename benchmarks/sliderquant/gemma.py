@@ -33,15 +33,9 @@ shapes its result: settings, model, text and library version, and for sliderquan
 code of its ``method`` and ``kernels``. Model and text are fetched once, see ``gemma_data``.
 """
 
-import json
-import multiprocessing
-import os
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 # Run as a script, which uv needs: what is ours is found from the root, and the modules of this folder
 # (``cuda``) do not hide those of libraries.
@@ -51,8 +45,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.sliderquant.cell_processes import call_apart, command, run_cell
 from benchmarks.sliderquant.gemma_cells import (
-    Cell,
     GemmaConfig,
     design,
     expected_seconds,
@@ -64,9 +58,7 @@ from benchmarks.sliderquant.gemma_cells import (
 from benchmarks.sliderquant.gemma_measure import subject_of, work
 from benchmarks.sliderquant.gemma_report import write
 from effml_common.errors import InputError
-from effml_common.files import atomic_write
-from effml_common.logging import say, set_quiet
-from effml_common.parsing import COMMON_FLAGS, one_line, parse
+from effml_common.logging import say
 
 PROG = "uv run benchmarks/sliderquant/gemma.py"
 EXAMPLES = (
@@ -78,6 +70,8 @@ EXAMPLES = (
 def run(config: GemmaConfig) -> None:
     """Run every cell that is missing, one process after the other."""
     logs = Path(config.logs)
+    if logs.is_file():
+        raise InputError(f"{logs} is a file; give a folder")
     logs.mkdir(parents=True, exist_ok=True)
     if call_apart(subject_of, logs / f"{config.model}.log", config.model):
         log = logs / f"{config.model}.log"
@@ -101,36 +95,7 @@ def run(config: GemmaConfig) -> None:
 
         expected = expected_seconds(cell, known_results(Path(config.cells)))
         say(f"{words}: about {expected:.0f} CPU seconds")
-        run_cell(config, timed, path, words)
-
-
-def run_cell(config: GemmaConfig, cell: Cell, path: Path, words: str) -> None:
-    """Run a cell in its own process and say how it ended."""
-    begin = time.monotonic()
-    code = call_apart(work, Path(config.logs) / f"{path.stem}.log", config, cell, path)
-    if code:  # killed, or stopped by a library, before it could write down its error
-        error = {**asdict(cell), "error": f"the process ended with code {code}"}
-        atomic_write(path, json.dumps(error) + "\n")
-    result = json.loads(path.read_text(encoding="utf-8"))
-    ppl = ", ".join(f"{name} {value:.2f}" for name, value in result.get("ppl", {}).items())
-    say(f"{words}: {result.get('error') or ppl} ({time.monotonic() - begin:.0f} s)")
-
-
-def call_apart(function: Callable[..., Any], log: Path, *arguments: Any) -> int:
-    """Call a function in a process of its own that prints into ``log``; return its exit code."""
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=call_with_log, args=(function, log, arguments))
-    process.start()
-    process.join()
-    return process.exitcode or 0
-
-
-def call_with_log(function: Callable[..., Any], log: Path, arguments: Sequence[Any]) -> None:
-    """Call a function with all that it and its libraries print in a file."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    function(*arguments)
+        run_cell(work, config, timed, path, logs / f"{path.stem}.log", words)
 
 
 def plan(config: GemmaConfig) -> Table:
@@ -149,37 +114,17 @@ def plan(config: GemmaConfig) -> Table:
     return table
 
 
-def main() -> int:
-    """Parse the flags, run or plan, write the report; 2 on bad input, 130 when interrupted."""
-    words = [word for word in sys.argv[1:] if word not in COMMON_FLAGS]
-    set_quiet("--quiet" in sys.argv)
-    try:
-        config = parse(GemmaConfig, words, prog=PROG, examples=EXAMPLES)
-        for folder in (config.cells, config.logs, config.out):
-            if Path(folder).is_file():
-                raise InputError(f"{folder} is a file; give a folder")
-        Path(config.cells).mkdir(parents=True, exist_ok=True)
-
-        # Nothing may look for a model hub, and processes inherit what is set here.
-        os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        os.environ["OMP_NUM_THREADS"] = str(config.threads)
-
-        if config.plan:
-            Console().print(plan(config))
-            return 0
-        if not config.report:
-            run(config)
-        table = write(config, [PROG, *words])
-        if table is not None:
-            print(table)
-    except (InputError, OSError) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
-        return 130
-    return 0
+def study(config: GemmaConfig, words: list[str]) -> None:
+    """Plan, or run and write the report."""
+    if config.plan:
+        Console().print(plan(config))
+        return
+    if not config.report:
+        run(config)
+    table = write(config, [PROG, *words])
+    if table is not None:
+        print(table)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(GemmaConfig, PROG, EXAMPLES, study))

@@ -7,7 +7,6 @@ import os
 import platform
 import resource
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.sliderquant.cell_processes import result_or_error, write_result
 from benchmarks.sliderquant.gemma_cells import (
     FULL,
     FUNCTIONS,
@@ -36,9 +36,7 @@ from benchmarks.sliderquant.gemma_cells import (
 from benchmarks.sliderquant.gemma_data import fetch, token_hashes
 from benchmarks.sliderquant.peers_methods import METHODS, Task, check_rounded, columns_of, epochs_in
 from benchmarks.sliderquant.peers_models import prepare, read_material
-from effml_common.files import atomic_write
 from effml_common.folders import cache_folder
-from effml_common.parsing import one_line
 from sliderquant.adapters.files import load_model, load_tokenizer
 from sliderquant.adapters.text import begin_tokens, calibration_samples, chunks
 
@@ -117,15 +115,8 @@ def work(config: GemmaConfig, cell: Cell, path: Path) -> None:
     """Run a cell in this process and write its result, or its error."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(cell.seed)
-    result: dict[str, Any]
-    try:
-        result = measure_cell(config, cell)
-    except Exception as error:
-        # Whatever a library raises is its result, and the other cells go on.
-        traceback.print_exc()
-        result = {"error": one_line(f"{type(error).__name__}: {error}")}
-    result["cell_cpu_seconds"] = cpu_seconds()
-    atomic_write(path, json.dumps({**asdict(cell), **result}, indent=1) + "\n")
+    result = result_or_error(lambda: measure_cell(config, cell))
+    write_result(path, cell, {**result, "cell_cpu_seconds": cpu_seconds()})
 
 
 def measure_cell(config: GemmaConfig, cell: Cell) -> dict[str, Any]:

@@ -33,14 +33,9 @@ result. Nothing is downloaded except the libraries.
 
 import importlib
 import itertools
-import json
-import multiprocessing
-import os
 import resource
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +51,13 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.sliderquant.cell_processes import (
+    call_apart,
+    command,
+    result_or_error,
+    run_cell,
+    write_result,
+)
 from benchmarks.sliderquant.peers_cells import (
     GRIDS,
     PAIRS,
@@ -81,9 +83,7 @@ from benchmarks.sliderquant.peers_methods import (
 from benchmarks.sliderquant.peers_models import Material, prepare, read_material
 from benchmarks.sliderquant.peers_report import write
 from effml_common.errors import ConfigError, InputError
-from effml_common.files import atomic_write
-from effml_common.logging import Progress, say, set_quiet
-from effml_common.parsing import COMMON_FLAGS, one_line, parse
+from effml_common.logging import Progress, say
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
 from sliderquant.adapters.simulation import model_logits
@@ -98,6 +98,8 @@ EXAMPLES = (
     f"{PROG} --text development --methods slider-visits --lr-lora 5e-3",
 )
 EVAL_BATCH = 32
+# What all cells need, imported once; a library of a peer is imported in its own cell.
+PRELOAD = ("benchmarks.sliderquant.peers_report", "benchmarks.sliderquant.peers_models")
 WIDTH = 140  # of the table, in characters
 
 
@@ -117,70 +119,33 @@ def run(config: PeersConfig) -> None:
         log = path.with_suffix(".log")
         if read_material(path) is None:
             say(f"{family}: training and encoding, once; progress is in {log}")
-            if call_apart(prepare, path, family, config, path):
+            if call_apart(prepare, log, family, config, path, preload=PRELOAD):
                 raise InputError(f"{family} could not be made; see the end of {log}")
 
     with Progress("cells", len(families) + count_of(config)) as bar:
         for cell in itertools.chain(map(full_cell, families), cells):
-            run_cell(config, cell)
+            run_missing(config, cell)
             bar.advance()
 
 
-def call_apart(function: Callable[..., None], path: Path, *arguments: Any) -> int:
-    """Call a function in a process of its own, which logs beside ``path``; return its exit code."""
-    context = multiprocessing.get_context("forkserver")
-    # The server imports what all cells need, once; a library of a peer is imported in its own cell.
-    context.set_forkserver_preload(
-        ["benchmarks.sliderquant.peers_report", "benchmarks.sliderquant.peers_models"]
-    )
-    process = context.Process(
-        target=call_with_log, args=(function, path.with_suffix(".log"), arguments)
-    )
-    process.start()
-    process.join()
-    return process.exitcode or 0
-
-
-def call_with_log(function: Callable[..., None], log: Path, arguments: Sequence[Any]) -> None:
-    """Call a function with all that it and its libraries print in a file."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    function(*arguments)
-
-
-def run_cell(config: PeersConfig, cell: Cell) -> None:
+def run_missing(config: PeersConfig, cell: Cell) -> None:
     """Run a cell in its own process, unless its result is there."""
     path = path_of(config, cell)
     kept = result_of(config, cell)
     if kept is not None and "error" not in kept:
         return
-    begin = time.monotonic()
-    code = call_apart(work, path, config, cell, path)
-    if code:  # killed, or stopped by a library, before it could write down its error
-        error = {**asdict(cell), "error": f"the process ended with code {code}"}
-        atomic_write(path, json.dumps(error) + "\n")
-    result = result_of(config, cell) or {}
-    ppl = ", ".join(f"{name} {value:.2f}" for name, value in result.get("ppl", {}).items())
-    outcome = result.get("error") or ppl or "done"
     words = f"{cell.family} {cell.setting} {cell.label}, seed {cell.seed}"
-    say(f"{words}: {outcome} ({time.monotonic() - begin:.0f} s)")
+    run_cell(work, config, cell, path, path.with_suffix(".log"), words, PRELOAD)
 
 
 def work(config: PeersConfig, cell: Cell, path: Path) -> None:
     """Run a cell in this process and write its result, or its error."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(cell.seed)
-    try:
-        material = read_material(material_path(config, cell.family))
-        assert material is not None  # made before the first cell
-        measured = round_blocks if cell.method == "sensitivity" else quantize_cell
-        result = measured(config, cell, material)
-    except Exception as error:
-        # Whatever a peer raises is its result, and the other cells go on.
-        traceback.print_exc()
-        result = {"error": one_line(f"{type(error).__name__}: {error}")}
-    atomic_write(path, json.dumps({**asdict(cell), **result}, indent=1) + "\n")
+    measured = round_blocks if cell.method == "sensitivity" else quantize_cell
+    material = read_material(material_path(config, cell.family))
+    assert material is not None  # made before the first cell
+    write_result(path, cell, result_or_error(lambda: measured(config, cell, material)))
 
 
 def texts(config: PeersConfig, material: Material) -> dict[str, list[Tensor]]:
@@ -257,38 +222,17 @@ def round_blocks(config: PeersConfig, cell: Cell, material: Material) -> dict[st
     return {"damage": [asdict(each) for each in measured], "text": text}
 
 
-def main() -> int:
-    """Parse the flags, run, write the report; 2 on bad input, 130 when interrupted."""
-    words = [word for word in sys.argv[1:] if word not in COMMON_FLAGS]
-    set_quiet("--quiet" in sys.argv)
-    try:
-        config = parse(PeersConfig, words, prog=PROG, examples=EXAMPLES)
-        if not config.pairs:
-            pairs = ", ".join(" ".join(pair) for pair in PAIRS)
-            raise ConfigError(f"no such model at such a setting; there are {pairs}")
-        for folder in (config.cells, config.out):
-            if Path(folder).is_file():
-                raise ConfigError(f"{folder} is a file; give a folder")
-        Path(config.cells).mkdir(parents=True, exist_ok=True)
-
-        # Nothing may look for a network, and processes inherit what is set here.
-        os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        os.environ["OMP_NUM_THREADS"] = str(config.threads)
-        os.environ["PYTHONPATH"] = sys.path[0]  # where the server finds our modules
-
-        if not config.report:
-            run(config)
-        report = write(config, [PROG, *words])
-        if report is not None:
-            Console(width=WIDTH).print(report)
-    except (InputError, OSError) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
-        return 130
-    return 0
+def study(config: PeersConfig, words: list[str]) -> None:
+    """Run, unless only the report is asked for, and write it."""
+    if not config.pairs:
+        pairs = ", ".join(" ".join(pair) for pair in PAIRS)
+        raise ConfigError(f"no such model at such a setting; there are {pairs}")
+    if not config.report:
+        run(config)
+    report = write(config, [PROG, *words])
+    if report is not None:
+        Console(width=WIDTH).print(report)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(PeersConfig, PROG, EXAMPLES, study))
