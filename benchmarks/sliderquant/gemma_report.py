@@ -38,6 +38,8 @@ UNCALIBRATED = ("rtn", "hqq")  # their one run stands beside every seed
 PEER_LIBRARIES = ("llmcompressor", "auto-round", "hqq", "compressed-tensors")
 MARKERS = dict(zip(FUNCTIONS, "os^vD<*P", strict=True))
 WIDE = 3.0  # times the smallest perplexity: then a logarithmic axis
+BROKEN = 1000.0  # times full precision: beyond it an arrow, however good the others are
+CROWDED = 200.0  # range of an axis from which on only powers of ten are named
 FAR = 8.0  # times the smallest perplexity: then an arrow at the edge, with the value
 
 
@@ -313,7 +315,7 @@ def _draw_panel(
     from matplotlib.ticker import LogLocator, NullLocator
 
     points = {row.arm: _mean_and_error(row.values(text)) for row in rows}
-    edge = FAR * min(mean for mean, _ in points.values())
+    edge = min(FAR * min(mean for mean, _ in points.values()), BROKEN * min(levels))
     for row in rows:
         mean, error = points[row.arm]
         seconds = sum(row.cost("cpu_seconds")) / len(row.runs)
@@ -330,7 +332,9 @@ def _draw_panel(
     shown = [*levels, *(min(mean, edge) for mean, _ in points.values())]
     if max(shown) > WIDE * min(shown):
         panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if max(shown) < CROWDED * min(shown) else (1,))
+        )
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value < 1e5 else "")
         panel.yaxis.set_minor_locator(NullLocator())
     panel.margins(y=0.12)

@@ -27,6 +27,7 @@ from sliderquant.cli import COMMANDS
 from sliderquant.config import SliderConfig
 from sliderquant.method.calibration import calibrate
 from sliderquant.method.metrics import perplexity
+from sliderquant.method.quantizer import WeightFormat, quantize_weight
 from sliderquant.method.windows import make_windows
 
 FAST = ["--nsamples", "8", "--seqlen", "64", "--epochs", "2", "--batch-size", "4"]
@@ -370,3 +371,35 @@ def test_inspect_of_a_model_reads_no_weight(model_copy) -> None:
         "embedding, read once", "weights of the window", "simulation of the window",
         "activation caches",
     }  # fmt: skip
+
+
+def model_with_scaled_inputs(save, value: float) -> list[object]:
+    """Write a tiny model whose first attention reads its inputs times ``value``; words to round it."""
+    directory = save("llama")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"] *= value
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    text = directory.parent / "text.txt"
+    out = directory.parent / "out"
+    words = ["--calib", text, "--group-size", 8, "--nsamples", 4, "--seqlen", 16]
+    return ["quantize", directory, *words, "--format", "dense", "--out", out]
+
+
+def test_layers_that_read_nothing_are_rounded_to_nearest_and_named(save, tmp_path) -> None:
+    done = run(*model_with_scaled_inputs(save, 0.0))
+    names = ", ".join(f"self_attn.{name}_proj.weight" for name in "qkv")
+    assert f"block 0: the inputs of {names} are zero in all calibration text" in done.stderr
+
+    # Nothing else is named, and the weight is not zero but the nearest one.
+    assert done.stderr.count("are zero in all calibration text") == 1
+    name = "model.layers.0.self_attn.q_proj.weight"
+    before = load_file(tmp_path / "source" / "model.safetensors")[name]
+    after = load_file(tmp_path / "out" / "model.safetensors")[name]
+    fmt = WeightFormat(bits=4, group_size=8, sym=True, dtype=before.dtype)
+    assert torch.equal(after, quantize_weight(before.float(), fmt).dequantize())
+
+
+def test_inputs_that_are_not_finite_end_the_run_with_3(save) -> None:
+    done = run(*model_with_scaled_inputs(save, 1e30), check=3)
+    assert "block 0: the inputs of self_attn" in done.stderr
+    assert "not finite" in done.stderr
