@@ -68,10 +68,19 @@ NATIVE = {
 }
 
 
+def dtype_of(case: Case) -> torch.dtype:
+    """What a case is stored and computed in.
+
+    compressed-tensors rounds activations in their own type, we in float32.
+    """
+    return BF16 if case.activations is None or case.format == "native" else torch.float32
+
+
 def formats_of(model: PreTrainedModel, case: Case) -> dict[str, WeightFormat]:
     """Of every linear; mixed: the first block in 4 bits, one layer of the second left as it is."""
-    fmt = WeightFormat(bits=case.bits, group_size=case.group, sym=case.sym, dtype=BF16)
-    more = WeightFormat(bits=4, group_size=None, sym=case.sym, dtype=BF16)
+    dtype = dtype_of(case)
+    fmt = WeightFormat(bits=case.bits, group_size=case.group, sym=case.sym, dtype=dtype)
+    more = WeightFormat(bits=4, group_size=None, sym=case.sym, dtype=dtype)
     formats = {}
     for block, module in enumerate(model.model.layers):
         shapes = {name: p.shape for name, p in module.named_parameters()}
@@ -86,7 +95,7 @@ def write(model: PreTrainedModel, source: Path, out: Path, case: Case, **kwargs)
     """Write a model rounded to nearest, block by block; returns the simulated one."""
     formats = formats_of(model, case)
     writer = ModelWriter(
-        out, source, format=case.format, dtype=BF16, activations=case.activations,
+        out, source, format=case.format, dtype=dtype_of(case), activations=case.activations,
         container_bits=case.container, **kwargs,
     )  # fmt: skip
     parts: dict[str, dict] = {}
@@ -117,9 +126,10 @@ def make(tiny, tmp_path, tokens):
 
     def made(name: str, case: Case, **kwargs) -> tuple[Path, torch.Tensor]:
         source = tmp_path / f"source {name}"
-        tiny(case.family, tie_word_embeddings=case.tied).to(BF16).save_pretrained(source)
+        initial = tiny(case.family, tie_word_embeddings=case.tied)
+        initial.to(dtype_of(case)).save_pretrained(source)
         # Both are loaded from files: in a model that was cast, the rotary tables are, too.
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=BF16)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype_of(case))
         check_expressible(case.format, formats_of(model, case), case.activations)
         simulated = write(model, source, tmp_path / name, case, **kwargs)
         return tmp_path / name, logits_of(simulated, tokens, case)
@@ -131,13 +141,13 @@ LOADER = """
 import json, sys, torch, transformers
 from safetensors.torch import load_file, save_file
 sys.modules["sliderquant"] = None  # not importable
-root, names = sys.argv[1], json.loads(sys.argv[2])
+root, dtypes = sys.argv[1], json.loads(sys.argv[2])
 tokens = load_file(root + "/tokens")["tokens"]
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
-for name in names:
+for name, dtype in dtypes.items():
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        f"{root}/{name}", output_loading_info=True)
+        f"{root}/{name}", output_loading_info=True, dtype=getattr(torch, dtype))
     assert not any(info.values()), (name, info)
     with torch.no_grad():
         save_file({"logits": model(tokens, use_cache=False).logits}, f"{root}/{name}/logits")
@@ -147,9 +157,13 @@ for name in names:
 @pytest.mark.slow
 def test_transformers_alone_computes_what_was_simulated(make, tmp_path, tokens) -> None:
     want = {name: make(name, case)[1] for name, case in LOADED_BY_TRANSFORMERS.items()}
+    dtypes = {
+        name: str(dtype_of(case)).removeprefix("torch.")
+        for name, case in LOADED_BY_TRANSFORMERS.items()
+    }
     save_file({"tokens": tokens}, tmp_path / "tokens")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LOADER, tmp_path, json.dumps(list(want))],
+        [sys.executable, "-W", "ignore", "-c", LOADER, tmp_path, json.dumps(dtypes)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -253,7 +267,7 @@ def test_an_interrupted_export_repeats_itself_and_ends_the_same(make, tmp_path, 
 
     for failing in ("join", "finish"):
         out = tmp_path / failing
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=BF16)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype_of(case))
         patch = pytest.MonkeyPatch()
         patch.setattr(f"sliderquant.adapters.shards.ShardWriter.{failing}", stop)
         with pytest.raises(Stop):
@@ -261,7 +275,7 @@ def test_an_interrupted_export_repeats_itself_and_ends_the_same(make, tmp_path, 
         patch.undo()
         assert (out / "config.json").exists() == (failing == "finish")
         (out / "config.json").unlink(missing_ok=True)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=BF16)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype_of(case))
         write(model, source, out, case, shard_bytes=20_000)
         found = {k: v for p in out.glob("*.safetensors") for k, v in load_file(p).items()}
         expected = load_file(whole / "model.safetensors")

@@ -144,13 +144,13 @@ def compare_procedures(device: str, bits: int) -> list[list]:
     results = []
     for number, group_size in enumerate((32, 64, 128, None)):
         weight, hessian = layer(columns, rows, seed=number)
-        curvature = factorize(hessian.to(device))
         stored = torch.float32 if number == bits % 4 else half
         sym = number % 2 == bits // 3 % 2  # each kind of group with both, over all bits
         fmt = WeightFormat(bits=bits, group_size=group_size, sym=sym, dtype=stored)
         for dtype in (torch.float64, torch.float32):
             target = weight.to(device, dtype)
             grid = grid_of(target, fmt)
+            curvature = factorize(hessian.to(device), dtype)
             ours = codes_by(kernel_round, kernel_sweep, target, grid, curvature)
             references = codes_by(
                 round_columns_reference, sweep_columns_reference, target, grid, curvature
@@ -169,10 +169,9 @@ def codes_by(round_function, sweep_function, target, grid: Grid, curvature):
     error_compensation.sweep_columns = sweep_function
     scale, zero = grid.of_columns(torch.arange(len(target), device=target.device))
     nearest = ((target / scale).round() + zero).clamp(*grid.fmt.code_range)
-    hessian = curvature.hessian.to(target.dtype)
     return (
         round_with_error_feedback(target, grid, curvature),
-        coordinate_descent_sweep(nearest, grid, target, hessian, curvature.order),
+        coordinate_descent_sweep(nearest, grid, target, curvature.hessian, curvature.order),
     )
 
 
