@@ -128,7 +128,7 @@ def round_a_block(kit: Kit, tiny: bool) -> Step:
     @torch.no_grad()
     def step() -> None:
         round_block_(task, 0, x_fp, x_q, split)
-        learned.move_codes("cpu")
+        learned.pack_codes()
 
     return step
 

@@ -18,7 +18,7 @@ from sliderquant.method.layout import (
     scale_channels,
 )
 from sliderquant.method.learnables import BlockLearnables
-from sliderquant.method.quantizer import WeightFormat, fake_quantize
+from sliderquant.method.quantizer import WeightFormat, fake_quantize, quantize_weight
 from sliderquant.method.sampling import batches
 
 
@@ -134,6 +134,24 @@ def test_scaled_gains_are_simulated_as_they_will_be_stored(pair) -> None:
 def test_batches_of_other_seeds_differ() -> None:
     orders = [[i.tolist() for _, i in batches(8, 2, 1, seed)] for seed in ((0, 0), (0, 1), (1, 0))]
     assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_codes_that_wait_are_packed_and_come_back_as_they_were(bits, sym) -> None:
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
+    made = BlockLearnables({"w": weight}, fmt(bits=bits, sym=sym), 4, torch.Generator())
+    linear = made.linear("w")
+    linear.closed_form = quantize_weight(weight, linear.fmt)
+    before, simulated = linear.closed_form, made({"w": weight})["w"]
+
+    made.pack_codes()
+    assert linear._closed_form.tensors["weight_packed"].nbytes == weight.numel() * bits / 8
+    assert torch.equal(linear.closed_form.codes, before.codes)
+    assert torch.equal(made({"w": weight})["w"], simulated)
+    assert torch.equal(made.to_storage({"w": weight})["w"].codes, before.codes)
+    made.forget_codes()
+    assert linear.closed_form is None
 
 
 def test_clipping_can_be_left_out(pair) -> None:

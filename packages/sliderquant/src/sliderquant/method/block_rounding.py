@@ -61,7 +61,7 @@ def round_blocks_(task: CalibrationTask) -> None:
         task.listeners.on_block(block)
 
         # Codes of all blocks together would fill a card; they are read again block by block.
-        learnables.move_codes("cpu")
+        learnables.pack_codes()
 
 
 def samples_per_forward(decoder: Decoder, config: SliderConfig, seqlen: int) -> int:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sliderquant.method.layout import ScalingSite, scale_channels
+from sliderquant.method.packing import PackedCodes
 from sliderquant.method.precision import is_accelerator, product_dtype, without_autocast
 from sliderquant.method.quantizer import (
     INITIAL_LOGIT,
@@ -62,7 +63,27 @@ class LinearLearnables(nn.Module):
         self.lower = nn.Parameter(torch.full((*experts, out_features, groups), INITIAL_LOGIT))
 
         # The weight as ``error_compensation`` rounded it; then nothing here is trained.
-        self.closed_form: QuantizedWeight | None = None
+        self._closed_form: QuantizedWeight | PackedCodes | None = None
+
+    @property
+    def closed_form(self) -> QuantizedWeight | None:
+        """The weight as ``error_compensation`` rounded it, ``None`` if it did not."""
+        kept = self._closed_form
+        return kept.unpack() if isinstance(kept, PackedCodes) else kept
+
+    @closed_form.setter
+    def closed_form(self, weight: QuantizedWeight | None) -> None:
+        self._closed_form = weight
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether there is a ``closed_form``."""
+        return self._closed_form is not None
+
+    def pack_codes(self) -> None:
+        """Keep the codes of ``closed_form`` packed, in main memory; each reading unpacks them."""
+        if isinstance(self._closed_form, QuantizedWeight):
+            self._closed_form = PackedCodes.of(self._closed_form)
 
     def add_correction(self, weight: Float[Tensor, "*experts out in"]) -> Tensor:
         """Return W~ = W + B A / r in float32; W itself if the format keeps full precision."""
@@ -74,8 +95,11 @@ class LinearLearnables(nn.Module):
         """Return the simulated weight at intra-layer ratio ``ratio``, in float32."""
         if self.fmt.bits == UNQUANTIZED_BITS:
             return weight
-        if self.closed_form is not None:
-            return self.closed_form.to(weight.device).dequantize().to(self.lora_b.dtype)
+        if (rounded := self._closed_form) is not None:
+            # Packed codes go to the device as they are: they are the smallest there.
+            packed = isinstance(rounded, PackedCodes)
+            codes = rounded.unpack(weight.device) if packed else rounded.to(weight.device)
+            return codes.dequantize().to(self.lora_b.dtype)
         return fake_quantize(self.add_correction(weight), self.fmt, self.upper, self.lower, ratio)
 
     def forward_in_pieces(self, weight: Float[Tensor, "*experts out in"], ratio: float) -> Tensor:
@@ -264,7 +288,7 @@ class BlockLearnables(nn.Module):
         """
         merged = scale_channels(tensors, self.sites, list(self.factors))
         for name, linear in zip(self.names, self.linears, strict=True):
-            if linear.closed_form is None:
+            if not linear.is_rounded:
                 merged[name] = linear.add_correction(merged.get(name, tensors[name]))
         return merged
 
@@ -293,11 +317,10 @@ class BlockLearnables(nn.Module):
         """Return what is trained for one weight."""
         return self.linears[self.names.index(name)]
 
-    def move_codes(self, device: torch.device | str) -> None:
-        """Keep the weights that were solved in closed form on a device."""
+    def pack_codes(self) -> None:
+        """Keep the codes of weights that were solved in closed form packed, in main memory."""
         for linear in self.linears:
-            if linear.closed_form is not None:
-                linear.closed_form = linear.closed_form.to(device)
+            linear.pack_codes()
 
     def forget_codes(self) -> None:
         """Free the weights that were solved in closed form."""

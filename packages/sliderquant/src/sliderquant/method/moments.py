@@ -23,6 +23,8 @@ from sliderquant.method.ridge import HeldOutScore, factorize, ridge_update
 from sliderquant.method.sampling import to_device
 
 HELD_OUT_SHARE = 8  # of so many samples, one is kept apart from the fit of the ridge regression
+PANELS = 8  # parts of X^T X, of which only those on and above the diagonal are computed
+SMALLEST_PANEL = 128  # columns
 BLOCK_OUTPUT = ""  # the name under which a decoder returns what a block gives
 
 
@@ -181,7 +183,10 @@ def _goes_through_weight(group: LayerGroup, weight: Float[Tensor, "out in"]) -> 
 
 
 class Sums:
-    """X^T X and X^T E, or X^T (F - X), over the tokens so far."""
+    """X^T X and X^T E, or X^T (F - X), over the tokens so far.
+
+    X^T X is symmetric; below the diagonal it is filled in by ``fit`` and ``share``.
+    """
 
     def __init__(self, weight: Float[Tensor, "out in"], *, through_weight: bool) -> None:
         outputs, inputs = weight.shape
@@ -198,19 +203,33 @@ class Sums:
         for x, lacking in batches:
             if score is not None:
                 score.add(x, lacking)
-            self.second += x.T @ x
+            for panel in _panels(len(self.second)):
+                self.second[panel, panel.start :] += x[:, panel].T @ x[:, panel.start :]
             self.cross += x.T @ lacking
             del x, lacking  # freed before the next batch is computed
 
     def share(self) -> None:
         """Let every process have the sums over all processes."""
+        self._mirror_()
         self.second, self.cross = (sum_over_processes(total) for total in (self.second, self.cross))
 
     def fit(self) -> HeldOutScore:
         """Return the score of the update that fits the tokens so far, of all processes."""
+        self._mirror_()
         second, cross = sum_over_processes(self.second), sum_over_processes(self.cross)
         update = ridge_update(factorize(second, self.weight.dtype), cross).to(self.weight.dtype)
         return HeldOutScore(update, self.weight if self.through_weight else None)
+
+    def _mirror_(self) -> None:
+        """Write what stands above the diagonal of X^T X below it."""
+        for panel in _panels(len(self.second)):
+            self.second[panel.stop :, panel] = self.second[panel, panel.stop :].T
+
+
+def _panels(size: int) -> list[slice]:
+    """Return the rows of each part of X^T X."""
+    width = max(SMALLEST_PANEL, -(-size // PANELS))
+    return [slice(begin, min(begin + width, size)) for begin in range(0, size, width)]
 
 
 def _batches(

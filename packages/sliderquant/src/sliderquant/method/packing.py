@@ -7,6 +7,8 @@ straddle two words; the last word ends in zeros. 16 codes of 2 bits fill a word,
 three. Zero points are packed the same way, along the rows of the weight instead of its columns.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
@@ -114,3 +116,31 @@ def unpacked_weight(
         zero=None if zero is None else unpack_bits(zero.mT, fmt.bits, scale.shape[-2]).mT + low,
         fmt=fmt,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackedCodes:
+    """A weight whose codes wait in as many bits as they have, in main memory.
+
+    Attributes:
+        tensors: As ``packed_tensors`` returns them, on the CPU.
+        columns: Input columns of the weight.
+        fmt: Storage format.
+    """
+
+    tensors: dict[str, Shaped[Tensor, "..."]]
+    columns: int
+    fmt: WeightFormat
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> "PackedCodes":
+        """Pack a weight where it is, and keep the result on the CPU."""
+        tensors = {name: tensor.to("cpu") for name, tensor in packed_tensors(weight).items()}
+        return cls(tensors=tensors, columns=weight.codes.shape[-1], fmt=weight.fmt)
+
+    def unpack(self, device: torch.device | str = "cpu") -> QuantizedWeight:
+        """Return the weight on a device."""
+        on_device = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return unpacked_weight(
+            on_device[PACKED], on_device[SCALE], on_device.get(ZERO), self.columns, self.fmt
+        )
