@@ -209,26 +209,47 @@ def refit(levels, scale, target, h):
     return refit_scales(levels.flatten(1).T, grid, target.T, h).T
 
 
-def test_scales_are_those_of_least_squares(monkeypatch) -> None:
-    """With as many steps as there are scales, conjugate gradients are exact."""
-    monkeypatch.setattr(error_compensation, "SCALE_STEPS", 6)
+def refit_often(levels, scale, target, h):
+    """Steps that each lower the error most along their direction, until nothing is left to lower."""
+    for _ in range(500):
+        scale = refit(levels, scale, target, h)
+    return scale
+
+
+def test_step_after_step_scales_become_those_of_least_squares() -> None:
     target, x, _ = layer(32)
     target, h = target.double(), (x.T @ x).double()
     levels = torch.randint(-1, 3, (6, 4, 8), generator=torch.Generator().manual_seed(3)).double()
-    result = refit(levels, torch.ones(6, 4).double(), target * 0 + _combined(levels), h)
+    result = refit_often(levels, torch.ones(6, 4).double(), target * 0 + _combined(levels), h)
     torch.testing.assert_close(result, torch.full((6, 4), 1.25).double(), rtol=1e-6, atol=0)
+
+    # A weight that is near to what such scales can give, so that none of them is negative.
+    target, rows = target * 0.1 + _combined(levels), 0
     factor = np.linalg.cholesky(h.numpy()).T  # |L^T r|^2 = r H r^T
     for row in range(6):
         spread = torch.block_diag(*levels[row].unsqueeze(1)).double().numpy()
         best, *_ = np.linalg.lstsq(factor @ spread.T, factor @ target[row].numpy(), rcond=None)
-        # Within a factor of two of the answer, if that is positive; else the scale stays as it is.
-        near = torch.tensor(best).abs() + 1e-9
-        kept = refit(levels, near.expand(6, 4), target, h)[row]
-        wanted = torch.where(torch.tensor(best) > 0, torch.tensor(best), near)
-        torch.testing.assert_close(kept, wanted, rtol=1e-6, atol=1e-8)
+        if (
+            best > 0
+        ).all():  # a scale stays as it is where the answer is not within a factor of two
+            wanted, rows = torch.tensor(best), rows + 1
+            near = (wanted * 0.8).expand(6, 4)
+            found = refit_often(levels, near, target, h)[row]
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+    assert rows > 0
 
 
-def test_few_steps_lower_the_error_most_of_the_way() -> None:
+def test_one_step_solves_a_row_with_one_scale() -> None:
+    target, x, _ = layer(32)
+    h = (x.T @ x).double()
+    levels = torch.randint(-1, 3, (6, 1, 32), generator=torch.Generator().manual_seed(3)).double()
+    best = (levels[:, 0] @ h * target).sum(1) / (levels[:, 0] @ h * levels[:, 0]).sum(1)
+    result = refit(levels, best.abs().unsqueeze(1) * 0.8, target.double(), h)
+    torch.testing.assert_close(result[best > 0], best[best > 0].unsqueeze(1))
+    assert (best > 0).any()
+
+
+def test_one_step_lowers_the_error_most_of_the_way() -> None:
     target, x, _ = layer(32)
     h = (x.T @ x).double()
     levels = torch.randint(-1, 3, (6, 4, 8), generator=torch.Generator().manual_seed(3)).double()
@@ -242,7 +263,7 @@ def test_few_steps_lower_the_error_most_of_the_way() -> None:
         spread = torch.block_diag(*levels[row].unsqueeze(1)).numpy()
         _, residual, *_ = np.linalg.lstsq(factor @ spread.T, factor @ rows[row].numpy(), rcond=None)
         best += float(residual[0])
-    assert before - after > 0.9 * (before - best)
+    assert before - after > 0.75 * (before - best)
 
 
 def test_levels_that_are_all_zero_keep_their_scale() -> None:

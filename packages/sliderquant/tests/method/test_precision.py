@@ -46,6 +46,26 @@ def test_other_devices_compute_in_the_types_they_are_given(name) -> None:
         assert torch.backends.cuda.matmul.fp32_precision == before
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx2": True, "avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_a_processor_multiplies_in_bfloat16_if_it_has_instructions_for_it(
+    capabilities, dtype, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    x = torch.ones(4, 4)
+    with forward_precision(CPU):
+        assert (x @ x).dtype == product_dtype(x) == dtype
+        assert (x + x).dtype == torch.float32
+    assert (x @ x).dtype == torch.float32
+
+
 def test_products_are_tf32_inside_the_context_only() -> None:
     def precision() -> tuple[str, bool]:
         matmul = torch.backends.cuda.matmul

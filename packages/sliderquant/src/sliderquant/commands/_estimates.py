@@ -13,14 +13,11 @@ from effml_common.logging import say, warn
 from sliderquant.commands._job import Job
 from sliderquant.method.block_rounding import samples_per_forward
 from sliderquant.method.decoder import Decoder, run_blocks
-from sliderquant.method.error_compensation import (
-    REFINEMENT_PASSES,
-    SCALE_STEPS,
-    round_and_refine,
-)
+from sliderquant.method.error_compensation import REFINEMENT_PASSES, round_and_refine
 from sliderquant.method.layout import LayerGroup, layer_groups
 from sliderquant.method.moments import BlockRun, collect_moments, run_inside, split_samples
 from sliderquant.method.parallel import process_count
+from sliderquant.method.precision import forward_precision
 from sliderquant.method.quantizer import WeightFormat
 from sliderquant.method.ridge import factorize, ridge_update
 
@@ -67,9 +64,10 @@ def estimate_seconds(job: Job) -> float:
         # One block's forward pass for one batch is the unit of the windows.
         batch_size = job.config.batch_size
         hidden = decoder.block_inputs(job.samples[:batch_size])
-        forward = measure_seconds(
-            lambda: run_blocks(decoder, [0], hidden, batch_size), decoder.device
-        )
+        with forward_precision(decoder.device):
+            forward = measure_seconds(
+                lambda: run_blocks(decoder, [0], hidden, batch_size), decoder.device
+            )
         passes = forward * -(-samples // batch_size)
         return WINDOW_PASSES * job.plan.block_visits * job.config.epochs * passes
     finally:
@@ -129,7 +127,7 @@ def _seconds_of_group(decoder: Decoder, group: LayerGroup, fmt: WeightFormat) ->
     loops = measure_seconds(lambda: round_and_refine(target, fmt, curvature), device)
     product = measure_seconds(lambda: target.T @ target[:, : min(outputs, columns)], device)
     flops = columns * outputs * min(outputs, columns)
-    products = 0.5 + REFINEMENT_PASSES * (2.5 + SCALE_STEPS)
+    products = 0.5 + REFINEMENT_PASSES * 3.5
     return seconds + loops * inputs / columns + products * product / flops * inputs**2 * outputs
 
 

@@ -46,11 +46,10 @@ from sliderquant.method.quantizer import (
 )
 from sliderquant.method.ridge import Curvature, factorize, ridge_update
 
-REFINEMENT_PASSES = 3  # times that scales and codes are improved in turn (step 5)
+REFINEMENT_PASSES = 2  # times that scales and codes are improved in turn (step 5)
 COLUMN_BLOCK = 128  # columns whose errors reach all columns behind them in one matrix product
 SMALLEST_RANGE = 0.4  # least share of a group's range that its grid may cover
 RANGE_STEPS = 13  # ranges that are tried, up to the whole
-SCALE_STEPS = 2  # steps of conjugate gradients for the scales, each time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -220,9 +219,9 @@ def refit_scales(
 ) -> Float[Tensor, "groups out"]:
     """Return scales D of each row that lower (t - D c) H (t - D c)^T, with the levels c held.
 
-    These are a few steps of conjugate gradients for the least squares of a row's scales, preconditioned
-    with what each group contributes alone. A row with one scale is solved by the first step. The normal
-    equations themselves would need ``groups`` copies of the weight.
+    This is one step of steepest descent for the least squares of a row's scales, preconditioned with what
+    each group contributes alone, as far as lowers the error most. It solves a row with one scale. The
+    normal equations themselves would need ``groups`` copies of the weight.
 
     Args:
         codes: q, of which c = q - z.
@@ -236,20 +235,13 @@ def refit_scales(
 
     # Half the negative gradient of the squared error with respect to W^, and with respect to D.
     slope = hessian @ (target - grid.values(codes))
-    scale, direction, previous = grid.scale, torch.zeros_like(grid.scale), None
-    for _ in range(SCALE_STEPS):
-        downhill = (levels * slope.view_as(levels)).sum(dim=1)
-        step = _divide(downhill, curvature)
-        gain = (downhill * step).sum(dim=0)
-        direction = step if previous is None else step + _divide(gain, previous) * direction
-        previous = gain
+    downhill = (levels * slope.view_as(levels)).sum(dim=1)
+    direction = _divide(downhill, curvature)
 
-        # As far along the direction as lowers the error most.
-        change = (levels * direction.unsqueeze(1)).flatten(0, 1)
-        bend = hessian @ change
-        length = _divide((direction * downhill).sum(dim=0), (change * bend).sum(dim=0))
-        scale = scale + length * direction
-        slope = slope - length * bend
+    # As far along the direction as lowers the error most.
+    change = (levels * direction.unsqueeze(1)).flatten(0, 1)
+    bend = (change * (hessian @ change)).sum(dim=0)
+    scale = grid.scale + _divide((direction * downhill).sum(dim=0), bend) * direction
 
     # A scale that changes more than that belongs to codes that are far from the best ones.
     return torch.where((scale > grid.scale / 2) & (scale < grid.scale * 2), scale, grid.scale)

@@ -1,7 +1,8 @@
-"""In which precision a device computes: bfloat16 and TF32 on CUDA, float32 everywhere else.
+"""In which precision a device computes: bfloat16 where it multiplies that faster, else float32.
 
-Blocks run forward under bfloat16 autocast, as in the released code of SliderQuant. Weights, scales,
-clipping, losses and statistics stay in float32. All contexts are left as they were found.
+Blocks run forward under bfloat16 autocast, as in the released code of SliderQuant, on CUDA and on
+processors with instructions for it. Weights, scales, clipping, losses and statistics stay in float32,
+on CUDA with products in TF32. All contexts are left as they were found.
 """
 
 from collections.abc import Iterator
@@ -16,18 +17,28 @@ def is_accelerator(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 faster; a processor needs instructions for it."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    # Older releases of torch do not say what a processor can do.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 @contextmanager
 def forward_precision(device: torch.device) -> Iterator[None]:
-    """Run forward passes in bfloat16 on CUDA; does nothing on other devices.
+    """Run forward passes in bfloat16 on devices that multiply it faster; else does nothing.
 
     Gradients are computed outside of the context, in the types of the forward pass.
 
     Example:
         >>> with forward_precision(torch.device("cpu")):
-        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
-        torch.float32
+        ...     product = torch.ones(2, 2) @ torch.ones(2, 2)
+        >>> (product.dtype == torch.bfloat16) == multiplies_bfloat16(torch.device("cpu"))
+        True
     """
-    if device.type != "cuda":
+    if not multiplies_bfloat16(device):
         yield
         return
     with _autocast(device.type, torch.bfloat16):
