@@ -181,7 +181,7 @@ def quantize(task: Task, cell: Cell) -> tuple[PreTrainedModel, dict[str, Any]]:
         "library": library_of(cell),
         "how": how,
     }
-    return model, facts | ({"source": source_hash()} if is_own(cell.arm) else {})
+    return model, facts | ({"source": source_hash(cell.arm)} if is_own(cell.arm) else {})
 
 
 def cpu_seconds() -> float:

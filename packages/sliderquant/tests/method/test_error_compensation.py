@@ -17,7 +17,7 @@ from sliderquant.adapters.simulation import (
 )
 from sliderquant.adapters.text import calibration_samples, chunks, encode
 from sliderquant.config import SliderConfig
-from sliderquant.method import block_rounding, error_compensation, moments, ridge
+from sliderquant.method import block_rounding, moments, ridge
 from sliderquant.method.activations import activation_format, fake_quantize_tokens
 from sliderquant.method.calibration import calibrate
 from sliderquant.method.decoder import run_blocks

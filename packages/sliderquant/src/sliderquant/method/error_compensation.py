@@ -219,9 +219,9 @@ def refit_scales(
 ) -> Float[Tensor, "groups out"]:
     """Return scales D of each row that lower (t - D c) H (t - D c)^T, with the levels c held.
 
-    This is one step of steepest descent for the least squares of a row's scales, preconditioned with what
-    each group contributes alone, as far as lowers the error most. It solves a row with one scale. The
-    normal equations themselves would need ``groups`` copies of the weight.
+    This is one step of steepest descent for the least squares of a row's scales, preconditioned with
+    what each group contributes alone, as far as lowers the error most. It solves a row with one scale.
+    The normal equations themselves would need ``groups`` copies of the weight.
 
     Args:
         codes: q, of which c = q - z.
