@@ -368,7 +368,7 @@ def test_inspect_of_a_model_reads_no_weight(model_copy) -> None:
     assert plan["windows"] == [[0], [0, 1], [0, 1, 2], [2, 3], [3, 4], [4]]
     assert plan["bits_per_weight"] == 2.5
     assert set(plan["memory_gib"]) == {
-        "embedding, read once", "weights of the window", "simulation of the window",
+        "embedding, as it is and as it is written", "weights of the window", "simulation of the window",
         "activation caches",
     }  # fmt: skip
 

@@ -117,7 +117,7 @@ def _memory(
     # are computed again, it keeps one block's simulated weights and a gradient or two.
     simulated = sum(weights) + 2 * max(weights) if lean else 6 * window
     return {
-        "embedding, read once": float32 * shape.embedding,
+        "embedding, as it is and as it is written": 2 * float32 * shape.embedding,
         "weights of the window": float32 * window,
         "simulation of the window": float32 * simulated,
         "activation caches": float32 * 3 * config.nsamples * seqlen * shape.hidden,
@@ -139,7 +139,7 @@ def _memory_of_feedback(config: SliderConfig, shape: ModelShape, layers: int) ->
         "rounding of the largest layer": rounded / 2**30,
         "moments of the largest layer": moments / 2**30,
         "activation caches": 4 * 4 * tokens * shape.hidden / 2**30,
-        "codes of all blocks (with eval text)": 2 * layers * of_block / 2**30,
+        "codes of all blocks (with eval text)": config.wbits / 8 * layers * of_block / 2**30,
     }
 
 
