@@ -26,6 +26,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from effml_common.logging import set_quiet
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
 from sliderquant.adapters.streaming import empty_model
@@ -203,6 +204,12 @@ def save(tiny, tmp_path):
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def not_quiet() -> None:
+    """A command that an earlier test ran with --quiet leaves this process quiet."""
+    set_quiet(False)
 
 
 @pytest.fixture(autouse=True, scope="session")
