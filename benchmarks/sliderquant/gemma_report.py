@@ -157,7 +157,9 @@ def _row(entry: Entry) -> Row:
 
 def _is_outdated(entry: Entry) -> bool:
     """Whether the package's own code has changed since any of the runs."""
-    return is_own(entry.arm) and any(run["source"] != source_hash(entry.arm) for run in entry.runs.values())
+    return is_own(entry.arm) and any(
+        run["source"] != source_hash(entry.arm) for run in entry.runs.values()
+    )
 
 
 def _claims(rows: Sequence[Entry]) -> list[Claim]:
