@@ -328,7 +328,10 @@ def _draw_panel(
         else:
             handles.setdefault(row.arm, panel.plot(seconds, edge, **style)[0])
             words = f"↑ {mean:.1g}" if mean >= 1e5 else f"↑ {mean:,.0f}"
-            panel.annotate(words, (seconds, edge), xytext=(7, -3), textcoords="offset points")
+            panel.annotate(  # upright, so that those of methods that take as long do not overlap
+                words, (seconds, edge), xytext=(0, -8), textcoords="offset points",
+                rotation=90, ha="center", va="top",
+            )  # fmt: skip
 
     # Full precision is in the picture; perplexities at few bits differ by orders of magnitude.
     shown = [*levels, *(min(mean, edge) for mean, _ in points.values())]
