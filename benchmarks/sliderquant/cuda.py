@@ -7,6 +7,7 @@ Settings are the defaults of ``sliderquant quantize``: 4 bits in groups of 128, 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -27,7 +28,7 @@ from sliderquant.method.metrics import perplexity
 from sliderquant.method.moments import split_samples
 from sliderquant.method.packed import PackedLinear
 from sliderquant.method.precision import stream_dtype
-from sliderquant.method.quantizer import WeightFormat
+from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
 from sliderquant.method.sampling import seeded
 from sliderquant.method.task import CalibrationTask, Listeners
 from sliderquant.method.window_training import (
@@ -133,18 +134,28 @@ def round_a_block(kit: Kit, tiny: bool) -> Step:
     return step
 
 
-def update_blocks(kit: Kit, tiny: bool) -> Step:
-    """Windows: a whole update of two blocks, with weights that are simulated and rounded.
+def update_of_blocks(rounded: bool) -> Callable[[Kit, bool], Step]:
+    """Windows: a whole update of two blocks.
 
     Embedding and head are left small: an update has none of them in memory.
+
+    Args:
+        rounded: Train the scales of codes, as ``combined`` does; else weights are simulated and rounded.
     """
+    return functools.partial(_update_blocks, rounded)
+
+
+def _update_blocks(rounded: bool, kit: Kit, tiny: bool) -> Step:
     config = LlamaConfig(**{**config_of(tiny, 2).to_dict(), "vocab_size": TINY.vocab_size})
     model: Any = kit.module(lambda: LlamaForCausalLM(config).eval().requires_grad_(False))
     decoder = TransformersDecoder(model)
     hidden = decoder.block_inputs(kit.randint(config.vocab_size, 1, sequence(tiny)))
     targets = kit.randn(*hidden.shape)
     trained = [block_learnables(kit, tiny) for _ in range(2)]
-    optimizer = window_optimizer(trained, (1e-4, 1e-2, 1e-3), torch.device("cuda"))
+    if rounded:
+        for block in trained:
+            set_codes(kit, block)
+    optimizer = window_optimizer(trained, (1e-4, 1e-2, 1e-3, 2e-3), torch.device("cuda"))
     with as_on_a_card(kit):
         simulate = window_simulation(decoder, [0, 1], trained, 1.0, None)
 
@@ -186,6 +197,18 @@ def block_learnables(kit: Kit, tiny: bool) -> Any:
     return kit.module(make)
 
 
+def set_codes(kit: Kit, block: Any) -> None:
+    """Give a block codes, as compensated rounding does."""
+    for linear in block.linears:
+        (rows, groups), columns = linear.log_rescale.shape, linear.lora_a.shape[1]
+        linear.closed_form = QuantizedWeight(
+            codes=kit.randn(rows, columns).to(torch.int16),
+            scale=kit.randn(rows, groups, dtype=linear.fmt.dtype),
+            zero=None,
+            fmt=linear.fmt,
+        )
+
+
 def evaluate(kit: Kit, tiny: bool) -> Step:
     """``eval``: perplexity of one chunk of text in float32, as is the default."""
     model = llama(kit, tiny)
@@ -224,6 +247,7 @@ def forward_packed(tokens: int) -> Callable[[Kit, bool], Step]:
 
 
 ROUNDING = "compensated rounding of a Llama-3-8B block, 128 x 2048 tokens"
+RESCALING = "update of the scales of 2 Llama-3-8B blocks, 1 x 2048 tokens, bf16 autocast, per block"
 UPDATE = "update of a window of 2 Llama-3-8B blocks, 1 x 2048 tokens, bf16 autocast, per block"
 # transformers looks for packed samples, once for all updates.
 CALIBRATING = {"masking_utils.py:find_packed_sequence_indices": True}
@@ -245,14 +269,17 @@ PATHS: Sequence[HotPath] = [
         },
         compile=False,
     ),
-    HotPath(
-        UPDATE,
-        update_blocks,
-        fake="cpu",
-        scaled=0.5,
-        warm_up=1,
-        allow=CALIBRATING,
-        compile=False,
+    *(
+        HotPath(
+            name,
+            update_of_blocks(rounded),
+            fake="cpu",
+            scaled=0.5,
+            warm_up=1,
+            allow=CALIBRATING,
+            compile=False,
+        )
+        for name, rounded in ((UPDATE, False), (RESCALING, True))
     ),
 ]
 

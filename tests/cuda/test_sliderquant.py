@@ -9,10 +9,11 @@ from benchmarks.hot_paths import HotPath, Kit, Step, count
 from benchmarks.sliderquant.cuda import (
     CALIBRATING,
     PATHS,
+    RESCALING,
     ROUNDING,
     UPDATE,
     block_learnables,
-    update_blocks,
+    update_of_blocks,
 )
 
 from sliderquant.method import sampling, window_training
@@ -28,19 +29,24 @@ def test_a_hot_path_stays_within_its_budget(path: HotPath) -> None:
 
 
 def test_an_update_of_a_window_needs_few_launches_and_no_wait() -> None:
-    committed = budgets()["sliderquant"][UPDATE]
-    assert committed["launches"] <= 3000
-    assert not committed["waits"]
-    assert not committed["copies"]
+    for name in (UPDATE, RESCALING):
+        committed = budgets()["sliderquant"][name]
+        assert committed["launches"] <= 3000
+        assert not committed["waits"]
+        assert not committed["copies"]
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_an_update_of_a_window_puts_nothing_in_the_wrong_place(recompute, monkeypatch) -> None:
+def test_an_update_of_a_window_puts_nothing_in_the_wrong_place(
+    recompute, rounded, monkeypatch
+) -> None:
     if recompute:
         monkeypatch.setattr(window_training, "RECOMPUTE_ABOVE", 0)
         # This fake device has gradients and tells devices apart, but checkpoints nothing.
         monkeypatch.setattr(window_training, "checkpoint", lambda run, *args, **_: run(*args))
-    path = HotPath("update", update_blocks, fake="gpu:0", warm_up=1, allow=CALIBRATING)
+    update = update_of_blocks(rounded)
+    path = HotPath("update", update, fake="gpu:0", warm_up=1, allow=CALIBRATING)
     cost = count(path, tiny=True)
     assert not cost["waits"]
     assert not cost["copies"]

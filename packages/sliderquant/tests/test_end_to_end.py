@@ -24,7 +24,9 @@ def run(directory: Path, **changes):
         "model": str(directory), "calib": (text,), "eval_text": (text,), "out": str(out),
         "group_size": 8, "nsamples": 4, "seqlen": 16, "batch_size": 2, "format": "dense",
     }  # fmt: skip
-    if changes.get("method") != "compensated":
+    if changes.get("method") == "combined":
+        base |= {"lr_range": 1e-2}
+    elif changes.get("method") != "compensated":
         base |= {"method": "slider", "epochs": 2, "lr_lora": 1e-3, "min_expert_tokens": 8}
     return out, quantize(QuantizeConfig(**{**base, **changes}))
 
@@ -56,15 +58,17 @@ def test_reloaded_model_equals_the_simulated_one(family, save) -> None:
 
 
 @pytest.mark.parametrize("rotate", ["none", pytest.param("r2", marks=pytest.mark.slow)])
-def test_compensated_rounding_is_stored_as_it_was_decided(rotate, family, save) -> None:
+@pytest.mark.parametrize("method", ["compensated", "combined"])
+def test_compensated_rounding_is_stored_as_it_was_decided(method, rotate, family, save) -> None:
     directory = save(family)
-    changes = {"wbits": 2, "sym": False, "method": "compensated", "rotate": rotate}
+    changes = {"wbits": 2, "sym": False, "method": method, "rotate": rotate}
     if family in ("qwen3_moe", "mixtral"):
         with pytest.raises(ConfigError, match="fused experts"):
             run(directory, **changes)
         return
     out, report = run(directory, **changes)
-    assert report.rows[-1].name == "compensated rounding"
+    windows = " + windows (slider)" if method == "combined" else ""
+    assert report.rows[-1].name == f"compensated rounding{windows}"
     assert perplexity(out) == pytest.approx(simulated(report), rel=1e-5)
     assert simulated(report) != pytest.approx(simulated(report, 1), rel=1e-4)
 
@@ -84,10 +88,10 @@ def test_compensated_rounding_holds_codes_of_one_block_unless_they_are_to_be_mea
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["slider", "compensated"])
+@pytest.mark.parametrize("method", ["slider", "compensated", "combined"])
 def test_weights_and_activations_with_channel_scaling_and_rotation(family, method, save) -> None:
     """Scaling and rotation go into the weights: without activation rounding the result is near full."""
-    if method == "compensated" and family in ("qwen3_moe", "mixtral"):
+    if method != "slider" and family in ("qwen3_moe", "mixtral"):
         pytest.skip("fused experts")
     directory = save(family)
     rotate = "r2" if family.startswith("gemma") else "both"

@@ -17,12 +17,19 @@ SCHEDULES = ("slider", "fixed", "block")
 FULL_BITS = 16
 GROUP_HELP = "input columns that share a scale; none for one scale per output row"
 CONTAINER_HELP = "store the codes in this many bits, 4 or 8, for servers that read no fewer"
-# Settings that only ``method="slider"`` has: they say how windows are trained.
+# Settings of windows, of what the method slider trains in them, and of what combined trains.
+WINDOW_SETTINGS = ("schedule", "shallow", "deep", "window", "stride", "target_input")
 SLIDER_SETTINGS = (
-    *("schedule", "shallow", "deep", "window", "stride", "gamma", "intra_order", "lwc"),
-    *("target_input", "min_expert_tokens", "epochs"),
+    *("gamma", "intra_order", "lwc", "min_expert_tokens", "epochs"),
     *("lr_lora", "lr_lwc", "lr_scale", "lr_scale_by_batch", "lora_rank"),
 )
+COMBINED_SETTINGS = ("range_epochs", "lr_range")
+# What each method does not have.
+FOREIGN_SETTINGS = {
+    "compensated": {*WINDOW_SETTINGS, *SLIDER_SETTINGS, *COMBINED_SETTINGS},
+    "combined": {*SLIDER_SETTINGS},
+    "slider": {*COMBINED_SETTINGS},
+}
 
 
 def _required_field(text: str) -> Any:
@@ -96,14 +103,11 @@ class SliderConfig(WindowConfig):
     rotate: Literal["none", "r1", "r2", "both"] = setting(
         "none", "rotate offline: r1 the residual stream, r2 the value heads"
     )
-    method: Literal["compensated", "slider"] = setting(
+    method: Literal["compensated", "combined", "slider"] = setting(
         "compensated",
         "compensated: nothing is trained, each column's rounding error is carried into the next; "
+        "combined: the same, then windows train the scales of the codes; "
         "slider: the paper, windows train a correction and the clipping, then codes are the nearest",
-    )
-    rounding: Literal["auto", "nearest", "compensated"] | None = setting(
-        None,
-        "earlier spelling of method, for files of earlier versions; leave it out",
     )
     lwc: bool = setting(True, "train the clipping range; no-lwc keeps it open")
     channel_scale: Literal["auto", "on", "off"] = setting(
@@ -122,6 +126,10 @@ class SliderConfig(WindowConfig):
     lr_scale: float = setting(1e-3, "learning rate of the channel scaling")
     lr_scale_by_batch: bool = setting(False, "multiply rates by the batch size (released code)")
     lora_rank: int = setting(4, "rank of the correction; it is merged before rounding")
+    range_epochs: int = setting(1, "passes over the samples per window, in combined")
+    lr_range: float = setting(
+        2e-3, "learning rate of the logarithm of the codes' scales, in combined"
+    )
     nsamples: int = setting(128, "calibration samples")
     seqlen: int = setting(2048, "tokens per calibration sample; capped at the model's limit")
     seed: int = setting(2, "seed of the sample choice, the batch order and the initial values")
@@ -130,8 +138,6 @@ class SliderConfig(WindowConfig):
         WindowConfig.__post_init__(self)  # zero-argument super() fails in dataclasses with slots
         self._check_format()
         self._check_training()
-        if self.rounding is not None:
-            self._translate_rounding()
         self._check_method()
 
     def _check_format(self) -> None:
@@ -150,49 +156,32 @@ class SliderConfig(WindowConfig):
         """Refuse counts and rates that no calibration can use."""
         fits = 0 < self.gamma <= 1 and abs(1 / self.gamma - round(1 / self.gamma)) < 1e-6
         _check(self, "gamma", fits, "give 1, 1/2, 1/3 ...: 1/gamma is the number of stages")
-        _check_least(self, 1, "batch_size", "lora_rank", "nsamples", "seqlen")
+        _check_least(self, 1, "batch_size", "lora_rank", "nsamples", "seqlen", "range_epochs")
         _check_least(self, 0, "min_expert_tokens", "seed")
         require(
             self.epochs >= self.stages,
             f"epochs ({self.epochs}) are fewer than the {self.stages} intra-layer stages",
             "raise epochs or gamma",
         )
-        for name in ("lr_lora", "lr_lwc", "lr_scale"):
+        for name in ("lr_lora", "lr_lwc", "lr_scale", "lr_range"):
             finite = 0 <= getattr(self, name) < float("inf")
             _check(self, name, finite, "give 0 or more, such as 1e-3")
 
-    def _translate_rounding(self) -> None:
-        """Turn the word of earlier versions into today's, so that nothing else needs to know it."""
-        require(
-            (self.method, self.rounding) != ("slider", "compensated"),
-            "method slider and rounding compensated exclude each other",
-            "leave rounding out",
-        )
-        trained = self.rounding == "nearest" or self._slider_settings() or self.only_scales
-        if self.rounding != "compensated" and trained:
-            object.__setattr__(self, "method", "slider")
-        object.__setattr__(self, "rounding", None)
-
     def _check_method(self) -> None:
         """Refuse what the chosen method does not do."""
-        if self.method != "compensated":
-            return
-        given = ", ".join(self._slider_settings())
+        changed = [f.name for f in fields(SliderConfig) if getattr(self, f.name) != f.default]
+        given = [name for name in changed if name in FOREIGN_SETTINGS[self.method]]
+        owners = [m for m, foreign in FOREIGN_SETTINGS.items() if not foreign.intersection(given)]
         require(
             not given,
-            f"{given}: only the method slider has this setting, and the method is compensated",
-            "add --method slider, or leave the setting out",
+            f"{', '.join(given)}: not a setting of the method {self.method}",
+            f"add --method {' or '.join(owners)}, or leave it out" if owners else "leave it out",
         )
         require(
-            not self.only_scales,
+            self.method == "slider" or not self.only_scales,
             "with wbits 16 compensated rounding has nothing to round",
             "set wbits, or add --method slider to train channel scales alone",
         )
-
-    def _slider_settings(self) -> list[str]:
-        """Names of settings of the method slider that are not at their defaults."""
-        defaults = {f.name: f.default for f in fields(SliderConfig)}
-        return [name for name in SLIDER_SETTINGS if getattr(self, name) != defaults[name]]
 
     @property
     def scales_channels(self) -> bool:
@@ -207,8 +196,13 @@ class SliderConfig(WindowConfig):
 
     @property
     def stages(self) -> int:
-        """Number N = 1/gamma of intra-layer stages."""
-        return round(1 / self.gamma)
+        """Number N = 1/gamma of intra-layer stages; codes that are there already need one."""
+        return round(1 / self.gamma) if self.method == "slider" else 1
+
+    @property
+    def window_epochs(self) -> int:
+        """Passes over the samples per window, over all stages."""
+        return self.epochs if self.method == "slider" else self.range_epochs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -237,23 +237,27 @@ def test_runs_killed_again_and_again_end_with_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_compensated_run_killed_while_it_writes_ends_with_the_same_bytes(
-    save, launcher, tmp_path
+@pytest.mark.parametrize("method", ["compensated", "combined"])
+def test_rounded_run_killed_while_it_writes_ends_with_the_same_bytes(
+    method, save, launcher, tmp_path
 ) -> None:
     model, text = save("qwen3"), tmp_path / "text.txt"
     words = [
         "quantize", model, "--calib", text, "--group-size", 8, "--nsamples", 4, "--seqlen", 16,
-        "--method", "compensated",
+        "--method", method,
     ]  # fmt: skip
     run(*words, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
-    for moment in (".export/piece-00000.safetensors", ".export/piece-00002.safetensors"):
+    moments = [".export/piece-00000.safetensors", ".export/piece-00002.safetensors"]
+    if method == "combined":
+        moments = ["run/checkpoints/step-2", *moments]
+    for moment in moments:
         child = launcher.start(*words, "--out", out, "--resume", "auto")
         launcher.wait_for(child, out / moment)
         os.kill(child, signal.SIGKILL)
         launcher.wait(child)
     run(*words, "--out", out, "--resume", "auto")
-    for name in ("model.safetensors", "config.json"):
+    for name in ("model.safetensors", "config.json", "run/metrics.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
@@ -316,7 +320,7 @@ def test_filled_folder_is_not_overwritten(quantized, model_directory, text_file)
         ({"--schedule": "0-2"}, "no window holds block 3"),
         (
             {"--method": "compensated"},
-            "epochs, lr_lora, lr_lwc: only the method slider has this setting",
+            "epochs, lr_lora, lr_lwc: not a setting of the method compensated; add --method slider",
         ),
         ({"--calib": "short.txt"}, "calibration text has"),
         ({"--calib": "missing.txt"}, "missing.txt cannot be read"),
@@ -371,6 +375,22 @@ def test_inspect_of_a_model_reads_no_weight(model_copy) -> None:
         "embedding, as it is and as it is written", "weights of the window", "simulation of the window",
         "activation caches",
     }  # fmt: skip
+
+
+def test_inspect_of_both_phases_counts_blocks_and_windows(model_copy) -> None:
+    words = ["inspect", "--model", model_copy, "--group-size", 32, "--wbits", 2, "--json"]
+    plans = {
+        method: json.loads(run(*words, "--method", method).stdout)
+        for method in ("compensated", "combined", "slider")
+    }
+    assert [plan["rounded_blocks"] for plan in plans.values()] == [5, 5, 0]
+    assert plans["combined"]["windows"] == plans["slider"]["windows"]
+    assert plans["combined"]["updates"] == 128 * 6  # one pass over the samples, batches of one
+    assert plans["combined"]["stages"] == 1
+
+    # The larger phase, and the codes that the second one needs.
+    memory = {method: sum(plan["memory_gib"].values()) for method, plan in plans.items()}
+    assert memory["combined"] >= max(memory["compensated"], memory["slider"])
 
 
 def model_with_scaled_inputs(save, value: float) -> list[object]:

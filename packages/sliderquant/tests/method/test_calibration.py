@@ -52,7 +52,7 @@ def samples(loaded, corpus):
 
 def calibrated(decoder, samples, config, **hooks):
     learnables = fresh_learnables(decoder, config, torch.float32)
-    windows = make_windows(decoder.depth, config)
+    windows = [] if config.method == "compensated" else make_windows(decoder.depth, config)
     calibrate(decoder, samples, windows, learnables, config, **hooks)
     return learnables
 
@@ -171,9 +171,14 @@ def test_learning_rate_falls_linearly_to_zero(decoder, samples, monkeypatch) -> 
         assert groups[1::2] == pytest.approx([3e-2 * (1 - step / 8)] * decoder.depth)
 
 
+def trained_by_slider(made):
+    """Everything but the factors on scales that rounding in closed form has chosen."""
+    return [p for name, p in made.named_parameters() if not name.endswith("log_rescale")]
+
+
 def test_only_the_windows_blocks_change(decoder, samples) -> None:
     learnables = fresh_learnables(decoder, settings(), torch.float32)
-    before = [[p.clone() for p in made.parameters()] for made in learnables]
+    before = [[p.clone() for p in trained_by_slider(made)] for made in learnables]
     hidden = decoder.block_inputs(samples)
     targets = run_blocks(decoder, [1, 2], hidden, 4)
     window_training.train_window(
@@ -181,7 +186,8 @@ def test_only_the_windows_blocks_change(decoder, samples) -> None:
         on_update=lambda loss: None,
     )  # fmt: skip
     for block, (made, old) in enumerate(zip(learnables, before, strict=True)):
-        changed = [not torch.equal(p, q) for p, q in zip(made.parameters(), old, strict=True)]
+        pairs = zip(trained_by_slider(made), old, strict=True)
+        changed = [not torch.equal(new, earlier) for new, earlier in pairs]
         assert all(changed) if block in (1, 2) else not any(changed)
 
 
@@ -410,3 +416,42 @@ def test_batch_orders_are_permutations_that_change_with_the_epoch() -> None:
         drawn.setdefault(epoch, []).extend(index.tolist())
     assert all(sorted(order) == list(range(10)) for order in drawn.values())
     assert all(a != b for a, b in pairwise(drawn.values()))
+
+
+def test_windows_behind_rounding_change_scales_alone_and_lower_their_loss(decoder, samples) -> None:
+    results, final = [], []
+    base = {"wbits": 2, "group_size": 32, "sym": False, "nsamples": 8, "seqlen": 64}
+    rounded = calibrated(decoder, samples, SliderConfig(**base))
+    config = SliderConfig(**base, method="combined", range_epochs=4, lr_range=3e-3)
+    learnables = calibrated(
+        decoder, samples, config, on_window=results.append, on_block=final.append
+    )
+
+    # Every block is handed out once, behind its last window.
+    assert final == list(range(decoder.depth))
+    assert [result.ratio for result in results] == [1.0] * 6
+    assert all(result.last_loss < result.first_loss for result in results)
+
+    # Codes and zero points are those of compensated rounding, scales are not, nor far from them.
+    for made, before in zip(learnables, rounded, strict=True):
+        for name in made.names:
+            new, old = made.linear(name).rescaled(), before.linear(name).rescaled()
+            assert torch.equal(new.codes, old.codes)
+            assert torch.equal(new.zero, old.zero)
+            ratio = new.scale / old.scale
+            assert not torch.equal(new.scale, old.scale)
+            assert ratio.log().abs().max() < 0.2
+        assert not any(linear.lora_b.any() for linear in made.linears)
+
+
+def test_windows_behind_rounding_match_the_full_model_better(decoder, samples) -> None:
+    base = {"wbits": 2, "group_size": 32, "sym": False, "nsamples": 8, "seqlen": 64}
+    full = simulated_logits(decoder, None)(samples)
+    errors = {}
+    for method in ("compensated", "combined"):
+        changes = {"range_epochs": 4} if method == "combined" else {}
+        config = SliderConfig(**base, method=method, **changes)
+        learnables = calibrated(decoder, samples, config)
+        logits = simulated_logits(decoder, simulated_weights(decoder, learnables))(samples)
+        errors[method] = (logits - full).square().mean().item()
+    assert errors["combined"] < 0.95 * errors["compensated"]

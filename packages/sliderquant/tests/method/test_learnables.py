@@ -154,6 +154,62 @@ def test_codes_that_wait_are_packed_and_come_back_as_they_were(bits, sym) -> Non
     assert linear.closed_form is None
 
 
+def rounded_learnables(weights, fmt, packed: bool):
+    """Learnables of a block whose weights are rounded already."""
+    learnables = BlockLearnables(weights, fmt, 2, torch.Generator().manual_seed(1))
+    for name in weights:
+        learnables.linear(name).closed_form = quantize_weight(weights[name], fmt)
+    if packed:
+        learnables.pack_codes()
+    return learnables
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scales_of_rounded_weights_are_simulated_and_stored_alike(pair, dtype, packed) -> None:
+    weights = {name: pair[1][name] for name in ("up", "down")}
+    learnables = rounded_learnables(weights, fmt(dtype=dtype), packed)
+
+    # Without training it is what was rounded, to the bit.
+    for name, value in learnables(weights).items():
+        assert torch.equal(value, learnables.linear(name).closed_form.dequantize().float())
+
+    # The factor is exp(s), codes and zero points stay, and the scale is one of its stored type.
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for linear in learnables.linears:
+            linear.log_rescale.normal_(std=0.1, generator=generator)
+    stored = learnables.to_storage(weights)
+    for name, value in learnables(weights).items():
+        linear, weight = learnables.linear(name), stored[name]
+        before = linear.closed_form
+        assert torch.equal(weight.codes, before.codes)
+        expected = before.scale.double() * linear.log_rescale.double().exp()
+        bits = {torch.bfloat16: 8, torch.float32: 23}[dtype]
+        torch.testing.assert_close(weight.scale.double(), expected, rtol=2.0**-bits, atol=0)
+        assert weight.scale.dtype == dtype
+        assert torch.equal(value, weight.dequantize().float())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradient_of_a_scale_is_that_of_levels_times_scale(pair, recompute) -> None:
+    weights = {name: pair[1][name] for name in ("up", "down")}
+    learnables = rounded_learnables(weights, fmt(), packed=True)
+    learnables.recompute = recompute
+    direction = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    sum((learnables(weights)[name] * direction[name]).sum() for name in weights).backward()
+    for name in weights:
+        linear = learnables.linear(name)
+        values = linear.closed_form.dequantize() * direction[name]
+        expected = values.unflatten(1, (linear.log_rescale.shape[1], -1)).sum(-1)
+        torch.testing.assert_close(linear.log_rescale.grad, expected)
+
+    # Nothing else is trained: the rest is final.
+    (group,) = learnables.parameter_groups(1.0, 2.0, 3.0, 4.0)
+    assert group["lr"] == 4.0
+    assert {id(p) for p in group["params"]} == {id(x.log_rescale) for x in learnables.linears}
+
+
 def test_clipping_can_be_left_out(pair) -> None:
     block_learnables = BlockLearnables(pair[1], fmt(), 2, torch.Generator(), clipping=False)
     assert [group["lr"] for group in block_learnables.parameter_groups(1.0, 2.0, 3.0)] == [1.0]
@@ -185,7 +241,7 @@ def test_simulation_in_pieces_has_the_same_values_and_gradients(
             parameter.normal_(generator=generator)
     weight = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
     into = torch.randn(shape, generator=generator, dtype=torch.float64)
-    leaves = [weight, *linear.parameters()]
+    leaves = [weight, linear.lora_a, linear.lora_b, linear.upper, linear.lower]
     results = []
     for simulate in (linear, linear.forward_in_pieces):
         value = simulate(weight, ratio)

@@ -72,7 +72,7 @@ def check_linears(linears: dict[str, tuple[int, ...]], config: SliderConfig) -> 
         ShapeError: If the group size does not divide some layer.
     """
     fused = [name for name, shape in linears.items() if len(shape) > 2]
-    if fused and config.method == "compensated" and config.wbits != FULL_BITS:
+    if fused and config.method != "slider" and config.wbits != FULL_BITS:
         raise ConfigError(
             f"fused experts ({', '.join(fused)}) cannot be rounded with compensation; "
             "add --method slider"

@@ -55,7 +55,8 @@ def fresh_learnables(
         block_learnables = BlockLearnables(
             weights, fmt, config.lora_rank, generator, sites, config.lwc
         )
-        trained = block_learnables if config.method == "slider" else block_learnables.factors
+        compensated = config.method == "compensated"
+        trained = block_learnables.factors if compensated else block_learnables
         trained.to(decoder.device)
         learnables.append(block_learnables)
     return learnables

@@ -40,26 +40,31 @@ def announce(job: Job) -> None:
         )
 
     # One line that says what it will cost.
-    work = f"{depth} blocks to round"
+    work = [f"{depth} blocks to round"] if plan.rounded_blocks else []
     if plan.windows:
-        work = f"{len(plan.windows)} windows x {plan.stages} stages, {plan.updates} updates"
+        stages = f" x {plan.stages} stages" if plan.stages > 1 else ""
+        work.append(f"{len(plan.windows)} windows{stages}, {plan.updates} updates")
     minutes = max(1, round(estimate_seconds(job) / 60))
     memory = sum((plan.memory_gib or {}).values())
     disk = sum(path.stat().st_size for path in job.files) / 2**30
-    say(f"{work}: about {minutes} min, {memory:.2f} GiB memory, {disk:.2f} GiB disk at most")
+    say(
+        f"{', '.join(work)}: about {minutes} min, {memory:.2f} GiB memory, {disk:.2f} GiB disk at most"
+    )
 
 
 @torch.no_grad()
 def estimate_seconds(job: Job) -> float:
     """Return the seconds that a calibration will take on the decoder's device; block 0 is read."""
-    decoder, samples = job.decoder, len(job.samples)
+    decoder, samples, seconds = job.decoder, len(job.samples), 0.0
     decoder.hold([0])
     try:
-        if not job.plan.windows:
+        if job.plan.rounded_blocks:
             size = min(samples, samples_per_forward(decoder, job.config, job.samples.shape[1]))
             hidden = decoder.block_inputs(job.samples[:size])
             of_block = _seconds_of_block(decoder, hidden, job.weights, -(-samples // size))
-            return decoder.depth * of_block / process_count()
+            seconds = decoder.depth * of_block / process_count()
+        if not job.plan.windows:
+            return seconds
 
         # One block's forward pass for one batch is the unit of the windows.
         batch_size = job.config.batch_size
@@ -69,7 +74,7 @@ def estimate_seconds(job: Job) -> float:
                 lambda: run_blocks(decoder, [0], hidden, batch_size), decoder.device
             )
         passes = forward * -(-samples // batch_size)
-        return WINDOW_PASSES * job.plan.block_visits * job.config.epochs * passes
+        return seconds + WINDOW_PASSES * job.plan.block_visits * job.config.window_epochs * passes
     finally:
         decoder.hold([])
 

@@ -35,7 +35,11 @@ def reference_rows(job: Job) -> list[Row]:
 
 def result_row(job: Job) -> Row:
     """Return the calibrated model's row."""
-    way = f"SliderQuant ({job.config.schedule})" if job.plan.windows else "compensated rounding"
+    way = {
+        "compensated": "compensated rounding",
+        "combined": f"compensated rounding + windows ({job.config.schedule})",
+        "slider": f"SliderQuant ({job.config.schedule})",
+    }[job.config.method]
     setting = describe_setting(job.config)
     measured = _measure(
         job,

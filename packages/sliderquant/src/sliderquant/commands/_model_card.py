@@ -68,12 +68,14 @@ def history_section(config: QuantizeConfig, report: Mapping[str, Any], begin: st
     environment = report["environment"]
     libraries = {"python": environment["python"], "torch": environment["torch"]}
     libraries |= environment["libraries"]
-    names = [field.name for field in fields(SliderConfig) if field.name != "rounding"]
-    settings = {name: getattr(config, name) for name in names}
+    settings = {field.name: getattr(config, field.name) for field in fields(SliderConfig)}
     data = file_hashes(config.calib)
-    way = "[SliderQuant](https://arxiv.org/abs/2603.25284) windows"
-    if config.method == "compensated":
-        way = "Compensated rounding"
+    windows = "[SliderQuant](https://arxiv.org/abs/2603.25284) windows"
+    way = {
+        "compensated": "Compensated rounding",
+        "combined": f"Compensated rounding and {windows} that trained its scales",
+        "slider": windows,
+    }[config.method]
 
     # The same in Markdown.
     lines = [

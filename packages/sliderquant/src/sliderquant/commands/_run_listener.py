@@ -38,21 +38,19 @@ class RunListener:
         self._stop.check()
 
     def on_block(self, block: int) -> None:
-        """Write a final block."""
+        """Write a final block; where all blocks are rounded, its codes may be needed to measure."""
         self._write_block(block)
-        if self._job.plan.windows:
-            return
-
-        # Compensated rounding has no updates to count; its codes are needed once more to measure.
         if not self._job.texts:
             self._job.learnables[block].forget_codes()
-        self._bar.advance()
-        self._stop.check()
 
     def on_rounded(self, block: int, strengths: Mapping[tuple[str, ...], float | None]) -> None:
-        """Log how far each layer group makes up for the errors of the layers before."""
+        """Log how far each layer group makes up for the errors of the layers before; stop if asked."""
         named = {names[0].removesuffix(WEIGHT_SUFFIX): value for names, value in strengths.items()}
-        self._log.log(block + 1, {f"strength {name}": value for name, value in named.items()})
+        # Windows count their own steps, and a run that is continued in them rounds again.
+        if not self._job.plan.windows:
+            self._log.log(block + 1, {f"strength {name}": value for name, value in named.items()})
+        self._bar.advance()
+        self._stop.check()
         for names, strength in strengths.items():
             if strength is None:
                 warn(

@@ -20,6 +20,7 @@ class Plan:
         windows: Block numbers per window.
         block_visits: Sum of the window sizes; times ``epochs`` it is the cost of the calibration.
         stages: Passes over the windows (intra-layer stages).
+        rounded_blocks: Blocks that are rounded in closed form, before any window.
         updates: Optimizer updates in all.
         bits_per_weight: Stored bits per quantized weight, scales included; needs a model.
         memory_gib: Peak memory by part, GiB; needs a model.
@@ -30,6 +31,7 @@ class Plan:
     block_visits: int
     stages: int
     updates: int
+    rounded_blocks: int
     bits_per_weight: float | None = None
     memory_gib: dict[str, float] | None = None
     lean: bool = False
@@ -42,7 +44,8 @@ class Plan:
         """Return the plan as a table."""
         table = Table(title="calibration plan", show_header=False)
         spans = (f"{w[0]}-{w[-1]}" if len(w) > 1 else str(w[0]) for w in self.windows)
-        table.add_row("windows", " ".join(spans) or "none: blocks are rounded one after the other")
+        table.add_row("blocks rounded one after the other", str(self.rounded_blocks))
+        table.add_row("windows", " ".join(spans) or "none")
         table.add_row("number of windows", str(len(self.windows)))
         table.add_row("block visits per epoch", str(self.block_visits))
         table.add_row("intra-layer stages", str(self.stages))
@@ -66,10 +69,9 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
         ConfigError: If the windows do not fit.
     """
     # Windows and updates follow from the number of blocks.
-    trained = config.method == "slider"
-    windows = make_windows(layers, config) if trained else []
+    windows = [] if config.method == "compensated" else make_windows(layers, config)
     batches = -(-config.nsamples // config.batch_size)
-    updates = config.stages * len(windows) * (config.epochs // config.stages) * batches
+    updates = config.stages * len(windows) * (config.window_epochs // config.stages) * batches
 
     # Bits and memory need the sizes of the weights.
     bits = memory = None
@@ -78,15 +80,14 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
         bits = _bits_per_weight(config, shape)
         largest = max(map(len, windows), default=1)
         lean = largest * sum(map(math.prod, shape.linears.values())) > RECOMPUTE_ABOVE
-        memory = _memory(config, shape, largest, lean)
-        if not trained:
-            memory |= _memory_of_feedback(config, shape, layers)
+        memory = _memory(config, shape, largest, lean, layers)
 
     return Plan(
         windows=windows,
         block_visits=block_visits(windows),
-        stages=config.stages if trained else 1,
+        stages=config.stages,
         updates=updates,
+        rounded_blocks=0 if config.method == "slider" else layers,
         bits_per_weight=bits,
         memory_gib=memory,
         lean=lean,
@@ -106,9 +107,28 @@ def _bits_per_weight(config: SliderConfig, shape: ModelShape) -> float:
 
 
 def _memory(
+    config: SliderConfig, shape: ModelShape, largest_window: int, lean: bool, layers: int
+) -> dict[str, float]:
+    """Return the parts of the peak, in float32: with rounding and windows, those of the larger one."""
+    phases = []
+    if config.method != "compensated":
+        phases.append(_memory_of_windows(config, shape, largest_window, lean))
+    if config.method != "slider":
+        phases.append(_memory_of_rounding(config, shape))
+
+    # Codes stay for what comes behind the rounding; the embedding is in memory at the start and the end.
+    parts = max(phases, key=lambda phase: sum(phase.values()))
+    if config.method != "slider":
+        weights = sum(math.prod(weight) for weight in shape.linears.values())
+        parts["codes of all blocks"] = config.wbits / 8 * layers * weights / 2**30
+    parts["embedding, as it is and as it is written"] = 2 * 4 / 2**30 * shape.embedding
+    return parts
+
+
+def _memory_of_windows(
     config: SliderConfig, shape: ModelShape, largest_window: int, lean: bool
 ) -> dict[str, float]:
-    """Embedding, caches, and the working copies of the largest window, all in float32."""
+    """Caches, and the working copies of the largest window."""
     float32 = 4 / 2**30
     seqlen = min(config.seqlen, shape.context)
     weights = list(map(math.prod, shape.linears.values()))
@@ -117,15 +137,14 @@ def _memory(
     # are computed again, it keeps one block's simulated weights and a gradient or two.
     simulated = sum(weights) + 2 * max(weights) if lean else 6 * window
     return {
-        "embedding, as it is and as it is written": 2 * float32 * shape.embedding,
         "weights of the window": float32 * window,
         "simulation of the window": float32 * simulated,
         "activation caches": float32 * 3 * config.nsamples * seqlen * shape.hidden,
     }
 
 
-def _memory_of_feedback(config: SliderConfig, shape: ModelShape, layers: int) -> dict[str, float]:
-    """What compensated rounding needs instead of simulating a window, computed in float32."""
+def _memory_of_rounding(config: SliderConfig, shape: ModelShape) -> dict[str, float]:
+    """What compensated rounding holds: one block, and what it takes to round its largest layer."""
     solved = [weight for weight in shape.linears.values() if len(weight) == 2]  # no fused experts
     of_block = sum(map(math.prod, solved))
     # The block once more as it is rounded, and eight tensors of the size of the largest layer.
@@ -135,11 +154,10 @@ def _memory_of_feedback(config: SliderConfig, shape: ModelShape, layers: int) ->
     # What the attention's output projection reads, in both models.
     tokens = config.nsamples * min(config.seqlen, shape.context)
     return {
-        "simulation of the window": 0.0,
+        "weights of the block": 4 * sum(map(math.prod, shape.linears.values())) / 2**30,
         "rounding of the largest layer": rounded / 2**30,
         "moments of the largest layer": moments / 2**30,
         "activation caches": 4 * 4 * tokens * shape.hidden / 2**30,
-        "codes of all blocks (with eval text)": config.wbits / 8 * layers * of_block / 2**30,
     }
 
 

@@ -41,7 +41,7 @@ def quantize(config: QuantizeConfig) -> Report:
     out = _output_folder(config)
 
     # Windows compute in float32; compensated rounding and rotations need double precision.
-    float64 = config.method == "compensated" or config.rotate != "none"
+    float64 = config.method != "slider" or config.rotate != "none"
     folder = out / "run" / "cache" if config.cache == "disk" else None
     with process_group(config.device, float64=float64) as device, ActivationCache(folder) as cache:
         # Read the model and the text; plan what is to be done.
@@ -67,7 +67,7 @@ def quantize(config: QuantizeConfig) -> Report:
     # The figures are known only after the weights are written.
     files = sorted(path.name for path in out.iterdir() if path.is_file())
     notes = [f"stored as {config.format}; bits per weight counts the packed size", job.begin_note]
-    if job.plan.windows:
+    if config.method == "slider":
         notes.insert(0, f"intra_order={config.intra_order}, {INTRA_ORDERS[config.intra_order]}")
     report = builder.build(rows, device=str(device), seeds=[config.seed], notes=notes, files=files)
     document = report.to_json()
@@ -89,7 +89,7 @@ def _check_processes(config: QuantizeConfig) -> None:
             f"nsamples is {config.nsamples} and there are {count} processes; "
             f"give --nsamples {count} or more"
         )
-    if config.method == "slider" and config.batch_size < count:
+    if config.method != "compensated" and config.batch_size < count:
         raise InputError(
             f"batch_size is {config.batch_size} and there are {count} processes; "
             f"give --batch-size {count} or more"

@@ -1,12 +1,14 @@
-"""Calibration: round a model's blocks in closed form, or train the learnables of sliding windows.
+"""Calibration: round a model's blocks in closed form, train sliding windows of blocks, or both.
 
 Paper: "SliderQuant" (ICLR 2026, arXiv 2603.25284). Both methods push two streams of hidden states
 through the network, block by block: x_fp is what enters a block in the full-precision model, x_q what
 enters it in the model whose earlier blocks are quantized already. ``block_rounding`` rounds one block
-after the other; ``window_passes`` trains windows of blocks, stage by stage.
+after the other; ``window_passes`` trains windows of blocks, stage by stage. Combined, all blocks are
+rounded first, and windows train the scales of the codes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from jaxtyping import Int
 from torch import Tensor
@@ -19,8 +21,24 @@ from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.task import CalibrationTask, Listeners, WindowResult
 from sliderquant.method.window_passes import train_windows
 
+
+def round_and_train_scales(task: CalibrationTask) -> None:
+    """Round all blocks in closed form, then train the scales of their codes in windows.
+
+    Rounding looks at one layer group at a time; a window sees what its errors become some blocks later.
+
+    Raises:
+        CalibrationDivergedError: Naming window and stage.
+    """
+    # No block is final before its last window. A continued run rounds again, to the same codes.
+    not_final = replace(task.listeners, on_block=lambda block: None)
+    round_blocks_(replace(task, listeners=not_final))
+    train_windows(task)
+
+
 METHODS: dict[str, Callable[[CalibrationTask], None]] = {
     "compensated": round_blocks_,
+    "combined": round_and_train_scales,
     "slider": train_windows,
 }
 

@@ -8,6 +8,7 @@ leading axis [experts] on all of them.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,8 +63,10 @@ class LinearLearnables(nn.Module):
         self.upper = nn.Parameter(torch.full((*experts, out_features, groups), INITIAL_LOGIT))
         self.lower = nn.Parameter(torch.full((*experts, out_features, groups), INITIAL_LOGIT))
 
-        # The weight as ``error_compensation`` rounded it; then nothing here is trained.
+        # The weight as ``error_compensation`` rounded it. Then nothing above is trained, and only
+        # ``combined`` trains this: ln of a factor on each of its scales.
         self._closed_form: QuantizedWeight | PackedCodes | None = None
+        self.log_rescale = nn.Parameter(torch.zeros(*experts, out_features, groups))
 
     @property
     def closed_form(self) -> QuantizedWeight | None:
@@ -85,6 +88,11 @@ class LinearLearnables(nn.Module):
         if isinstance(self._closed_form, QuantizedWeight):
             self._closed_form = PackedCodes.of(self._closed_form)
 
+    def unpack_codes(self, device: torch.device) -> None:
+        """Keep the codes of ``closed_form`` on a device, ready to be read many times."""
+        if isinstance(self._closed_form, PackedCodes):
+            self._closed_form = self._closed_form.unpack(device)
+
     def add_correction(self, weight: Float[Tensor, "*experts out in"]) -> Tensor:
         """Return W~ = W + B A / r in float32; W itself if the format keeps full precision."""
         if self.fmt.bits == UNQUANTIZED_BITS:
@@ -99,8 +107,22 @@ class LinearLearnables(nn.Module):
             # Packed codes go to the device as they are: they are the smallest there.
             packed = isinstance(rounded, PackedCodes)
             codes = rounded.unpack(weight.device) if packed else rounded.to(weight.device)
-            return codes.dequantize().to(self.lora_b.dtype)
+            values = codes.levels().float() * self._trained_scale(codes).float().unsqueeze(-1)
+            return simulate_storage(values, self.fmt).flatten(-2)
         return fake_quantize(self.add_correction(weight), self.fmt, self.upper, self.lower, ratio)
+
+    def _trained_scale(self, weight: QuantizedWeight) -> Float[Tensor, "*experts out groups"]:
+        """Return D exp(s) as it is stored, with a gradient for s; D itself where s is zero."""
+        factor = self.log_rescale.exp().to(weight.scale.device)
+        dtype = torch.promote_types(weight.scale.dtype, factor.dtype)
+        return simulate_storage(weight.scale.to(dtype) * factor, self.fmt)
+
+    def rescaled(self) -> QuantizedWeight | None:
+        """Return ``closed_form`` with the scales that windows trained."""
+        weight = self.closed_form
+        if weight is None:
+            return None
+        return replace(weight, scale=self._trained_scale(weight).detach().to(self.fmt.dtype))
 
     def forward_in_pieces(self, weight: Float[Tensor, "*experts out in"], ratio: float) -> Tensor:
         """Return what ``forward`` does, keeping nothing of the weight's size for the backward pass."""
@@ -272,7 +294,7 @@ class BlockLearnables(nn.Module):
         simulated = {name: simulate_storage(value, self.fmt) for name, value in scaled.items()}
         for name, linear in zip(self.names, self.linears, strict=True):
             weight = scaled.get(name, tensors[name])
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled() and not linear.is_rounded:
                 value = linear.forward_in_pieces(weight, ratio)
             else:
                 value = linear(weight, ratio)
@@ -306,7 +328,7 @@ class BlockLearnables(nn.Module):
         for name, value in (dict(tensors) | self.merge(tensors)).items():
             if rounded and name in self.names and self.fmt.bits != UNQUANTIZED_BITS:
                 linear = self.linear(name)
-                stored[name] = linear.closed_form or quantize_weight(
+                stored[name] = linear.rescaled() or quantize_weight(
                     value, self.fmt, linear.upper, linear.lower
                 )
             else:
@@ -322,13 +344,28 @@ class BlockLearnables(nn.Module):
         for linear in self.linears:
             linear.pack_codes()
 
+    def unpack_codes(self, device: torch.device) -> None:
+        """Keep the codes of weights that were solved in closed form on a device, to train with them."""
+        for linear in self.linears:
+            linear.unpack_codes(device)
+
     def forget_codes(self) -> None:
         """Free the weights that were solved in closed form."""
         for linear in self.linears:
             linear.closed_form = None
 
-    def parameter_groups(self, lr_lora: float, lr_lwc: float, lr_scale: float = 0.0) -> list[dict]:
-        """Return the optimizer's groups: corrections, clipping logits and factors, with their rates."""
+    def parameter_groups(
+        self, lr_lora: float, lr_lwc: float, lr_scale: float = 0.0, lr_range: float = 0.0
+    ) -> list[dict]:
+        """Return the optimizer's groups with their rates.
+
+        Corrections, clipping logits and channel factors; where the weights are rounded already, the
+        factors on their scales alone, because everything else is final.
+        """
+        if any(linear.is_rounded for linear in self.linears):
+            rounded = [linear.log_rescale for linear in self.linears if linear.is_rounded]
+            return [{"params": rounded, "lr": lr_range}]
+
         groups = []
         if self.fmt.bits != UNQUANTIZED_BITS:
             lora = [p for linear in self.linears for p in (linear.lora_a, linear.lora_b)]

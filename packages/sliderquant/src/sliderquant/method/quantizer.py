@@ -244,13 +244,15 @@ class QuantizedWeight:
     zero: Int[Tensor, "*experts out groups"] | None
     fmt: WeightFormat
 
-    def dequantize(self) -> Float[Tensor, "*experts out in"]:
-        """Return (q - z) D in ``fmt.dtype``: the values of ``fake_quantize``, bit for bit."""
+    def levels(self) -> Int[Tensor, "*experts out groups g"]:
+        """Return q - z by group."""
         groups = self.scale.shape[-1]
         levels = self.codes.unflatten(-1, (groups, self.codes.shape[-1] // groups))
-        if self.zero is not None:
-            levels = levels - self.zero.unsqueeze(-1)
-        values = levels.float() * self.scale.float().unsqueeze(-1)
+        return levels if self.zero is None else levels - self.zero.unsqueeze(-1)
+
+    def dequantize(self) -> Float[Tensor, "*experts out in"]:
+        """Return (q - z) D in ``fmt.dtype``: the values of ``fake_quantize``, bit for bit."""
+        values = self.levels().float() * self.scale.float().unsqueeze(-1)
         return values.to(self.fmt.dtype).flatten(-2)
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":

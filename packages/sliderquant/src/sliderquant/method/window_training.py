@@ -121,9 +121,9 @@ def train_window(
             made; an accelerator may have made it, and some more, before the host knows.
     """
     # An optimizer of the window's own, with a rate for each kind of learnable.
-    epochs = config.epochs // config.stages
+    epochs = config.window_epochs // config.stages
     rate *= config.batch_size if config.lr_scale_by_batch else 1
-    rates = [rate * lr for lr in (config.lr_lora, config.lr_lwc, config.lr_scale)]
+    rates = [rate * lr for lr in (config.lr_lora, config.lr_lwc, config.lr_scale, config.lr_range)]
     trained = [learnables[block] for block in window]
     optimizer = window_optimizer(trained, rates, decoder.device)
     updates_per_epoch = -(-len(inputs) // config.batch_size)
@@ -131,6 +131,10 @@ def train_window(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda update: max(0, 1 - update / updates)
     )
+
+    # Codes of weights that are rounded already wait packed, and are read in each update.
+    for block_learnables in trained:
+        block_learnables.unpack_codes(decoder.device)
 
     # Every epoch visits all samples once; under several processes, each computes its share.
     simulate = window_simulation(decoder, window, learnables, ratio, activations)
@@ -144,6 +148,8 @@ def train_window(
         optimizer.step()
         schedule.step()
     log.read()
+    for block_learnables in trained:
+        block_learnables.pack_codes()
 
     first_epoch, last_epoch = log.losses[:updates_per_epoch], log.losses[-updates_per_epoch:]
     return sum(first_epoch) / len(first_epoch), sum(last_epoch) / len(last_epoch)
@@ -196,7 +202,7 @@ def window_optimizer(
 
     Args:
         learnables: Of the window's blocks.
-        rates: Learning rates of the corrections, the clipping and the channel scaling.
+        rates: Learning rates in the order of ``BlockLearnables.parameter_groups``.
         device: Where they are trained.
     """
     groups = [group for block in learnables for group in block.parameter_groups(*rates)]
