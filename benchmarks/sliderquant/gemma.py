@@ -34,7 +34,6 @@ code of its ``method`` and ``kernels``. Model and text are fetched once, see ``g
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 # Run as a script, which uv needs: what is ours is found from the root, and the modules of this folder
@@ -53,7 +52,6 @@ from benchmarks.sliderquant.gemma_cells import (
     known_results,
     path_of,
     result_of,
-    timed_cell,
 )
 from benchmarks.sliderquant.gemma_measure import subject_of, work
 from benchmarks.sliderquant.gemma_report import write
@@ -84,18 +82,9 @@ def run(config: GemmaConfig) -> None:
             continue
         words = f"{number}/{len(cells)} {cell.model} {cell.setting} {cell.label}, seed {cell.seed}"
 
-        # Windows take as long as AutoRound did, which is known when that has run.
-        timed = cell
-        if cell.arm == "slider":
-            peer = result_of(config, timed_cell(config, cell.setting, cell.seed))
-            if peer is None:
-                say(f"{words}: needs the time of autoround, left out")
-                continue
-            timed = replace(cell, options={**cell.options, "seconds": peer["cpu_seconds"]})
-
         expected = expected_seconds(cell, known_results(Path(config.cells)))
         say(f"{words}: about {expected:.0f} CPU seconds")
-        run_cell(work, config, timed, path, logs / f"{path.stem}.log", words)
+        run_cell(work, config, cell, path, logs / f"{path.stem}.log", words)
 
 
 def plan(config: GemmaConfig) -> Table:

@@ -34,7 +34,7 @@ from benchmarks.sliderquant.gemma_cells import (
     texts_of,
 )
 from benchmarks.sliderquant.gemma_data import fetch, token_hashes
-from benchmarks.sliderquant.peers_methods import METHODS, Task, check_rounded, columns_of, epochs_in
+from benchmarks.sliderquant.peers_methods import METHODS, Task, check_rounded, columns_of
 from benchmarks.sliderquant.peers_models import prepare, read_material
 from effml_common.folders import cache_folder
 from sliderquant.adapters.files import load_model, load_tokenizer
@@ -157,13 +157,11 @@ def measure_cell(config: GemmaConfig, cell: Cell) -> dict[str, Any]:
 
 def quantize(task: Task, cell: Cell) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Quantize, and return the model with its seconds, memory (MiB), library and settings."""
-    # Imports and the choice of epochs are no part of the time.
+    # Imports are no part of the time.
     function = FUNCTIONS[cell.arm]
     for module in IMPORTS[function]:
         importlib.import_module(module)
     columns = columns_of(task.model)
-    if "seconds" in task.options:
-        task.options["config"]["epochs"] = epochs_in(task, task.options["seconds"])
 
     # Wall time, CPU time and peak memory of the quantization alone.
     before = peak_mib()

@@ -31,12 +31,15 @@ NAMES = {
     "autoround": "AutoRound",
     "autoround-ext": "AutoRound, extended",
     "compensated": "sliderquant, compensated",
+    "combined": "sliderquant, compensated + windows",
     "slider": "sliderquant, windows",
     FULL: FULL,
 }
 UNCALIBRATED = ("rtn", "hqq")  # their one run stands beside every seed
+# Pairs of the package's own arms of which the first is claimed to be lower.
+OWN_CLAIMS = (("compensated", "slider"), ("combined", "compensated"), ("combined", "slider"))
 PEER_LIBRARIES = ("llmcompressor", "auto-round", "hqq", "compressed-tensors")
-MARKERS = dict(zip(FUNCTIONS, "os^vD<*P", strict=True))
+MARKERS = dict(zip(FUNCTIONS, "os^vD<*XP", strict=True))
 WIDE = 3.0  # times the smallest perplexity: then a logarithmic axis
 BROKEN = 1000.0  # times full precision: beyond it an arrow, however good the others are
 CROWDED = 200.0  # range of an axis from which on only powers of ten are named
@@ -172,7 +175,7 @@ def _claims(rows: Sequence[Entry]) -> list[Claim]:
             row
             for row in rows
             if (row.model, row.setting) == (own.model, own.setting)
-            and (not is_own(row.arm) or (own.arm, row.label) == ("compensated", "slider"))
+            and (not is_own(row.arm) or (own.arm, row.label) in OWN_CLAIMS)
         ]
         for other in others:
             claims += _paired_claims(own, other)
@@ -209,7 +212,8 @@ def _notes(rows: Sequence[Entry]) -> list[str]:
         "HQQ keeps real-valued zero points; AWQ runs with the pinning of memory for a GPU left out",
         "AutoRound runs its own light recipe, 50 iterations at a rate of 0.005, with --batch-size "
         "samples of 512 tokens",
-        "sliderquant, windows, gets as many epochs as fit into the CPU seconds of AutoRound",
+        "sliderquant, windows, has two epochs, one for each intra-layer stage, in batches of 4; behind "
+        "compensated rounding windows have one, in batches of one",
     ]
     machines = {run["machine"]["processor"] for row in rows for run in row.runs.values()}
     return [*notes, f"measured on {', '.join(sorted(machines))}"]

@@ -86,7 +86,7 @@ def rtn(task: Task) -> tuple[PreTrainedModel, str]:
 
 
 def slider(task: Task) -> tuple[PreTrainedModel, str]:
-    """SliderQuant, with the settings in ``options["config"]``."""
+    """The package's own methods, with the settings in ``options["config"]``."""
     decoder = TransformersDecoder(task.model)
     config = SliderConfig(**task.options["config"])
     merge_(decoder, calibrated_weights(decoder, task.samples, config, "sliderquant"))
@@ -94,7 +94,8 @@ def slider(task: Task) -> tuple[PreTrainedModel, str]:
     if config.method == "compensated":
         return task.model, "compensated rounding, no windows"
     visits = make_plan(config, None, decoder.depth).block_visits
-    return task.model, f"{visits} block visits x {config.epochs} epochs"
+    first = "compensated rounding, then " if config.method == "combined" else ""
+    return task.model, f"{first}{visits} block visits x {config.window_epochs} epochs"
 
 
 def epochs_in(task: Task, seconds: float) -> int:

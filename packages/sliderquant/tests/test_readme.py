@@ -79,7 +79,9 @@ def test_the_python_of_the_readme_quantizes_and_generates(workplace, monkeypatch
 
     # No other setting chooses the method.
     assert scope["config"].method == "compensated"
-    with pytest.raises(ValueError, match="only the method slider"):
+    with pytest.raises(
+        ValueError, match="epochs: not a setting of the method compensated; add --method slider"
+    ):
         dataclasses.replace(scope["config"], epochs=21)
 
 

@@ -110,7 +110,9 @@ def test_processes_without_a_sample_are_refused_in_one_line(tmp_path, monkeypatc
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("method", "batch_size"), [("slider", 2), ("compensated", 1)])
+@pytest.mark.parametrize(
+    ("method", "batch_size"), [("slider", 2), ("combined", 2), ("compensated", 1)]
+)
 def test_processes_that_get_samples_are_welcome(method, batch_size, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     joined = []
@@ -122,16 +124,19 @@ def test_processes_that_get_samples_are_welcome(method, batch_size, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize(
+    ("method", "cache", "windows"),
+    [("slider", "memory", 8), ("slider", "disk", 8), ("combined", "disk", 4)],
+)
 def test_quantize_under_torchrun_writes_once_and_gives_the_same_model(
-    cache, save, tmp_path
+    method, cache, windows, save, tmp_path
 ) -> None:
     model, text = save("llama"), tmp_path / "text.txt"
     words = [
         model, "--calib", text, "--eval-text", text, "--group-size", 8, "--nsamples", 4,
-        "--seqlen", 16, "--method", "slider", "--epochs", 2, "--batch-size", 2, "--cache", cache,
-        "--quiet",
+        "--seqlen", 16, "--method", method, "--batch-size", 2, "--cache", cache, "--quiet",
     ]  # fmt: skip
+    words += ["--epochs", 2] if method == "slider" else ["--lr-range", 1e-2]
     run_two("-m", "sliderquant", "quantize", *words, "--out", tmp_path / "two")
     command = ["quantize", *map(str, words), "--out", str(tmp_path / "one")]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -140,16 +145,18 @@ def test_quantize_under_torchrun_writes_once_and_gives_the_same_model(
     one, two = (
         json.loads((tmp_path / name / "run" / "report.json").read_text()) for name in ("one", "two")
     )
+    # Sums in another order flip a few codes of so small a model.
+    tolerance = 1e-3 if method == "slider" else 2e-2
     for first, second in zip(one["rows"], two["rows"], strict=True):
         for metric, value in first["metrics"].items():
-            assert second["metrics"][metric]["mean"] == pytest.approx(value["mean"], rel=1e-3)
+            assert second["metrics"][metric]["mean"] == pytest.approx(value["mean"], rel=tolerance)
     names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert names[0] == names[1]
     lines = [
         (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
         for name in ("one", "two")
     ]
-    assert len(lines[0]) == len(lines[1]) == 8
+    assert len(lines[0]) == len(lines[1]) == windows
 
 
 def test_mps_is_refused_where_double_precision_is_needed(monkeypatch) -> None:
