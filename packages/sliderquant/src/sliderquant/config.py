@@ -128,7 +128,7 @@ class SliderConfig(WindowConfig):
     lora_rank: int = setting(4, "rank of the correction; it is merged before rounding")
     range_epochs: int = setting(1, "passes over the samples per window, in combined")
     lr_range: float = setting(
-        2e-3, "learning rate of the logarithm of the codes' scales, in combined"
+        5e-3, "learning rate of the logarithm of the codes' scales, in combined"
     )
     nsamples: int = setting(128, "calibration samples")
     seqlen: int = setting(2048, "tokens per calibration sample; capped at the model's limit")
