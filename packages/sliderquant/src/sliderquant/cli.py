@@ -6,7 +6,7 @@ from effml_common.cli import main as run_command
 COMMANDS = (
     Command(
         "demo",
-        "train a small Llama once, quantize it four ways, compare perplexities",
+        "train a small Llama once, quantize it five ways, compare perplexities",
         config="sliderquant.config:DemoConfig",
         run="sliderquant.demo.report:demo",
         examples=(

@@ -377,7 +377,7 @@ class DemoModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig(DemoModelConfig):
-    """Train a small Llama once, quantize it four ways, compare the perplexities."""
+    """Train a small Llama once, quantize it five ways, compare the perplexities."""
 
     seeds: int = setting(1, "calibration seeds; claims need 3")
     bits: tuple[int, ...] = setting((4, 3, 2), "weight bits to compare")

@@ -6,7 +6,8 @@ Arms per bit width, all on the same calibration tokens:
 * block-wise reconstruction, the same code with windows of one block and no intra-layer stages (the
   setting of OmniQuant), with as many epochs as make its block visits equal to SliderQuant's;
 * SliderQuant;
-* compensated rounding, which trains nothing.
+* compensated rounding, which trains nothing;
+* combined: compensated rounding, then windows train the scales of its codes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,8 +42,9 @@ CLAIMED = (
     ("SliderQuant", "round-to-nearest"),
     ("SliderQuant", "block-wise"),
     ("compensated", "SliderQuant"),
+    ("combined", "compensated"),
 )
-ARMS = ("round-to-nearest", *LEARNING_RATES, "compensated")
+ARMS = ("round-to-nearest", *LEARNING_RATES, "compensated", "combined")
 
 Texts = Mapping[str, Sequence[Tensor]]
 
@@ -56,7 +58,7 @@ class Arm:
 
 
 def arms(config: DemoConfig, bits: int, seed: int) -> list[Arm]:
-    """Return block-wise reconstruction and SliderQuant at equal block visits.
+    """Return the calibrated ways; block-wise reconstruction makes as many block visits as SliderQuant.
 
     Args:
         config: Demo settings.
@@ -90,11 +92,13 @@ def arms(config: DemoConfig, bits: int, seed: int) -> list[Arm]:
         method="slider",
     )
 
-    compensated = SliderConfig(**common, method="compensated")
+    rounded = {
+        method: SliderConfig(**common, method=method) for method in ("compensated", "combined")
+    }
     return [
         Arm(name="block-wise", config=block),
         Arm(name="SliderQuant", config=slider),
-        Arm(name="compensated", config=compensated),
+        *(Arm(name=method, config=config) for method, config in rounded.items()),
     ]
 
 

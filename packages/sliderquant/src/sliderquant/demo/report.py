@@ -1,4 +1,4 @@
-"""The ``demo`` command: one small trained model, four ways to quantize it, the same data and cost.
+"""The ``demo`` command: one small trained model, five ways to quantize it, the same data and cost.
 
 The ways are in ``arms``, the text in ``data``, the model in ``models``.
 """
@@ -177,7 +177,7 @@ def _claims(config: DemoConfig, results: Results) -> list[Claim]:
 def _notes(config: DemoConfig, depth: int) -> list[str]:
     plans = ((arm, make_plan(arm.config, None, depth)) for arm in arms(config, config.bits[0], 0))
     cost = ", ".join(
-        f"{arm.name} {plan.block_visits} visits x {arm.config.epochs} epochs"
+        f"{arm.name} {plan.block_visits} visits x {arm.config.window_epochs} epochs"
         for arm, plan in plans
         if plan.windows
     )
@@ -200,7 +200,7 @@ def _draw(folder: Path, full: Mapping[str, float], results: Results) -> list[Pat
     panels = figure.subplots(1, len(full))
     widths = sorted({bits for _, bits in results})
     for panel, text in zip(panels, full, strict=True):
-        for marker, name in zip("so^v", ARMS, strict=True):
+        for marker, name in zip("so^vD", ARMS, strict=True):
             values = [[run[text] for run in results[name, bits]] for bits in widths]
             means = [sum(runs) / len(runs) for runs in values]
             panel.plot(widths, means, marker=marker, label=name)
