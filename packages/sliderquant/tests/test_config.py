@@ -38,6 +38,8 @@ def test_a_setting_of_another_method_is_refused(name, method) -> None:
 def test_settings_that_no_method_has_together_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"epochs, lr_range: not a .*; leave it out"):
         SliderConfig(epochs=21, lr_range=1e-2)
+    with pytest.raises(ConfigError, match=r"lr_range: not a .* slider; leave it out"):
+        SliderConfig(method="slider", epochs=21, lr_range=1e-2)
     with pytest.raises(ConfigError, match=r"stride: .*; add --method combined or slider"):
         SliderConfig(window=2, stride=2)
 

@@ -171,7 +171,7 @@ class SliderConfig(WindowConfig):
         """Refuse what the chosen method does not do."""
         changed = [f.name for f in fields(SliderConfig) if getattr(self, f.name) != f.default]
         given = [name for name in changed if name in FOREIGN_SETTINGS[self.method]]
-        owners = [m for m, foreign in FOREIGN_SETTINGS.items() if not foreign.intersection(given)]
+        owners = [m for m, foreign in FOREIGN_SETTINGS.items() if not foreign.intersection(changed)]
         require(
             not given,
             f"{', '.join(given)}: not a setting of the method {self.method}",

@@ -455,3 +455,23 @@ def test_windows_behind_rounding_match_the_full_model_better(decoder, samples) -
         logits = simulated_logits(decoder, simulated_weights(decoder, learnables))(samples)
         errors[method] = (logits - full).square().mean().item()
     assert errors["combined"] < 0.95 * errors["compensated"]
+
+
+def test_a_window_behind_rounding_that_diverges_names_its_own_rate(decoder, samples) -> None:
+    base = {"wbits": 2, "group_size": 32, "sym": False, "nsamples": 8, "seqlen": 64}
+    config = SliderConfig(**base, method="combined", lr_range=1e30)
+    with pytest.raises(CalibrationDivergedError, match=r"lower lr_range$"):
+        calibrated(decoder, samples, config)
+
+
+@pytest.mark.parametrize("method", ["compensated", "combined"])
+def test_a_model_in_float64_stays_in_it(method, tiny, tokens) -> None:
+    decoder = TransformersDecoder(tiny("llama").double())
+    config = SliderConfig(
+        method=method, wbits=4, group_size=8, nsamples=len(tokens), seqlen=tokens.shape[1]
+    )
+    learnables = [made.double() for made in fresh_learnables(decoder, config, torch.float64)]
+    windows = [[0, 1], [1, 2]] if method == "combined" else []
+    calibrate(decoder, tokens, windows, learnables, config)
+    logits = simulated_logits(decoder, simulated_weights(decoder, learnables))(tokens)
+    assert logits.dtype == torch.float64

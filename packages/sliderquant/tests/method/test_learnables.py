@@ -204,10 +204,18 @@ def test_gradient_of_a_scale_is_that_of_levels_times_scale(pair, recompute) -> N
         expected = values.unflatten(1, (linear.log_rescale.shape[1], -1)).sum(-1)
         torch.testing.assert_close(linear.log_rescale.grad, expected)
 
+    # Of the weight's size nothing is kept but the codes.
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        learnables(weights)
+    assert max(tensor.numel() for tensor in saved) < weights["up"].numel()
+
     # Nothing else is trained: the rest is final.
     (group,) = learnables.parameter_groups(1.0, 2.0, 3.0, 4.0)
     assert group["lr"] == 4.0
     assert {id(p) for p in group["params"]} == {id(x.log_rescale) for x in learnables.linears}
+    assert set(learnables.trained_by("combined")) == {f"linears.{i}.log_rescale" for i in (0, 1)}
+    assert len(learnables.trained_by("slider")) == 2 * 4
 
 
 def test_clipping_can_be_left_out(pair) -> None:

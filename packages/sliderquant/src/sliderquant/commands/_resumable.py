@@ -23,6 +23,7 @@ from sliderquant.commands._run_listener import RunListener, WindowClock
 from sliderquant.config import SliderConfig
 from sliderquant.method.calibration import calibrate
 from sliderquant.method.learnables import BlockLearnables
+from sliderquant.method.parallel import process_count
 
 
 def calibrate_saved(job: Job) -> None:
@@ -70,7 +71,7 @@ def _save_window(job: Job, settings: dict[str, Any], fingerprint: str, step: int
     tensors = {
         f"{block}.{name}": value
         for block, learnables in enumerate(job.learnables)
-        for name, value in learnables.state_dict().items()
+        for name, value in learnables.trained_by(job.config.method).items()
     }
     folder, state = job.out / "run" / "checkpoints", {"fingerprint": fingerprint}
     checkpoint.save(folder, step, tensors, state, config=settings, keep=2)
@@ -79,7 +80,11 @@ def _save_window(job: Job, settings: dict[str, Any], fingerprint: str, step: int
 def _fingerprint(job: Job, settings: dict[str, Any]) -> str:
     """Hash what must be the same for a run to be continued."""
     libraries = {name: version(name) for name in ("sliderquant", "torch", "transformers")}
-    sha = hashlib.sha256(json.dumps([settings, libraries], sort_keys=True).encode())
+    machines = [
+        process_count(),
+        job.decoder.device.type,
+    ]  # sums in another order end in other codes
+    sha = hashlib.sha256(json.dumps([settings, libraries, machines], sort_keys=True).encode())
     sha.update(job.samples.numpy().tobytes())
     for path in job.files:
         with path.open("rb") as file:
@@ -102,18 +107,13 @@ def _restore_(
     check_same_settings(saved.config or settings, settings, place=checkpoints)
     if saved.state.get("fingerprint") != fingerprint:
         raise InputError(
-            f"{checkpoints} belongs to another model, text, setting or library version; "
+            f"{checkpoints} belongs to another model, text, setting, library version, kind of device or "
+            "number of processes; "
             "choose another --out or restore what changed"
         )
 
     for block, learned in enumerate(learnables):
-        prefix = f"{block}."
-        learned.load_state_dict(
-            {
-                name.removeprefix(prefix): value
-                for name, value in saved.tensors.items()
-                if name.startswith(prefix)
-            }
-        )
+        for name, value in learned.trained_by(settings["method"]).items():
+            value.copy_(saved.tensors[f"{block}.{name}"])
     say(f"resuming after {saved.step} finished windows")
     return saved.step

@@ -51,6 +51,7 @@ class RunListener:
             self._log.log(block + 1, {f"strength {name}": value for name, value in named.items()})
         self._bar.advance()
         self._stop.check()
+        self._clock.restart()
         for names, strength in strengths.items():
             if strength is None:
                 warn(
@@ -93,6 +94,10 @@ class WindowClock:
         self._left = plan.stages * plan.block_visits
         self._skipped = done
         self._visited = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Start to count now: what was done before were no windows."""
         self._start = self._last = time.monotonic()
 
     def tell(self, result: WindowResult) -> None:

@@ -18,7 +18,7 @@ class Plan:
 
     Attributes:
         windows: Block numbers per window.
-        block_visits: Sum of the window sizes; times ``epochs`` it is the cost of the calibration.
+        block_visits: Sum of the window sizes; times the epochs it is the cost of the windows.
         stages: Passes over the windows (intra-layer stages).
         rounded_blocks: Blocks that are rounded in closed form, before any window.
         updates: Optimizer updates in all.
@@ -69,7 +69,8 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
         ConfigError: If the windows do not fit.
     """
     # Windows and updates follow from the number of blocks.
-    windows = [] if config.method == "compensated" else make_windows(layers, config)
+    idle = config.wbits == FULL_BITS and not config.scales_channels
+    windows = [] if idle or config.method == "compensated" else make_windows(layers, config)
     batches = -(-config.nsamples // config.batch_size)
     updates = config.stages * len(windows) * (config.window_epochs // config.stages) * batches
 
@@ -87,7 +88,7 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
         block_visits=block_visits(windows),
         stages=config.stages,
         updates=updates,
-        rounded_blocks=0 if config.method == "slider" else layers,
+        rounded_blocks=0 if idle or config.method == "slider" else layers,
         bits_per_weight=bits,
         memory_gib=memory,
         lean=lean,
@@ -118,9 +119,12 @@ def _memory(
 
     # Codes stay for what comes behind the rounding; the embedding is in memory at the start and the end.
     parts = max(phases, key=lambda phase: sum(phase.values()))
-    if config.method != "slider":
-        weights = sum(math.prod(weight) for weight in shape.linears.values())
-        parts["codes of all blocks"] = config.wbits / 8 * layers * weights / 2**30
+    weights = sum(math.prod(weight) for weight in shape.linears.values())
+    if config.method == "combined":
+        parts["codes of the window"] = 2 * largest_window * weights / 2**30
+    if config.method != "slider" and config.wbits != FULL_BITS:
+        condition = " (with eval text)" if config.method == "compensated" else ""
+        parts[f"codes of all blocks{condition}"] = config.wbits / 8 * layers * weights / 2**30
     parts["embedding, as it is and as it is written"] = 2 * 4 / 2**30 * shape.embedding
     return parts
 

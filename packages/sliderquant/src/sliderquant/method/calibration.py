@@ -33,6 +33,10 @@ def round_and_train_scales(task: CalibrationTask) -> None:
     # No block is final before its last window. A continued run rounds again, to the same codes.
     not_final = replace(task.listeners, on_block=lambda block: None)
     round_blocks_(replace(task, listeners=not_final))
+
+    # Channel scales belong to the codes, and are final with them.
+    for learnables in task.learnables:
+        learnables.factors.requires_grad_(False)
     train_windows(task)
 
 
@@ -65,7 +69,8 @@ def calibrate(
     With compensated rounding there are no windows: see ``error_compensation``.
 
     A run that stopped after ``done`` windows continues to the same bits: the relay up to there is
-    replayed, which only needs the learnables, because blocks below a window's start are final.
+    replayed, which only needs the learnables, because blocks below a window's start are final. Combined,
+    the blocks are rounded again first.
 
     Args:
         decoder: The model; its own weights stay as they are.

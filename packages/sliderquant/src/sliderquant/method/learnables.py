@@ -3,7 +3,7 @@
 Paper: "SliderQuant" (ICLR 2026, arXiv 2603.25284), learnable parameters; clipping as in the authors'
 code. With the frozen weight W [out, in], W~ = scaled(W) + B A / r is what gets rounded, so nothing of it
 remains at inference. A: [r, in], B: [out, r], u and l: one logit per row and group. Experts carry a
-leading axis [experts] on all of them.
+leading axis [experts] on all of them. Of weights that are rounded already, the scales are trained alone.
 """
 
 import math
@@ -24,6 +24,7 @@ from sliderquant.method.quantizer import (
     WeightFormat,
     fake_quantize,
     quantize_weight,
+    rescale,
     simulate_storage,
 )
 
@@ -107,8 +108,8 @@ class LinearLearnables(nn.Module):
             # Packed codes go to the device as they are: they are the smallest there.
             packed = isinstance(rounded, PackedCodes)
             codes = rounded.unpack(weight.device) if packed else rounded.to(weight.device)
-            values = codes.levels().float() * self._trained_scale(codes).float().unsqueeze(-1)
-            return simulate_storage(values, self.fmt).flatten(-2)
+            values = simulate_storage(rescale(codes, self._trained_scale(codes)), self.fmt)
+            return values.to(self.lora_b.dtype)
         return fake_quantize(self.add_correction(weight), self.fmt, self.upper, self.lower, ratio)
 
     def _trained_scale(self, weight: QuantizedWeight) -> Float[Tensor, "*experts out groups"]:
@@ -353,6 +354,14 @@ class BlockLearnables(nn.Module):
         """Free the weights that were solved in closed form."""
         for linear in self.linears:
             linear.closed_form = None
+
+    def trained_by(self, method: str) -> dict[str, Tensor]:
+        """Return by name what the windows of a method train, or choose before them."""
+        return {
+            name: value
+            for name, value in self.state_dict().items()
+            if name.endswith("log_rescale") == (method == "combined")
+        }
 
     def parameter_groups(
         self, lr_lora: float, lr_lwc: float, lr_scale: float = 0.0, lr_range: float = 0.0

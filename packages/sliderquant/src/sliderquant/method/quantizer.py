@@ -270,6 +270,27 @@ class QuantizedWeight:
         )
 
 
+def rescale(
+    weight: QuantizedWeight, scale: Float[Tensor, "*experts out groups"]
+) -> Float[Tensor, "*experts out in"]:
+    """Return (q - z) D with another D, in float32; the gradient reaches D.
+
+    Nothing of the weight's size is kept for the backward pass, only the codes that are there anyway.
+    """
+    return _Rescaled.apply(weight, scale.float()).flatten(-2)
+
+
+class _Rescaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: QuantizedWeight, scale: Tensor) -> Tensor:
+        ctx.weight = weight
+        return weight.levels().float() * scale.unsqueeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, (gradients[0] * ctx.weight.levels()).sum(dim=-1)
+
+
 @torch.no_grad()
 def quantize_weight(
     weight: Float[Tensor, "*experts out in"],

@@ -20,8 +20,8 @@ class WindowResult:
         step: Count of finished windows over all stages, from 1.
         ratio: Intra-layer ratio of the stage.
         window: Block numbers.
-        first_loss: Mean squared error of the first epoch.
-        last_loss: Mean squared error of the last epoch.
+        first_loss: Mean squared error of the first epoch, or of the first half of a single one.
+        last_loss: Mean squared error of the last epoch, or of the second half.
         retries: Restarts at half the learning rate.
     """
 

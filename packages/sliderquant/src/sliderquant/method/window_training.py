@@ -52,7 +52,7 @@ def train_window_guarded(
         settings: Keyword arguments of ``train_window``.
 
     Returns:
-        Mean loss of the first and the last epoch, and the number of restarts.
+        First and last loss as ``train_window`` returns them, and the number of restarts.
 
     Raises:
         CalibrationDivergedError: If the last retry diverges too; the learnables are as they were.
@@ -74,9 +74,10 @@ def train_window_guarded(
             for block, state in zip(window, initial_states, strict=True):
                 learnables[block].load_state_dict(state)
             failure = error
+    rates = "lr_range" if settings["config"].method == "combined" else "lr_lora and lr_lwc"
     raise CalibrationDivergedError(
         f"blocks {window[0]}-{window[-1]} diverged at ratio {settings['ratio']} in {RETRIES + 1} "
-        f"tries ({failure}); lower lr_lora and lr_lwc"
+        f"tries ({failure}); lower {rates}"
     )
 
 
@@ -114,7 +115,7 @@ def train_window(
             at a time.
 
     Returns:
-        Mean loss of the first and of the last epoch.
+        Mean loss of the first and of the last epoch; of the two halves of a single one.
 
     Raises:
         CalibrationDivergedError: If the loss or its gradient is not finite. On a CPU the update is not
@@ -151,8 +152,8 @@ def train_window(
     for block_learnables in trained:
         block_learnables.pack_codes()
 
-    first_epoch, last_epoch = log.losses[:updates_per_epoch], log.losses[-updates_per_epoch:]
-    return sum(first_epoch) / len(first_epoch), sum(last_epoch) / len(last_epoch)
+    part = updates_per_epoch if epochs > 1 else -(-updates // 2)
+    return sum(log.losses[:part]) / part, sum(log.losses[-part:]) / part
 
 
 class UpdateLog:
