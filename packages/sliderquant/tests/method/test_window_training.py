@@ -228,6 +228,27 @@ def test_a_loss_of_half_precision_states_is_float32(tiny) -> None:
     torch.testing.assert_close(loss.detach(), error.square())
 
 
+def test_a_relative_loss_weighs_all_tokens_alike(tiny) -> None:
+    decoder = TransformersDecoder(tiny("llama"))
+    learnables = fresh_learnables(decoder, SliderConfig(**SETTINGS), torch.float32)[:1]
+    optimizer = window_training.window_optimizer(learnables, (1e-3, 1e-2, 1e-3), CPU)
+    factor = learnables[0].linears[0].upper
+
+    def simulate(hidden):
+        return hidden + 0 * factor.sum()
+
+    # One token has hidden states a thousand times as large; the last one is zero.
+    sizes = torch.tensor([1.0, 1000.0, 2.0, 0.0]).view(1, 4, 1)
+    targets = sizes * torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+    inputs = targets + 0.1 * sizes
+    loss, _ = window_training.compute_gradients_(
+        simulate, inputs, targets, 1, learnables, optimizer, relative=True
+    )
+    errors = (inputs - targets).square().mean(-1)[0, :3] / targets.square().mean(-1)[0, :3]
+    torch.testing.assert_close(loss, errors.sum() / 4)
+    assert errors.max() < 2 * errors.min()
+
+
 @pytest.mark.parametrize(
     ("device", "fused"), [(CPU, None), (CARD, True), (torch.device("mps"), None)]
 )

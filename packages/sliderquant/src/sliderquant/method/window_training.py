@@ -139,13 +139,16 @@ def train_window(
 
     # Every epoch visits all samples once; under several processes, each computes its share.
     simulate = window_simulation(decoder, window, learnables, ratio, activations)
+    relative = config.method == "combined"
     log = UpdateLog(decoder.device, on_update)
     for _, batch in batches(len(inputs), config.batch_size, epochs, seed):
         share = own_share(batch)
         x_q, wanted = (
             to_device(select_samples(hidden, share), decoder.device) for hidden in (inputs, targets)
         )
-        log.add(*compute_gradients_(simulate, x_q, wanted, len(batch), trained, optimizer))
+        log.add(
+            *compute_gradients_(simulate, x_q, wanted, len(batch), trained, optimizer, relative)
+        )
         optimizer.step()
         schedule.step()
     log.read()
@@ -218,6 +221,7 @@ def compute_gradients_(
     batch_size: int,
     learnables: Sequence[BlockLearnables],
     optimizer: torch.optim.Optimizer,
+    relative: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Compute the gradients of a window's learnables, from this process's share of a batch.
 
@@ -230,6 +234,8 @@ def compute_gradients_(
         batch_size: Samples of all processes together.
         learnables: Of the window's blocks.
         optimizer: Holds their parameters.
+        relative: Divide a token's errors by the root mean square of its target. In language models a few
+            tokens have hidden states a thousand times as large as all others, and would be all there is.
 
     Returns:
         Mean squared error over the whole batch, and the norm of its gradient.
@@ -243,6 +249,9 @@ def compute_gradients_(
         # At least float32, also where the hidden states are half as wide.
         simulated = simulate(inputs)
         error = simulated.to(torch.promote_types(simulated.dtype, torch.float32)) - targets
+        if relative:
+            size = targets.square().mean(dim=-1, keepdim=True).sqrt()
+            error = error / torch.where(size > 0, size, 1.0)
         # The mean over the whole batch, of which this process may hold a part.
         loss = error.square().sum() / (batch_size * error[0].numel())
         loss.backward()
