@@ -207,6 +207,7 @@ def set_codes(kit: Kit, block: Any) -> None:
             zero=None,
             fmt=linear.fmt,
         )
+    block.train_scales()
 
 
 def evaluate(kit: Kit, tiny: bool) -> Step:

@@ -161,6 +161,7 @@ def rounded_learnables(weights, fmt, packed: bool):
         learnables.linear(name).closed_form = quantize_weight(weights[name], fmt)
     if packed:
         learnables.pack_codes()
+    learnables.train_scales()
     return learnables
 
 

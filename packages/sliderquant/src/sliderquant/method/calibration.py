@@ -36,7 +36,7 @@ def round_and_train_scales(task: CalibrationTask) -> None:
 
     # Channel scales belong to the codes, and are final with them.
     for learnables in task.learnables:
-        learnables.factors.requires_grad_(False)
+        learnables.train_scales()
     train_windows(task)
 
 

@@ -67,7 +67,8 @@ class LinearLearnables(nn.Module):
         # The weight as ``error_compensation`` rounded it. Then nothing above is trained, and only
         # ``combined`` trains this: ln of a factor on each of its scales.
         self._closed_form: QuantizedWeight | PackedCodes | None = None
-        self.log_rescale = nn.Parameter(torch.zeros(*experts, out_features, groups))
+        no_change = torch.zeros(*experts, out_features, groups)
+        self.log_rescale = nn.Parameter(no_change, requires_grad=False)
 
     @property
     def closed_form(self) -> QuantizedWeight | None:
@@ -355,6 +356,11 @@ class BlockLearnables(nn.Module):
         for linear in self.linears:
             linear.closed_form = None
 
+    def train_scales(self) -> None:
+        """Train the scales of the codes that are there, and nothing else."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.endswith("log_rescale"))
+
     def trained_by(self, method: str) -> dict[str, Tensor]:
         """Return by name what the windows of a method train, or choose before them."""
         return {
@@ -366,13 +372,12 @@ class BlockLearnables(nn.Module):
     def parameter_groups(
         self, lr_lora: float, lr_lwc: float, lr_scale: float = 0.0, lr_range: float = 0.0
     ) -> list[dict]:
-        """Return the optimizer's groups with their rates.
+        """Return the optimizer's groups: corrections, clipping logits and channel factors, with their rates.
 
-        Corrections, clipping logits and channel factors; where the weights are rounded already, the
-        factors on their scales alone, because everything else is final.
+        Where weights are rounded already, the factors on their scales alone: everything else is final.
         """
-        if any(linear.is_rounded for linear in self.linears):
-            rounded = [linear.log_rescale for linear in self.linears if linear.is_rounded]
+        rounded = [linear.log_rescale for linear in self.linears if linear.is_rounded]
+        if rounded:
             return [{"params": rounded, "lr": lr_range}]
 
         groups = []
