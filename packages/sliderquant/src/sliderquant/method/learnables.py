@@ -67,8 +67,7 @@ class LinearLearnables(nn.Module):
         # The weight as ``error_compensation`` rounded it. Then nothing above is trained, and only
         # ``combined`` trains this: ln of a factor on each of its scales.
         self._closed_form: QuantizedWeight | PackedCodes | None = None
-        no_change = torch.zeros(*experts, out_features, groups)
-        self.log_rescale = nn.Parameter(no_change, requires_grad=False)
+        self.log_rescale = nn.Parameter(torch.zeros_like(self.upper), requires_grad=False)
 
     @property
     def closed_form(self) -> QuantizedWeight | None:
@@ -372,7 +371,7 @@ class BlockLearnables(nn.Module):
     def parameter_groups(
         self, lr_lora: float, lr_lwc: float, lr_scale: float = 0.0, lr_range: float = 0.0
     ) -> list[dict]:
-        """Return the optimizer's groups: corrections, clipping logits and channel factors, with their rates.
+        """Return the optimizer's groups: corrections, clipping logits, channel factors, and their rates.
 
         Where weights are rounded already, the factors on their scales alone: everything else is final.
         """
