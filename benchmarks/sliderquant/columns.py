@@ -155,9 +155,10 @@ def main() -> int:
     """Print the table, write the figures, and return the exit code."""
     try:
         config = parse(Config, sys.argv[1:], prog=PROG)
+        path = Path(config.out) / "sliderquant-columns.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         result = measure(config)
         Console().print(table_of(result))
-        path = Path(config.out) / "sliderquant-columns.json"
         atomic_write(path, json.dumps(result, indent=1) + "\n")
     except InputError as error:
         warn(str(error))

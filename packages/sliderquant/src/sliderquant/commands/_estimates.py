@@ -44,6 +44,7 @@ def announce(job: Job) -> None:
     if plan.windows:
         stages = f" x {plan.stages} stages" if plan.stages > 1 else ""
         work.append(f"{len(plan.windows)} windows{stages}, {plan.updates} updates")
+    work = work or ["nothing to calibrate"]
     minutes = max(1, round(estimate_seconds(job) / 60))
     memory = sum((plan.memory_gib or {}).values())
     disk = sum(path.stat().st_size for path in job.files) / 2**30
