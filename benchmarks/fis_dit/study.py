@@ -22,10 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from effml_common.errors import InputError
+from benchmarks.script import run_script
 from effml_common.files import atomic_write
-from effml_common.logging import Progress, warn
-from effml_common.parsing import parse, setting
+from effml_common.logging import Progress
+from effml_common.parsing import setting
 from effml_common.report import resolve
 from fis_dit.adapters.apply import apply_fis
 from fis_dit.adapters.block_scores import score_blocks
@@ -366,16 +366,11 @@ def show(record: dict[str, Any], out: Path) -> None:
     atomic_write(out, json.dumps(record, indent=1) + "\n")
 
 
-def main() -> int:
-    """Parse the flags, run, print; 2 on bad input."""
-    try:
-        config = parse(StudyConfig, sys.argv[1:], prog="python -m benchmarks.fis_dit.study")
-        show(study(config), Path(config.out))
-    except InputError as error:
-        warn(str(error))
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(
+        run_script(
+            StudyConfig,
+            "python -m benchmarks.fis_dit.study",
+            lambda config: show(study(config), Path(config.out)),
+        )
+    )

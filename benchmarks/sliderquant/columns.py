@@ -21,10 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from effml_common.errors import InputError
+from benchmarks.script import run_script
 from effml_common.files import atomic_write
-from effml_common.logging import warn
-from effml_common.parsing import parse, require, setting
+from effml_common.parsing import require, setting
 from sliderquant.method.error_compensation import (
     Grid,
     coordinate_descent_sweep,
@@ -151,20 +150,14 @@ def table_of(result: dict[str, Any]) -> Table:
     return table
 
 
-def main() -> int:
-    """Print the table, write the figures, and return the exit code."""
-    try:
-        config = parse(Config, sys.argv[1:], prog=PROG)
-        path = Path(config.out) / "sliderquant-columns.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result = measure(config)
-        Console().print(table_of(result))
-        atomic_write(path, json.dumps(result, indent=1) + "\n")
-    except InputError as error:
-        warn(str(error))
-        return 2
-    return 0
+def run(config: Config) -> None:
+    """Measure, print the table and write the figures."""
+    path = Path(config.out) / "sliderquant-columns.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = measure(config)
+    Console().print(table_of(result))
+    atomic_write(path, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(Config, PROG, run))

@@ -6,7 +6,6 @@ Shapes are linear layers of 7 and 70 billion parameter Llamas, one row at a time
 is the achieved part of the copy's bandwidth. Needs a CUDA device.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,9 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.script import run_script
 from effml_common.errors import InputError
-from effml_common.logging import warn
-from effml_common.parsing import parse
 from sliderquant.method.packing import packed_tensors
 from sliderquant.method.quantizer import WeightFormat, quantize_weight
 
@@ -73,17 +71,11 @@ def measure(config: Config) -> Table:
     return table
 
 
-def main() -> int:
-    """Print the table and return the exit code."""
-    try:
-        Console().print(
-            measure(parse(Config, sys.argv[1:], prog="python -m benchmarks.sliderquant.kernels"))
-        )
-    except InputError as error:
-        warn(str(error))
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(
+        run_script(
+            Config,
+            "python -m benchmarks.sliderquant.kernels",
+            lambda config: Console().print(measure(config)),
+        )
+    )

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effml_common.errors import InputError
+from benchmarks.script import run_script
 from effml_common.files import atomic_write
-from effml_common.logging import say, warn
-from effml_common.parsing import parse, setting
+from effml_common.logging import say
+from effml_common.parsing import setting
 
 LARGEST_GROWTH = 0.10  # from few to many blocks
 LARGEST_SHARE = 0.60  # of the float32 size of the model with few blocks
@@ -171,21 +171,16 @@ def measure(config: MemoryConfig) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Parse the flags, measure, write; 2 on bad input."""
-    try:
-        config = parse(MemoryConfig, sys.argv[1:], prog="python -m benchmarks.sliderquant.memory")
-        if config.child:
-            print(json.dumps(quantize_here(config)), flush=True)
-            return 0
-        result = measure(config)
-    except InputError as error:
-        warn(str(error))
-        return 2
+def run(config: MemoryConfig) -> int:
+    """Measure and write; 1 if a claim does not hold. A child measures one model and prints it."""
+    if config.child:
+        print(json.dumps(quantize_here(config)), flush=True)
+        return 0
+    result = measure(config)
     atomic_write(Path(config.out), json.dumps(result, indent=1) + "\n")
     say(json.dumps(result["holds"]))
     return 0 if all(result["holds"].values()) else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(MemoryConfig, "python -m benchmarks.sliderquant.memory", run))

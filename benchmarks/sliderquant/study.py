@@ -22,10 +22,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.script import run_script
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
-from effml_common.logging import warn
-from effml_common.parsing import parse, setting
+from effml_common.parsing import setting
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
 from sliderquant.adapters.simulation import weight_format
@@ -172,17 +172,11 @@ def show(results: list[dict[str, Any]]) -> None:
     Console(width=120).print(table)
 
 
-def main() -> int:
-    """Parse the flags, run, print; 2 on bad input."""
-    try:
-        config = parse(StudyConfig, sys.argv[1:], prog="python -m benchmarks.sliderquant.study")
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        show(study(config))
-    except InputError as error:
-        warn(str(error))
-        return 2
-    return 0
+def run(config: StudyConfig) -> None:
+    """Run the study and print its table."""
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    show(study(config))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(StudyConfig, "python -m benchmarks.sliderquant.study", run))

@@ -1,6 +1,6 @@
 """Calibration: round a model's blocks in closed form, train sliding windows of blocks, or both.
 
-Paper: "SliderQuant" (ICLR 2026, arXiv 2603.25284). Both methods push two streams of hidden states
+Paper: "SliderQuant" (ICLR 2026, arXiv 2603.25284). All methods push two streams of hidden states
 through the network, block by block: x_fp is what enters a block in the full-precision model, x_q what
 enters it in the model whose earlier blocks are quantized already. ``block_rounding`` rounds one block
 after the other; ``window_passes`` trains windows of blocks, stage by stage. Combined, all blocks are
