@@ -84,13 +84,14 @@ def test_two_processes_round_what_one_rounds(tiny, tmp_path) -> None:
         assert first["strengths"] == second["strengths"]
         assert first["strengths"] == pytest.approx(alone["strengths"], abs=1e-3)
 
-        # Samples and rows are shared: each computes little more than half.
+        # Samples, regressions and rows are shared: each computes little more than half.
         codes, others, same = (
             torch.cat([c.flatten() for c in r["codes"]]) for r in (alone, first, second)
         )
         assert torch.equal(others, same)
         assert (codes != others).double().mean() < 1e-4
         assert max(first["flops"], second["flops"]) < 0.6 * alone["flops"]
+        assert first["solved"] == second["solved"] == alone["solved"] / 2 > 0
 
 
 def test_one_process_joins_nothing(monkeypatch) -> None:

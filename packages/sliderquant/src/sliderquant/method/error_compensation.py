@@ -82,41 +82,42 @@ class Grid:
         return (self.levels(codes) * self.scale.unsqueeze(1)).flatten(0, 1)
 
 
-def corrected_weight(moments: GroupMoments) -> tuple[Float[Tensor, "in out"], Curvature]:
+def corrected_weight(moments: GroupMoments) -> tuple[Float[Tensor, "in own"], Curvature]:
     """Return W* of all layers of a group side by side, transposed, and H: steps 2 and 3 of the method.
 
     Layers make up for the errors of the layers before, as far as that holds on samples kept apart.
+    Several processes share the rows of the weights, which are columns here: this one's are returned.
     """
-    weight = moments.weight
+    own = own_columns(len(moments.weight))
+    weight = moments.weight[own]
     curvature = factorize(moments.second, weight.dtype)
-    update = ridge_update(curvature, moments.cross).to(weight.dtype)
-    update = update @ weight.T if moments.through_weight else update
+    if moments.through_weight:
+        update = ridge_update(curvature, moments.cross) @ weight.T
+    else:
+        update = curvature.solve(moments.cross[:, own]).to(weight.dtype)
     return weight.T + moments.strength.to(weight.dtype) * update, curvature
 
 
 def round_layers(
-    target: Float[Tensor, "in out"],
+    target: Float[Tensor, "in own"],
     curvature: Curvature,
     outputs: Sequence[int],
     fmt: WeightFormat,
 ) -> list[QuantizedWeight]:
     """Return layers that read the same input, rounded for it: steps 4 and 5 of the method.
 
-    Several processes share the rows of the weights.
-
     Args:
-        target: W* of all layers side by side.
+        target: This process's part of W* of all layers side by side.
         curvature: H of their input.
         outputs: Rows of each layer's weight.
         fmt: Storage format; its group size divides ``in``.
     """
     # Each process rounds some rows; all of them get the result.
-    rows = own_columns(target.shape[1])
-    codes, grid = round_and_refine(target[:, rows].contiguous(), fmt, curvature)
-    low, _ = fmt.code_range
-    codes = gather_columns((codes - low).to(torch.uint8), target.shape[1]).to(torch.int16) + low
-    scale = gather_columns(grid.scale, target.shape[1])
-    zero = gather_columns(grid.zero, target.shape[1])
+    codes, grid = round_and_refine(target.contiguous(), fmt, curvature)
+    (low, _), rows = fmt.code_range, sum(outputs)
+    codes = gather_columns((codes - low).to(torch.uint8), rows).to(torch.int16) + low
+    scale = gather_columns(grid.scale, rows)
+    zero = gather_columns(grid.zero, rows)
 
     # Layer by layer, as they are stored.
     outputs = list(outputs)

@@ -217,7 +217,7 @@ class Sums:
         """Return the score of the update that fits the tokens so far, of all processes."""
         self._mirror_()
         second, cross = sum_over_processes(self.second), sum_over_processes(self.cross)
-        update = ridge_update(factorize(second, self.weight.dtype), cross).to(self.weight.dtype)
+        update = ridge_update(factorize(second, self.weight.dtype), cross)
         return HeldOutScore(update, self.weight if self.through_weight else None)
 
     def _mirror_(self) -> None:

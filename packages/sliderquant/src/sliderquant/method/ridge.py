@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sliderquant.method.parallel import sum_over_processes
+from sliderquant.method.parallel import gather_columns, own_columns, sum_over_processes
 
 DAMPING = 0.01  # d, the share of the mean diagonal that is added to X^T X, as in GPTQ
 PANEL_COLUMNS = 2048  # columns of an inverse that are solved for at a time
@@ -87,9 +87,20 @@ def factorize(
     return Curvature(hessian=hessian, order=order, cholesky=cholesky)
 
 
-def ridge_update(curvature: Curvature, cross_moment: Float[Tensor, "in out"]) -> Tensor:
-    """Return H^-1 X^T E [in, out], the transposed update of the weight; ``cross_moment`` is X^T E."""
-    return curvature.solve(cross_moment)
+def ridge_update(
+    curvature: Curvature, cross_moment: Float[Tensor, "in out"]
+) -> Float[Tensor, "in out"]:
+    """Return H^-1 X^T E, the transposed update of the weight, in the type in which it is rounded.
+
+    Several processes share the columns; all of them get the result.
+
+    Args:
+        curvature: H.
+        cross_moment: X^T E, of all processes.
+    """
+    outputs = cross_moment.shape[1]
+    part = curvature.solve(cross_moment[:, own_columns(outputs)])
+    return gather_columns(part.to(curvature.hessian.dtype), outputs)
 
 
 class HeldOutScore:
