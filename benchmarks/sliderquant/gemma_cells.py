@@ -59,7 +59,7 @@ LIGHT_ITERS, LIGHT_RATE = 50, 5e-3
 # AutoRound. The default rates are for many more updates; these were chosen on development text.
 FEW_UPDATES = {"epochs": 2, "lr_lora": 2e-3, "lr_lwc": 5e-2}
 # The Llama that the comparison of peers is about (see ``peers_models``), as wide as groups of 128 need,
-# and trained as long: after the demo's 800 updates 2 bits cost it 2 %, and no method differs from another.
+# and trained as long: behind the demo's 800 updates 2 bits cost it 2 %, which tells no method apart.
 LLAMA = DemoModelConfig(layers=12, hidden_size=256, train_batch=4, train_lr=2e-3, train_steps=4000)
 # CPU seconds of a cell, loading and measuring included, that are expected before one has run.
 FIRST_GUESS = {

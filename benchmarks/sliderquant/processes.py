@@ -3,11 +3,11 @@
     uv run python -m benchmarks.sliderquant.processes
 
 A random Llama is quantized by two processes that know nothing of each other, then by two under
-``torchrun``, one thread each. There are 64 tokens for every input column of the hidden state, as with 128
-samples of 2,048 tokens for a model 4,096 wide: what no process can share, the factorisation of H, costs
-the more the fewer there are. Two run both times, because they share the machine's caches and slow each
-other down. Counted are the CPU seconds of each within ``quantize``: loading, calibrating and writing,
-not the imports. Quote the ratio, never a time.
+``torchrun``, one thread each. There are 64 tokens for every input column of the hidden state, as with
+128 samples of 2,048 tokens for a model 4,096 wide: what no process can share, the factorisation of H,
+costs the more the fewer there are. Two run both times, because they share the machine's caches and slow
+each other down. Counted are the CPU seconds of each within ``quantize``: loading, calibrating and
+writing, not the imports. Quote the ratio, never a time.
 """
 
 import json

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.simulation import (
     fresh_learnables,
     model_logits,
@@ -347,8 +348,6 @@ def test_inputs_that_are_never_active_are_no_trouble() -> None:
 
 
 def test_every_rounded_linear_is_solved_once_in_computing_order(family, tiny) -> None:
-    from sliderquant.adapters.decoder import TransformersDecoder
-
     decoder = TransformersDecoder(tiny(family))
     layout = decoder.layout(0)
     groups = layer_groups(layout)
@@ -360,6 +359,47 @@ def test_every_rounded_linear_is_solved_once_in_computing_order(family, tiny) ->
         assert aims == [None, None]
     else:
         assert aims == ["input_layernorm", "post_attention_layernorm"][: len(aims)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])  # without and with norms behind the layers
+def test_tokens_count_alike_for_layers_that_aim_at_their_own_output(
+    name, tiny, tokens, monkeypatch
+) -> None:
+    model, seen = tiny(name), []
+
+    def keep(*words, **more):
+        seen.append(moments.collect_moments(*words, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(block_rounding, "collect_moments", keep)
+    config = settings(wbits=8, group_size=None, nsamples=4, seqlen=12)
+    decoder = TransformersDecoder(model)
+    calibrate(decoder, tokens, [], fresh_learnables(decoder, config, torch.float32), config)
+
+    # With 8 bits, what layers read in both models is nearly the same.
+    block, read = decoder.blocks[0], {}
+    parts = block.self_attn.q_proj, block.self_attn.o_proj, block.mlp.up_proj, block.mlp.down_proj
+    for part in parts:
+        part.register_forward_pre_hook(lambda part, words: read.update({part: words[0]}))
+    run_blocks(decoder, [0], decoder.block_inputs(tokens), 4)
+    for part, moment in zip(parts, seen[:4], strict=True):
+        x = read[part]
+        if name != "llama" or part in (parts[0], parts[2]):
+            x = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+        x = x.flatten(0, 1).double()
+        assert (moment.second - x.T @ x).norm() < 0.03 * (x.T @ x).norm()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+def test_a_token_of_any_size_is_counted_or_nothing(size) -> None:
+    tokens = size * torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    scaled = tokens * moments.inverse_size(tokens)
+    assert scaled.isfinite().all()
+    if size > 1:
+        expected = math.sqrt(8) * tokens / tokens.double().norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(scaled.double(), expected, rtol=1e-5, atol=0)
+    else:
+        assert scaled.abs().max() < 1e-6
 
 
 def test_it_recovers_most_of_what_rounding_to_nearest_costs(

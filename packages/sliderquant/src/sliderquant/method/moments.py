@@ -3,8 +3,9 @@
 Symbols: X [n, in] are the inputs of a layer group in the quantized model, F [n, in] those in the
 full-precision model, W [out, in] its weights, E [n, out] what the outputs lack to equal the
 full-precision model's. Layers that write to the residual stream also make up for what the stream lacks.
-Other layers have E = (F - X) W^T, and where W has many rows it is enough to sum X^T (F - X). Products
-are computed in float32, batch by batch, and summed in float64.
+Other layers have E = (F - X) W^T, and where W has many rows it is enough to sum X^T (F - X); X and E of
+a token are divided by the size of its X there, so that all tokens count alike. Products are computed in
+float32, batch by batch, and summed in float64.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from sliderquant.method.sampling import to_device
 HELD_OUT_SHARE = 8  # of so many samples, one is kept apart from the fit of the ridge regression
 PANELS = 8  # parts of X^T X, of which only those on and above the diagonal are computed
 SMALLEST_PANEL = 128  # columns
+NORM_EPSILON = 1e-6  # as in RMSNorm
 BLOCK_OUTPUT = ""  # the name under which a decoder returns what a block gives
 
 
@@ -274,8 +276,13 @@ def _batches(
         x = x.to(sums.weight.dtype).flatten(0, -2)
         lacking = wanted[reader].flatten(0, -2) - x
 
-        # A layer that writes to the stream also makes up for what the stream lacks. Whoever takes the
-        # batch multiplies it in TF32, too.
+        # All tokens count alike for a layer's own output. A layer that writes to the stream also makes
+        # up for what the stream lacks, whatever it reads itself.
+        if stream is None:
+            relative = inverse_size(x)
+            x, lacking = x * relative, lacking * relative
+
+        # Whoever takes the batch multiplies it in TF32, too.
         with tf32_products(decoder.device):
             if not sums.through_weight:
                 lacking = lacking @ sums.weight.T
@@ -284,6 +291,16 @@ def _batches(
                 lacking -= present[stream].flatten(0, -2)
             yield x, lacking
         del wanted, present, x, lacking  # freed before the next batch is computed
+
+
+def inverse_size(tokens: Float[Tensor, "n in"]) -> Float[Tensor, "n 1"]:
+    """Return what RMSNorm multiplies each token with.
+
+    What layers read differs in size from token to token, also behind a norm whose gains differ. The
+    squared error of a token grows with the square of its size; its effect behind the next norm does not.
+    """
+    norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=torch.float64)
+    return (norms.square() / tokens.shape[-1] + NORM_EPSILON).rsqrt().to(tokens.dtype)
 
 
 def run_inside(
