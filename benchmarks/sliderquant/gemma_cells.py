@@ -36,11 +36,15 @@ FUNCTIONS = {
     "combined": "slider",
     "slider": "slider",
 }
-# Modules of ``method`` and ``kernels`` that one of the package's own arms does not compute with.
+# Modules of ``method`` and ``kernels`` that the study, and one of the package's own arms, do not compute
+# with.
 FOREIGN_MODULES = {
-    "compensated": ("window_passes", "window_training", "windows", "packed_gemv"),
-    "combined": ("packed_gemv",),
-    "slider": ("block_rounding", "column_rounding", "error_compensation", "moments", "packed_gemv"),
+    "compensated": ("metrics", "packed_gemv", "window_passes", "window_training", "windows"),
+    "combined": ("metrics", "packed_gemv"),
+    "slider": (
+        *("metrics", "packed_gemv"),
+        *("block_rounding", "column_rounding", "error_compensation", "moments"),
+    ),
 }
 WEIGHTS_ONLY = ("hqq", "awq", "slider")  # arms that are not compared with rounded activations
 SEEDS = (0, 1, 2)
