@@ -9,7 +9,7 @@ from effml_common.report import Row
 from sliderquant.commands._job import Job
 from sliderquant.config import FULL_BITS, SliderConfig
 from sliderquant.method.activations import ActivationFormat
-from sliderquant.method.metrics import perplexity
+from sliderquant.method.metrics import PIECE, chunk_losses, perplexity_of
 from sliderquant.method.round_to_nearest import rtn_weights
 
 # Parameters of a block to use in place of the model's own.
@@ -70,10 +70,13 @@ def _measure(
                 part.copy_(decoder.run_block(block, part, parameters, activations))
         decoder.hold([])
 
-        # The head is read once, for all chunks.
+        # The head is read once, for all chunks; a whole chunk's logits may be larger than the model.
         outside = decoder.outside()
-        logits = (decoder.logits(part, outside) for part in hidden.split(1))
-        result[name] = perplexity(lambda tokens, logits=logits: next(logits), chunks)
+        losses = []
+        for part, tokens in zip(hidden.split(1), torch.cat(list(chunks)).split(1), strict=True):
+            pieces = (decoder.logits(piece, outside) for piece in part.split(PIECE, dim=1))
+            losses.append(chunk_losses(pieces, tokens))
+        result[name] = perplexity_of(torch.cat(losses))
     return result
 
 
