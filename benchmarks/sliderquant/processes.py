@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,8 @@ def measure(config: ProcessesConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="sliderquant-processes-") as name:
         folder = Path(name)
         write_inputs(folder / "model", config)
-        for each in start(config, folder / "first"), start(config, folder / "second"):
-            wait_for(each)
-        wait_for(start(config, folder / "both", *TORCHRUN))
+        wait_for([start(config, folder / "first"), start(config, folder / "second")])
+        wait_for([start(config, folder / "both", *TORCHRUN)])
         alone, shared = (
             [json.loads((folder / f"{file}.json").read_text()) for file in files]
             for files in (("first-alone", "second-alone"), ("both-0", "both-1"))
@@ -117,10 +117,16 @@ def start(config: ProcessesConfig, out: Path, *launcher: str) -> subprocess.Pope
     )
 
 
-def wait_for(child: subprocess.Popen[bytes]) -> None:
-    """Wait until a child has ended well."""
-    if child.wait():
-        raise subprocess.CalledProcessError(child.returncode, child.args)
+def wait_for(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait until all children have ended well; stop the others where one has not."""
+    try:
+        for child in children:
+            if child.wait():
+                raise subprocess.CalledProcessError(child.returncode, child.args)
+    finally:
+        for child in children:
+            child.terminate()  # does nothing to a child that has ended
+            child.wait()
 
 
 def run(config: ProcessesConfig) -> int:
