@@ -43,9 +43,9 @@ def activation_format(config: SliderConfig) -> ActivationFormat | None:
 def fake_quantize_tokens(x: Float[Tensor, "*tokens d"], fmt: ActivationFormat) -> Tensor:
     """Round activations to a grid of their own token and return them dequantized.
 
-    Asymmetric: D = (max(x, 0) - min(x, 0)) / (2^b - 1), z = round(-min(x, 0) / D). Symmetric:
-    D = max|x| / ((2^b - 1) / 2), z = 0, codes -2^(b-1) to 2^(b-1) - 1. The gradient passes the
-    rounding, not the clamp.
+    Asymmetric: D = (max(x, 0) - min(x, 0)) / (2^b - 1), z = round(-min(x, 0) / D), codes less z from -z
+    to 2^b - 1 - z. Symmetric: D = max|x| / ((2^b - 1) / 2), codes -2^(b-1) to 2^(b-1) - 1. The gradient
+    passes the rounding, not the clamp.
 
     Args:
         x: Activations, floating point; the last axis is rounded together.
@@ -70,12 +70,12 @@ def fake_quantize_tokens(x: Float[Tensor, "*tokens d"], fmt: ActivationFormat) -
     intervals = 2**fmt.bits - 1
     if fmt.sym:
         scale = (high.maximum(-low) / (intervals / 2)).clamp(min=SMALLEST_SCALE)
-        bounds = (-(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1) - 1)
-        simulated = _limit_codes(round_ste(exact / scale), *bounds) * scale
+        smallest, largest = -(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1) - 1
     else:
         scale = ((high - low) / intervals).clamp(min=SMALLEST_SCALE)
         zero = (-low / scale).round().detach()
-        simulated = (_limit_codes(round_ste(exact / scale) + zero, 0, intervals) - zero) * scale
+        smallest, largest = -zero, intervals - zero
+    simulated = _limit_codes(round_ste(exact / scale), smallest, largest) * scale
     simulated = simulated.to(x.dtype)
 
     # An early stage of intra-layer sliding leaves the features at the end as they are.
@@ -85,6 +85,9 @@ def fake_quantize_tokens(x: Float[Tensor, "*tokens d"], fmt: ActivationFormat) -
     return torch.cat([simulated[..., :leading], x[..., leading:]], dim=-1)
 
 
-def _limit_codes(codes: Tensor, low: int, high: int) -> Tensor:
+def _limit_codes(codes: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    """Return codes within bounds, in one pass where no gradient is asked for."""
+    if not codes.requires_grad:
+        return codes.clamp(low, high)
     # Not clamp, whose gradient at the bounds depends on the release of torch.
     return torch.where(codes > high, high, torch.where(codes < low, low, codes))
