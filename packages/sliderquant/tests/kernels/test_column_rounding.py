@@ -170,7 +170,7 @@ def codes_by(round_function, sweep_function, target, grid: Grid, curvature):
     scale, zero = grid.of_columns(torch.arange(len(target), device=target.device))
     nearest = ((target / scale).round() + zero).clamp(*grid.fmt.code_range)
     return (
-        round_with_error_feedback(target, grid, curvature),
+        round_with_error_feedback(target, grid, curvature.order, curvature.inverse_factor()),
         coordinate_descent_sweep(nearest, grid, target, curvature.hessian, curvature.order),
     )
 
@@ -279,7 +279,7 @@ def test_a_layer_on_a_gpu_is_one_kernel_a_block_and_no_wait(fake_card) -> None:
     grid = Grid(scale=weight[:5], zero=weight[:5], group_size=64, fmt=fmt)
     curvature = factorize(fake_card.tensor(320, 320, dtype=torch.float64))
     with Operations() as operations:
-        codes = round_with_error_feedback(weight, grid, curvature)
+        codes = round_with_error_feedback(weight, grid, curvature.order, curvature.inverse_factor())
         hessian = curvature.hessian.to(codes.dtype)
         coordinate_descent_sweep(codes, grid, weight, hessian, curvature.order)
     for name in ("round_columns", "sweep_columns"):

@@ -27,9 +27,11 @@ from sliderquant.method.error_compensation import (
     coordinate_descent_sweep,
     corrected_weight,
     refit_scales,
+    round_in_better_range,
     round_layers,
     round_with_error_feedback,
     search_grid,
+    whole_range_grid,
 )
 from sliderquant.method.layout import layer_groups
 from sliderquant.method.metrics import perplexity
@@ -106,7 +108,9 @@ def test_codes_are_those_of_the_textbook_procedure(columns) -> None:
     grid = grid_of(weight, fmt)
     curvature = factorize((x.T @ x).double())
     h = damped((x.T @ x).double())
-    result = round_with_error_feedback(weight.T, grid, curvature).T
+    result = round_with_error_feedback(
+        weight.T, grid, curvature.order, curvature.inverse_factor()
+    ).T
     scale, zero = (t.T.expand_as(weight) for t in (grid.scale, grid.zero))
     expected = torch.tensor(brain_surgeon(weight, scale, zero, 7, h), dtype=torch.float32)
     # In float32 a value in the middle between two codes may fall to either side.
@@ -297,6 +301,39 @@ def test_the_range_is_the_one_in_which_nearest_rounding_errs_least(sym) -> None:
             assert reached == pytest.approx(min(errors), rel=1e-4)
 
 
+def test_each_row_has_the_range_with_which_its_output_errs_less() -> None:
+    weight, x, _ = layer(64)
+    weight[:3, 5] *= (
+        8  # a narrow range suits rows with one large weight, the whole range the others
+    )
+    fmt = WeightFormat(bits=2, group_size=None, sym=False, dtype=torch.float32)
+    curvature = factorize((x.T @ x).double())
+    factor = curvature.inverse_factor()
+    h = damped((x.T @ x).double())
+
+    def errors(codes, grid):
+        lacking = (weight.T - grid.values(codes)).double()
+        return torch.stack([d @ h @ d for d in lacking.T])
+
+    each = []
+    for grid in (search_grid(weight.T, fmt), whole_range_grid(weight.T, fmt)):
+        codes = round_with_error_feedback(weight.T, grid, curvature.order, factor)
+        each.append(errors(codes, grid))
+    codes, grid = round_in_better_range(weight.T.contiguous(), fmt, curvature)
+    torch.testing.assert_close(errors(codes, grid), torch.minimum(*each), rtol=1e-4, atol=1e-6)
+    assert (each[0] < each[1]).any()
+    assert (each[1] < each[0]).any()
+
+
+def test_the_whole_range_ends_at_the_smallest_and_largest_weight() -> None:
+    weight, _, _ = layer(32)
+    fmt = WeightFormat(bits=4, group_size=16, sym=False, dtype=torch.float32)
+    grid = whole_range_grid(weight.T, fmt)
+    groups = weight.unflatten(1, (2, 16))
+    span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
+    torch.testing.assert_close(grid.scale.T, span / 15)
+
+
 def _combined(levels):
     return (1.25 * levels).flatten(-2)
 
@@ -309,7 +346,7 @@ def test_a_sweep_leaves_no_code_that_a_single_change_would_improve() -> None:
     h = damped((x.T @ x).double())
     curvature = factorize((x.T @ x).double())
     order = curvature.order
-    code = round_with_error_feedback(target.T, grid, curvature).T
+    code = round_with_error_feedback(target.T, grid, curvature.order, curvature.inverse_factor()).T
     costs = [cost(target, (code - zero).unsqueeze(1), scale[:, :1], h)]
     for _ in range(20):
         code = coordinate_descent_sweep(code.T, grid, target.T, h.float(), order).T

@@ -13,9 +13,10 @@ model's, d the damping.
    (arXiv 2504.02692). A layer that writes to the residual stream also corrects the error that the
    stream already carries. ``HeldOutScore`` says how much of the update holds on samples that it was
    not fitted to: W* = W + strength * update.
-4. ``search_grid`` gives each group of W* the range in which nearest rounding errs least, and
-   ``round_with_error_feedback`` rounds the columns of W* one after the other, the most active
-   input first. The columns behind take over what a column lacks, as in GPTQ (arXiv 2210.17323).
+4. ``round_with_error_feedback`` rounds the columns of W* one after the other, the most active input
+   first. The columns behind take over what a column lacks, as in GPTQ (arXiv 2210.17323). It does so on
+   two grids, one that covers the whole range of each group and one that ``search_grid`` narrows to what
+   nearest rounding errs least with; each row keeps the one with the smaller error of its output.
 5. ``refit_scales`` and ``coordinate_descent_sweep`` take turns in lowering the squared error of the
    output, tr((W* - W^) H (W* - W^)^T): the scales of a row by least squares, the codes one column at a
    time, as in QuantEase (arXiv 2309.01885).
@@ -139,8 +140,7 @@ def round_and_refine(
     target: Float[Tensor, "in out"], fmt: WeightFormat, curvature: Curvature
 ) -> tuple[Float[Tensor, "in out"], Grid]:
     """Return codes and grid of W*: error feedback, then scales and codes improved in turn."""
-    grid = search_grid(target, fmt)
-    codes = round_with_error_feedback(target, grid, curvature)
+    codes, grid = round_in_better_range(target, fmt, curvature)
 
     # Scales that fit the codes, codes that fit the scales.
     for _ in range(REFINEMENT_PASSES):
@@ -148,6 +148,48 @@ def round_and_refine(
         grid = replace(grid, scale=simulate_storage(scale, grid.fmt))
         codes = coordinate_descent_sweep(codes, grid, target, curvature.hessian, curvature.order)
     return codes, grid
+
+
+def round_in_better_range(
+    target: Float[Tensor, "in out"], fmt: WeightFormat, curvature: Curvature
+) -> tuple[Float[Tensor, "in out"], Grid]:
+    """Return codes and grid of W* with error feedback; each row has the better of two ranges.
+
+    A range that nearest rounding would choose leaves columns no room for the errors that they take over.
+    How much that costs differs from model to model and from row to row, so both are tried.
+    """
+    narrow, whole = search_grid(target, fmt), whole_range_grid(target, fmt)
+    factor = curvature.inverse_factor()
+    codes_narrow = round_with_error_feedback(target, narrow, curvature.order, factor)
+    codes_whole = round_with_error_feedback(target, whole, curvature.order, factor)
+
+    error_narrow = output_error(codes_narrow, narrow, target, curvature.hessian)
+    error_whole = output_error(codes_whole, whole, target, curvature.hessian)
+    is_whole = error_whole < error_narrow
+    grid = replace(
+        narrow,
+        scale=torch.where(is_whole, whole.scale, narrow.scale),
+        zero=torch.where(is_whole, whole.zero, narrow.zero),
+    )
+    return torch.where(is_whole, codes_whole, codes_narrow), grid
+
+
+def output_error(
+    codes: Float[Tensor, "in out"],
+    grid: Grid,
+    target: Float[Tensor, "in out"],
+    hessian: Float[Tensor, "in in"],
+) -> Float[Tensor, " out"]:
+    """Return (t - D c) H (t - D c)^T of every row t of W*, c = q - z."""
+    lacking = target - grid.values(codes)
+    return (lacking * (hessian @ lacking)).sum(dim=0)
+
+
+def whole_range_grid(target: Float[Tensor, "in out"], fmt: WeightFormat) -> Grid:
+    """Return the grid that reaches the largest and the smallest weight of each group."""
+    group_size = fmt.columns_per_group(len(target))
+    scale, zero = quantization_grid(target.unflatten(0, (-1, group_size)).mT, fmt)
+    return Grid(scale=scale.squeeze(-1), zero=zero.squeeze(-1), group_size=group_size, fmt=fmt)
 
 
 def search_grid(target: Float[Tensor, "in out"], fmt: WeightFormat) -> Grid:
@@ -177,7 +219,10 @@ def search_grid(target: Float[Tensor, "in out"], fmt: WeightFormat) -> Grid:
 
 
 def round_with_error_feedback(
-    target: Float[Tensor, "in out"], grid: Grid, curvature: Curvature
+    target: Float[Tensor, "in out"],
+    grid: Grid,
+    order: Int[Tensor, " in"],
+    factor: Float[Tensor, "in in"],
 ) -> Float[Tensor, "in out"]:
     """Return the codes of W*, rounded column by column with error feedback (GPTQ).
 
@@ -187,11 +232,9 @@ def round_with_error_feedback(
     Args:
         target: W*, transposed.
         grid: D and z of every group.
-        curvature: H and its factor.
+        order: Columns in the order of rounding.
+        factor: U, see ``Curvature.inverse_factor``.
     """
-    order = curvature.order
-    factor = curvature.inverse_factor()
-
     # The codes come back in the order of the columns of the weight.
     remaining, codes = target[order], torch.empty_like(target)
     for begin in range(0, len(order), COLUMN_BLOCK):
