@@ -307,12 +307,13 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def known_results(folder: Path) -> list[dict[str, Any]]:
-    """Return the results in a folder; of one model, setting, label and seed the latest alone."""
+    """Return the results in a folder; of one model, setting, label, seed and code the latest alone."""
     latest: dict[tuple[str, ...], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         result = read_result(path)
         if result is not None:
-            key = tuple(str(result[name]) for name in ("model", "setting", "label", "seed"))
+            names = ("model", "setting", "label", "seed", "source")
+            key = tuple(str(result.get(name)) for name in names)
             if key not in latest or latest[key]["date"] < result["date"]:
                 latest[key] = result
     return list(latest.values())

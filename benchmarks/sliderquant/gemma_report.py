@@ -89,11 +89,15 @@ class Entry:
 
 
 def entries(config: GemmaConfig) -> list[Entry]:
-    """Return all rows there are, in the order of the study."""
-    runs: dict[tuple[str, str, str, str], dict[int, Any]] = {}
+    """Return all rows there are, in the order of the study; no row mixes versions of the code."""
+    versions: dict[tuple[str, str, str, str], dict[str, dict[int, Any]]] = {}
     for result in known_results(Path(config.cells)):
         key = (result["model"], result["setting"], result["arm"], result["label"])
-        runs.setdefault(key, {})[result["seed"]] = result
+        of_code = versions.setdefault(key, {}).setdefault(result.get("source", ""), {})
+        of_code[result["seed"]] = result
+
+    # The version with the most seeds, of several the latest.
+    runs = {key: max(each.values(), key=_seeds_and_date) for key, each in versions.items()}
     settings, arms = [FULL, *GRIDS], [FULL, *FUNCTIONS]
     order = sorted(runs, key=lambda k: (k[0], settings.index(k[1]), arms.index(k[2]), k[3]))
     return [
@@ -106,6 +110,10 @@ def entries(config: GemmaConfig) -> list[Entry]:
         )
         for key in order
     ]
+
+
+def _seeds_and_date(runs: Mapping[int, Mapping[str, Any]]) -> tuple[int, str]:
+    return len(runs), max(run["date"] for run in runs.values())
 
 
 def write(config: GemmaConfig, command: Sequence[str]) -> str | None:
