@@ -329,7 +329,9 @@ def _draw_panel(
     from matplotlib.ticker import LogLocator, NullLocator
 
     points = {row.arm: _mean_and_error(row.values(text)) for row in rows}
-    edge = min(FAR * min(mean for mean, _ in points.values()), BROKEN * min(levels, default=math.inf))
+    edge = min(
+        FAR * min(mean for mean, _ in points.values()), BROKEN * min(levels, default=math.inf)
+    )
     for row in rows:
         mean, error = points[row.arm]
         seconds = sum(row.cost("cpu_seconds")) / len(row.runs)
