@@ -70,12 +70,11 @@ def fake_quantize_tokens(x: Float[Tensor, "*tokens d"], fmt: ActivationFormat) -
     intervals = 2**fmt.bits - 1
     if fmt.sym:
         scale = (high.maximum(-low) / (intervals / 2)).clamp(min=SMALLEST_SCALE)
-        smallest, largest = -(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1) - 1
+        zero = torch.full_like(scale, 2 ** (fmt.bits - 1))
     else:
         scale = ((high - low) / intervals).clamp(min=SMALLEST_SCALE)
         zero = (-low / scale).round().detach()
-        smallest, largest = -zero, intervals - zero
-    simulated = _limit_codes(round_ste(exact / scale), smallest, largest) * scale
+    simulated = _limit_codes(round_ste(exact / scale), -zero, intervals - zero) * scale
     simulated = simulated.to(x.dtype)
 
     # An early stage of intra-layer sliding leaves the features at the end as they are.
@@ -85,7 +84,7 @@ def fake_quantize_tokens(x: Float[Tensor, "*tokens d"], fmt: ActivationFormat) -
     return torch.cat([simulated[..., :leading], x[..., leading:]], dim=-1)
 
 
-def _limit_codes(codes: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+def _limit_codes(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Return codes within bounds, in one pass where no gradient is asked for."""
     if not codes.requires_grad:
         return codes.clamp(low, high)
