@@ -30,7 +30,8 @@ grids and texts, in the environment described above:
 A cell is one model, setting, arm and calibration seed. It runs in a process of its own and leaves one
 JSON file; what is there is not run again, except what failed. A file's name holds a hash of all that
 shapes its result: settings, model, text and library version, and for sliderquant's own arms also the
-code of its ``method`` and ``kernels``. Model and text are fetched once, see ``gemma_data``.
+code of its ``method`` and ``kernels``; of what leads to them (``adapters``) it holds nothing. Model and
+text are fetched once, see ``gemma_data``.
 """
 
 import sys

@@ -30,7 +30,7 @@ FULL = "full precision"
 DEVELOPMENT = ("-dev", "development")  # ends of the names of texts that settings are chosen on
 # Arms by their function in ``peers_methods.METHODS``; those of "slider" are the package's own.
 FUNCTIONS = {
-    **{name: name for name in ("rtn", "hqq", "gptq", "awq", "autoround")},
+    **{name: name for name in ("rtn", "hqq", "gptq", "smoothquant-gptq", "awq", "autoround")},
     "autoround-ext": "autoround",
     "compensated": "slider",
     "combined": "slider",
@@ -47,6 +47,7 @@ FOREIGN_MODULES = {
     ),
 }
 WEIGHTS_ONLY = ("hqq", "awq", "slider")  # arms that are not compared with rounded activations
+ACTIVATIONS_TOO = ("smoothquant-gptq",)  # arms that are compared with rounded activations alone
 SEEDS = (0, 1, 2)
 # Settings at which an arm runs with all calibration seeds; everywhere else it runs with the first.
 SEVERAL_SEEDS = {
@@ -71,6 +72,7 @@ FIRST_GUESS = {
     "rtn": 250,
     "hqq": 300,
     "gptq": 800,
+    "smoothquant-gptq": 600,
     "awq": 2500,
     "autoround": 2400,
     "autoround-ext": 3000,
@@ -94,6 +96,7 @@ class GemmaConfig:
             "rtn",
             "hqq",
             "gptq",
+            "smoothquant-gptq",
             "awq",
             "autoround",
             "autoround-ext",
@@ -168,9 +171,10 @@ def design(config: GemmaConfig) -> list[Cell]:
 def seeds_of(setting: str, arm: str) -> tuple[int, ...]:
     """Return the calibration seeds that an arm runs with; none where it is not compared."""
     grid = GRIDS[setting]
-    if arm in WEIGHTS_ONLY and grid.abits < FULL_BITS:
+    rounds_activations = grid.abits < FULL_BITS
+    if arm in (WEIGHTS_ONLY if rounds_activations else ACTIVATIONS_TOO):
         return ()
-    if arm == "autoround-ext" and (grid.bits > 2 or grid.abits < FULL_BITS):
+    if arm == "autoround-ext" and (grid.bits > 2 or rounds_activations):
         return ()
     return SEEDS if setting in SEVERAL_SEEDS.get(arm, ()) else SEEDS[:1]
 
@@ -187,6 +191,8 @@ def cell_of(config: GemmaConfig, setting: str, arm: str, seed: int) -> Cell:
     label = arm
     if arm in ("gptq", "awq"):
         options = {"batch_size": config.batch_size}
+    elif arm == "smoothquant-gptq":
+        options = {"batch_size": config.batch_size, "inside": True}
     elif arm.startswith("autoround"):
         options = {"batch_size": config.batch_size, "iters": config.iters, "seed": seed}
         options |= {"extended": arm.endswith("-ext")}
@@ -203,7 +209,7 @@ def cell_of(config: GemmaConfig, setting: str, arm: str, seed: int) -> Cell:
 
 
 def own_settings(config: GemmaConfig, grid: Grid, arm: str, seed: int) -> dict[str, Any]:
-    """Return what sliderquant is asked for: its defaults, the study's grid, and what ``--own`` says.
+    """Return all settings of sliderquant: its defaults, the study's grid, and what ``--own`` says.
 
     Raises:
         ConfigError: If ``--own`` names no setting, or a value that makes no sense.
@@ -228,12 +234,11 @@ def own_settings(config: GemmaConfig, grid: Grid, arm: str, seed: int) -> dict[s
         except ValueError:
             settings[name] = text
     try:
-        SliderConfig(**settings)
+        return asdict(SliderConfig(**settings))
     except TypeError as error:
         raise ConfigError(
             f"own is {' '.join(config.own)} ({error}); see sliderquant's settings"
         ) from None
-    return settings
 
 
 def path_of(config: GemmaConfig, cell: Cell) -> Path:

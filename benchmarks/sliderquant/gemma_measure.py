@@ -50,6 +50,10 @@ IMPORTS = {
     "rtn": (),
     "hqq": ("hqq.core.quantize", "hqq.models.hf.base"),
     "gptq": ("datasets", "llmcompressor", "llmcompressor.modifiers.gptq"),
+    "smoothquant-gptq": (
+        *("datasets", "llmcompressor", "llmcompressor.modifiers.gptq"),
+        "llmcompressor.modifiers.transform.smoothquant",
+    ),
     "awq": (
         *("datasets", "llmcompressor", "llmcompressor.modifiers.quantization"),
         *("llmcompressor.modifiers.transform.awq", "llmcompressor.pipelines.cache"),

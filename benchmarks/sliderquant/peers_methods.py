@@ -165,12 +165,17 @@ def smoothquant_gptq(task: Task) -> tuple[PreTrainedModel, str]:
         DEFAULT_SMOOTHQUANT_MAPPINGS,
     )
 
-    mappings = [*DEFAULT_SMOOTHQUANT_MAPPINGS, INSIDE_MLP] if task.options["inside"] else None
+    # With norms behind the layers, what llm-compressor takes for the MLP's norm is that of the
+    # attention's output, where scaling would change the function.
+    behind_norms = list(DEFAULT_SMOOTHQUANT_MAPPINGS)
+    if any(name.endswith(PRE_MLP_NORM) for name, _ in task.model.named_modules()):
+        behind_norms[1] = (behind_norms[1][0], f"re:.*{PRE_MLP_NORM}")
+    mappings = [*behind_norms, INSIDE_MLP] if task.options["inside"] else behind_norms
     recipe = [
         SmoothQuantModifier(smoothing_strength=0.8, mappings=mappings),
         GPTQModifier(config_groups=_scheme(task.grid), ignore=[HEAD]),
     ]
-    places = "behind norms and inside the MLP" if mappings else "behind norms, its default"
+    places = "behind norms" + (" and inside the MLP" if task.options["inside"] else "")
     return _oneshot(task, recipe), f"SmoothQuantModifier(0.8), {places}; GPTQModifier"
 
 
@@ -271,6 +276,9 @@ def autoround(task: Task) -> tuple[PreTrainedModel, str]:
 
 # What SmoothQuant leaves out on its own: layers whose inputs are smoothed, and the one in front.
 INSIDE_MLP = (["re:.*down_proj"], "re:.*up_proj")
+PRE_MLP_NORM = (
+    "pre_feedforward_layernorm"  # the MLP's, where another norm stands behind the attention
+)
 METHODS = {
     "rtn": rtn,
     "torchao": torchao,

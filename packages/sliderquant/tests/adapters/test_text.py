@@ -22,6 +22,7 @@ from sliderquant.commands import quantize as quantize_command
 from sliderquant.commands import sensitivity as sensitivity_command
 from sliderquant.commands.eval import evaluate, text_perplexity
 from sliderquant.config import EvalConfig, QuantizeConfig, SensitivityConfig
+from sliderquant.method.sampling import held_out_samples
 
 BOS = 0  # of the demo's tokenizer, which has it and does not use it
 
@@ -83,15 +84,39 @@ def test_the_stream_has_no_special_tokens_but_those_in_the_text(loaded, with_beg
 
 def test_without_begin_samples_and_chunks_are_plain_cuts() -> None:
     """The same draws and the same cuts as indexing the stream directly."""
-    stream = torch.randint(100, (1000,), generator=torch.Generator().manual_seed(1))
-    starts = torch.randint(1000 - 64 + 1, (9, 1), generator=torch.Generator().manual_seed(5))
+    stream = torch.randint(100, (9000,), generator=torch.Generator().manual_seed(1))
+    starts = torch.randint(9000 - 64 + 1, (9, 1), generator=torch.Generator().manual_seed(5))
     expected = stream[starts + torch.arange(64)]
     assert torch.equal(calibration_samples(stream, 9, 64, 5), expected)
     assert torch.equal(calibration_samples(stream, 9, 64, 5, []), expected)
 
     batches = list(chunks(stream, 64, 4, []))
-    assert [len(batch) for batch in batches] == [4, 4, 4, 3]
-    assert torch.equal(torch.cat(batches), stream[: 15 * 64].view(15, 64))
+    assert [len(batch) for batch in batches] == [4] * 35
+    assert torch.equal(torch.cat(batches), stream[: 140 * 64].view(140, 64))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "nsamples"),
+    [(64, 9), (65, 2), (97, 9), (1000, 9), (2000, 40), (9999, 40), (12_000, 40)],
+)
+def test_held_out_samples_of_a_short_text_share_no_token_with_others(tokens, nsamples) -> None:
+    samples = calibration_samples(torch.arange(tokens), nsamples, 32, 0, [7])
+    apart = held_out_samples(nsamples)
+    fitted, held_out = samples[:-apart, 1:], samples[-apart:, 1:]
+    assert len(samples) == nsamples
+    assert set(fitted.flatten().tolist()).isdisjoint(held_out.flatten().tolist())
+
+
+def test_held_out_samples_come_from_all_over_the_text() -> None:
+    samples = calibration_samples(torch.arange(32 * 32 * 40), 160 * 8, 32, 0)
+    first = samples[-held_out_samples(len(samples)) :, 0]
+    assert len((first // (32 * 32)).unique()) > 30  # of 40 stretches
+    assert len(first.unique()) > 100
+
+
+def test_a_text_too_short_to_hold_samples_apart_is_named(capsys) -> None:
+    assert calibration_samples(torch.arange(63), 9, 32, 0).shape == (9, 32)
+    assert "63 tokens, too few to hold samples of 32 apart" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("begin", [[700], [700, 701]])

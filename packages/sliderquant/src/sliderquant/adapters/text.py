@@ -17,9 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from effml_common.errors import InputError
 from effml_common.logging import warn
 from sliderquant.adapters.files import quiet_transformers
+from sliderquant.method.sampling import HELD_OUT_SHARE, held_out_samples
 
 LITERATURE_SEQLEN = 2048  # tokens per chunk of evaluation text
 SCARCE_TOKENS = 16_384  # below this, calibration tends to fit the samples rather than the model
+AMPLE_TEXT = 10  # times what all samples hold: from there on, few of them overlap
+STRETCH = (
+    4  # samples that follow each other in a stretch of the text kept apart, where there is room
+)
 _PROBE = "a"  # a text that any tokenizer knows
 
 
@@ -133,6 +138,9 @@ def calibration_samples(
 ) -> Int[Tensor, "n t"]:
     """Cut random samples out of a token stream, each with the same tokens in front.
 
+    The last ones are those that compensated rounding holds out (``held_out_samples``). Where samples of
+    a short text would overlap often, stretches of it are kept apart for them.
+
     Args:
         stream: Token ids.
         nsamples: Number of samples; they may overlap.
@@ -157,15 +165,45 @@ def calibration_samples(
     if nsamples * seqlen < SCARCE_TOKENS:
         warn(f"only {nsamples * seqlen} calibration tokens; {SCARCE_TOKENS} or more are better")
 
-    # Places are drawn uniformly; the last one leaves room for a whole sample.
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(stream) - seqlen + 1, (nsamples, 1), generator=generator)
+    starts = _sample_starts(len(stream), nsamples, seqlen, generator).unsqueeze(1)
 
     # A piece that begins with the same tokens already, as a chat does, does not get them twice.
     front = stream.new_tensor(list(begin))
     repeated = (stream[starts + torch.arange(len(begin))] == front).all(dim=1, keepdim=True)
     starts += len(begin) * repeated
     return torch.cat([front.expand(nsamples, -1), stream[starts + torch.arange(room)]], dim=1)
+
+
+def _sample_starts(
+    tokens: int, nsamples: int, seqlen: int, generator: torch.Generator
+) -> Int[Tensor, " n"]:
+    """Draw the places where samples begin, each uniformly; the last ones leave room for a sample."""
+    # Of a long text hardly any held-out sample shares tokens with another one.
+    apart = held_out_samples(nsamples)
+    if tokens >= AMPLE_TEXT * nsamples * seqlen or apart == 0:
+        return torch.randint(tokens - seqlen + 1, (nsamples,), generator=generator)
+    if tokens < 2 * seqlen:
+        warn(
+            f"calibration text has {tokens} tokens, too few to hold samples of {seqlen} apart: how much "
+            "layers correct those before is judged on tokens that they were fitted to"
+        )
+        return torch.randint(tokens - seqlen + 1, (nsamples,), generator=generator)
+
+    # The end of every period is kept apart, so that held-out samples come from all over the text.
+    period = tokens // max(1, tokens // (STRETCH * HELD_OUT_SHARE * seqlen))
+    stretch = max(seqlen, period // HELD_OUT_SHARE)
+    kept_apart = torch.arange(tokens) % period >= period - stretch
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), kept_apart.cumsum(0)])
+    tokens_apart = before[seqlen:] - before[:-seqlen]  # of the sample that begins at each place
+
+    places = [(tokens_apart == 0).nonzero()[:, 0], (tokens_apart == seqlen).nonzero()[:, 0]]
+    return torch.cat(
+        [
+            choices[torch.randint(len(choices), (count,), generator=generator)]
+            for choices, count in zip(places, (nsamples - apart, apart), strict=True)
+        ]
+    )
 
 
 def chunks(

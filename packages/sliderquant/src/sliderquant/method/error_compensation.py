@@ -19,7 +19,7 @@ model's, d the damping.
    nearest rounding errs least with; each row keeps the one with the smaller error of its output.
 5. ``refit_scales`` and ``coordinate_descent_sweep`` take turns in lowering the squared error of the
    output, tr((W* - W^) H (W* - W^)^T): the scales of a row by least squares, the codes one column at a
-   time, as in QuantEase (arXiv 2309.01885).
+   time, as in QuantEase (arXiv 2309.01885). Weights that are stored too coarsely for that skip it.
 
 Where activations are rounded too, X is what the layer multiplies with, after rounding. Channels are
 scaled first (see ``smoothing``), and W and X are those of the scaled model.
@@ -48,6 +48,7 @@ from sliderquant.method.quantizer import (
 from sliderquant.method.ridge import Curvature, factorize, ridge_update
 
 REFINEMENT_PASSES = 2  # times that scales and codes are improved in turn (step 5)
+COARSE_STORAGE = 0.5  # steps of the grid between neighbours of the stored type where it is left out
 COLUMN_BLOCK = 128  # columns whose errors reach all columns behind them in one matrix product
 SMALLEST_RANGE = 0.4  # least share of a group's range that its grid may cover
 RANGE_STEPS = 13  # ranges that are tried, up to the whole
@@ -143,11 +144,21 @@ def round_and_refine(
     codes, grid = round_in_better_range(target, fmt, curvature)
 
     # Scales that fit the codes, codes that fit the scales.
-    for _ in range(REFINEMENT_PASSES):
+    for _ in range(REFINEMENT_PASSES if resolves_codes(fmt) else 0):
         scale = refit_scales(codes, grid, target, curvature.hessian)
         grid = replace(grid, scale=simulate_storage(scale, grid.fmt))
         codes = coordinate_descent_sweep(codes, grid, target, curvature.hessian, curvature.order)
     return codes, grid
+
+
+def resolves_codes(fmt: WeightFormat) -> bool:
+    """Whether the type of the stored weights tells neighbouring codes well apart.
+
+    The refinement computes with (q - z) D unrounded; error feedback knows what is stored. bfloat16 keeps
+    8 binary digits: with 6 bits or more, where inputs are strongly correlated, refined weights are worse
+    than before once they are stored.
+    """
+    return torch.finfo(fmt.dtype).eps * 2**fmt.bits < COARSE_STORAGE
 
 
 def round_in_better_range(
@@ -180,8 +191,8 @@ def output_error(
     target: Float[Tensor, "in out"],
     hessian: Float[Tensor, "in in"],
 ) -> Float[Tensor, " out"]:
-    """Return (t - D c) H (t - D c)^T of every row t of W*, c = q - z."""
-    lacking = target - grid.values(codes)
+    """Return (t - D c) H (t - D c)^T of every row t of W*, c = q - z, D c as it is stored."""
+    lacking = target - simulate_storage(grid.values(codes), grid.fmt)
     return (lacking * (hessian @ lacking)).sum(dim=0)
 
 

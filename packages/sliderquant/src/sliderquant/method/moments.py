@@ -21,9 +21,8 @@ from sliderquant.method.layout import WEIGHT_SUFFIX, LayerGroup
 from sliderquant.method.parallel import sum_over_processes
 from sliderquant.method.precision import forward_precision, tf32_products
 from sliderquant.method.ridge import HeldOutScore, factorize, ridge_update
-from sliderquant.method.sampling import to_device
+from sliderquant.method.sampling import held_out_samples, to_device
 
-HELD_OUT_SHARE = 8  # of so many samples, one is kept apart from the fit of the ridge regression
 PANELS = 8  # parts of X^T X, of which only those on and above the diagonal are computed
 SMALLEST_PANEL = 128  # columns
 NORM_EPSILON = 1e-6  # as in RMSNorm
@@ -115,7 +114,7 @@ class SampleSplit:
 def split_samples(
     samples: int, batch_size: int, process: int = 0, processes: int = 1
 ) -> SampleSplit:
-    """Hold out the last eighth of the samples, at least one of two.
+    """Return which of a process's samples are held out, see ``held_out_samples``.
 
     Args:
         samples: Calibration samples of all processes.
@@ -123,7 +122,7 @@ def split_samples(
         process: Number of this process, which has every ``processes``-th sample from there on.
         processes: Their number.
     """
-    kept_apart = min(samples // 2, -(-samples // HELD_OUT_SHARE))
+    kept_apart = held_out_samples(samples)
     return SampleSplit(
         fitted=len(range(process, samples - kept_apart, processes)),
         held_out=kept_apart > 0,

@@ -8,6 +8,13 @@ from torch import Tensor, distributed
 
 from sliderquant.method.parallel import own_samples
 
+HELD_OUT_SHARE = 8  # of so many samples, one is kept apart from the fit of the ridge regression
+
+
+def held_out_samples(samples: int) -> int:
+    """Return how many samples, the last ones, are held out: an eighth, at least one of two."""
+    return min(samples // 2, -(-samples // HELD_OUT_SHARE))
+
 
 def batches(
     samples: int, batch_size: int, epochs: int, seed: tuple[int, ...]

@@ -3,8 +3,8 @@
 This is not from the SliderQuant paper, which trains the scales. As in SmoothQuant (arXiv 2211.10438),
 channel j of what layers read is divided by s_j and their columns j are multiplied by it: the largest
 channels set the scale of a token's grid, the largest columns that of a row's grid. Here
-s_j = sqrt(rms(x_j) / rms(w_j)), which makes the two root mean squares equal. It is done at every place
-where a scale cancels, not only behind norms.
+s_j = sqrt(rms(x_j) / rms(w_j)), which makes the two root mean squares equal up to one factor for each
+place. It is done at every place where a scale cancels, not only behind norms.
 """
 
 from collections.abc import Collection, Mapping
