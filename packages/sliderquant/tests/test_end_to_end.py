@@ -1,6 +1,7 @@
 """Every family from a saved directory to a quantized one that transformers loads."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,9 @@ def test_reloaded_model_equals_the_simulated_one(family, save) -> None:
 
 @pytest.mark.parametrize("rotate", ["none", pytest.param("r2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["compensated", "combined"])
-def test_compensated_rounding_is_stored_as_it_was_decided(method, rotate, family, save) -> None:
+def test_compensated_rounding_is_stored_as_it_was_decided(
+    method, rotate, family, save, capsys
+) -> None:
     directory = save(family)
     changes = {"wbits": 2, "sym": False, "method": method, "rotate": rotate}
     if family in ("qwen3_moe", "mixtral"):
@@ -67,6 +70,7 @@ def test_compensated_rounding_is_stored_as_it_was_decided(method, rotate, family
             run(directory, **changes)
         return
     out, report = run(directory, **changes)
+    assert re.search(r"calibrating: (\d+)/\1 \(100 %\)", capsys.readouterr().err)
     windows = " + windows (slider)" if method == "combined" else ""
     assert report.rows[-1].name == f"compensated rounding{windows}"
     assert perplexity(out) == pytest.approx(simulated(report), rel=1e-5)

@@ -388,6 +388,10 @@ def test_inspect_of_both_phases_counts_blocks_and_windows(model_copy) -> None:
     assert plans["combined"]["updates"] == 128 * 6  # one pass over the samples, batches of one
     assert plans["combined"]["stages"] == 1
 
+    # A block to round counts as the updates that read every sample once in one block.
+    assert plans["compensated"]["rounding_steps"] == 1
+    assert plans["combined"]["rounding_steps"] == 128 * 6 // plans["combined"]["block_visits"]
+
     # The larger phase, and the codes that the second one needs.
     memory = {method: sum(plan["memory_gib"].values()) for method, plan in plans.items()}
     assert memory["combined"] >= max(memory["compensated"], memory["slider"])

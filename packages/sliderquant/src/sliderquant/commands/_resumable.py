@@ -44,7 +44,7 @@ def calibrate_saved(job: Job) -> None:
     with (
         StopSignal() as stop,
         RunLog(run, resume_step=done) as log,
-        log.progress("calibrating", job.plan.rounded_blocks + job.plan.updates) as bar,
+        log.progress("calibrating", job.plan.steps) as bar,
     ):
         if done:
             bar.advance(done * job.plan.updates // (job.plan.stages * len(job.plan.windows)))

@@ -49,7 +49,7 @@ class RunListener:
         # Windows count their own steps, and a run that is continued in them rounds again.
         if not self._job.plan.windows:
             self._log.log(block + 1, {f"strength {name}": value for name, value in named.items()})
-        self._bar.advance()
+        self._bar.advance(self._job.plan.rounding_steps)
         self._stop.check()
         self._clock.restart()
         for names, strength in strengths.items():

@@ -22,6 +22,7 @@ class Plan:
         stages: Passes over the windows (intra-layer stages).
         rounded_blocks: Blocks that are rounded in closed form, before any window.
         updates: Optimizer updates in all.
+        rounding_steps: Updates that take about as long as it takes to round one block.
         bits_per_weight: Stored bits per quantized weight, scales included; needs a model.
         memory_gib: Peak memory by part, GiB; needs a model.
         lean: Whether blocks are computed again in the backward pass to save memory.
@@ -32,9 +33,15 @@ class Plan:
     stages: int
     updates: int
     rounded_blocks: int
+    rounding_steps: int = 1
     bits_per_weight: float | None = None
     memory_gib: dict[str, float] | None = None
     lean: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Steps of a progress bar: updates, and rounded blocks as many as take as long."""
+        return self.rounded_blocks * self.rounding_steps + self.updates
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data."""
@@ -74,6 +81,10 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
     batches = -(-config.nsamples // config.batch_size)
     updates = config.stages * len(windows) * (config.window_epochs // config.stages) * batches
 
+    # A sample costs about as many passes through a block in either phase.
+    visits = block_visits(windows)
+    rounding_steps = max(1, batches * len(windows) // visits) if windows else 1
+
     # Bits and memory need the sizes of the weights.
     bits = memory = None
     lean = False
@@ -85,10 +96,11 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
 
     return Plan(
         windows=windows,
-        block_visits=block_visits(windows),
+        block_visits=visits,
         stages=config.stages,
         updates=updates,
         rounded_blocks=0 if idle or config.method == "slider" else layers,
+        rounding_steps=rounding_steps,
         bits_per_weight=bits,
         memory_gib=memory,
         lean=lean,

@@ -108,7 +108,7 @@ def calibrated_weights(
     """Calibrate one arm from scratch and return the simulated weights; the model stays as it is."""
     learnables = fresh_learnables(decoder, config, torch.float32)
     plan = make_plan(config, None, decoder.depth)
-    with Progress(description, plan.rounded_blocks + plan.updates) as bar:
+    with Progress(description, plan.steps) as bar:
         calibrate(
             decoder,
             samples,
@@ -116,7 +116,7 @@ def calibrated_weights(
             learnables,
             config,
             on_update=lambda loss: bar.advance(loss=f"{loss:.3g}"),
-            on_rounded=lambda block, strengths: bar.advance(),
+            on_rounded=lambda block, strengths: bar.advance(plan.rounding_steps),
         )
     return simulated_weights(decoder, learnables)
 
