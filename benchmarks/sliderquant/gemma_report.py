@@ -41,6 +41,15 @@ UNCALIBRATED = ("rtn", "hqq")  # their one run stands beside every seed
 OWN_CLAIMS = (("compensated", "slider"), ("combined", "compensated"), ("combined", "slider"))
 PEER_LIBRARIES = ("llmcompressor", "auto-round", "hqq", "compressed-tensors")
 MARKERS = dict(zip(FUNCTIONS, "os^>vD<*XP", strict=True))
+# Red for the package's default; grey is full precision.
+COLORS = dict(zip(FUNCTIONS, (f"C{i}" for i in (0, 1, 2, 9, 4, 5, 5, 3, 6, 8)), strict=True))
+TITLES = {
+    "W4g128": "4 bits, groups of 128",
+    "W3g128": "3 bits, groups of 128",
+    "W2g64": "2 bits, groups of 64",
+    "W2": "2 bits, one scale per row",
+    "W4A4": "4 bits, activations too",
+}
 EARLIER = " (earlier code)"  # behind the name of a row whose code has changed since
 WIDE = 3.0  # times the smallest perplexity: then a logarithmic axis
 BROKEN = 1000.0  # times full precision: beyond it an arrow, however good the others are
@@ -314,7 +323,7 @@ def _picture(path: Path, rows: Sequence[Entry]) -> Path:
             _draw_panel(panel, here, text, levels, handles)
             panel.set_xscale("log")
             panel.set_xlim(0.5 * min(costs), 2.0 * max(costs))
-            panel.set_title(setting if line == 0 else "")
+            panel.set_title(TITLES[setting] if line == 0 else "")
             panel.set_xlabel("CPU seconds" if line == len(texts) - 1 else "")
             panel.set_ylabel(f"perplexity, {text}" if column == 0 else "")
 
@@ -347,8 +356,12 @@ def _draw_panel(
     for row in rows:
         mean, error = points[row.arm]
         seconds = sum(row.cost("cpu_seconds")) / len(row.runs)
-        color = f"C{list(FUNCTIONS).index(row.arm)}"
-        style = {"color": color, "marker": MARKERS[row.arm], "markersize": 8, "linestyle": "none"}
+        style = {
+            "color": COLORS[row.arm],
+            "marker": MARKERS[row.arm],
+            "markersize": 8,
+            "linestyle": "none",
+        }
         style |= {"fillstyle": "none"} if _is_outdated(row) else {}
         if mean <= edge:
             handles[row.arm] = panel.errorbar(seconds, mean, yerr=error, capsize=3, **style)
