@@ -54,7 +54,9 @@ EARLIER = " (earlier code)"  # behind the name of a row whose code has changed s
 WIDE = 3.0  # times the smallest perplexity: then a logarithmic axis
 BROKEN = 1000.0  # times full precision: beyond it an arrow, however good the others are
 CROWDED = 200.0  # range of an axis from which on only powers of ten are named
-FAR = 8.0  # times the smallest perplexity: then an arrow at the edge, with the value
+FAR = 5.0  # times the smallest perplexity: then an arrow at the edge, with the value
+LABEL_WIDTH = 0.06  # of a panel, for an upright value
+LEGEND_ROWS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -320,9 +322,9 @@ def _picture(path: Path, rows: Sequence[Entry]) -> Path:
             levels = full[0].values(text) if full else []
             for level in levels:
                 handles[FULL] = panel.axhline(level, color="grey", linestyle="--")
-            _draw_panel(panel, here, text, levels, handles)
             panel.set_xscale("log")
-            panel.set_xlim(0.5 * min(costs), 2.0 * max(costs))
+            panel.set_xlim(0.5 * min(costs), 4.0 * max(costs))
+            _draw_panel(panel, here, text, levels, handles)
             panel.set_title(TITLES[setting] if line == 0 else "")
             panel.set_xlabel("CPU seconds" if line == len(texts) - 1 else "")
             panel.set_ylabel(f"perplexity, {text}" if column == 0 else "")
@@ -332,7 +334,7 @@ def _picture(path: Path, rows: Sequence[Entry]) -> Path:
         [handles[name] for name in names],
         [NAMES[name] for name in names],
         loc="outside lower center",
-        ncols=min(len(names), 2 * len(settings)),
+        ncols=-(-len(names) // LEGEND_ROWS),
         title="hollow: earlier code" if any(map(_is_outdated, drawn)) else None,
     )
     figure.savefig(path, dpi=110)
@@ -353,6 +355,7 @@ def _draw_panel(
     edge = min(
         FAR * min(mean for mean, _ in points.values()), BROKEN * min(levels, default=math.inf)
     )
+    arrows: dict[str, tuple[float, str]] = {}
     for row in rows:
         mean, error = points[row.arm]
         seconds = sum(row.cost("cpu_seconds")) / len(row.runs)
@@ -367,11 +370,8 @@ def _draw_panel(
             handles[row.arm] = panel.errorbar(seconds, mean, yerr=error, capsize=3, **style)
         else:
             handles.setdefault(row.arm, panel.plot(seconds, edge, **style)[0])
-            words = f"↑ {mean:.1g}" if mean >= 1e5 else f"↑ {mean:,.0f}"
-            panel.annotate(  # upright, so that those of methods that take as long do not overlap
-                words, (seconds, edge), xytext=(0, -8), textcoords="offset points",
-                rotation=90, ha="center", va="top",
-            )  # fmt: skip
+            arrows[row.arm] = seconds, f"↑ {mean:.1g}" if mean >= 1e5 else f"↑ {mean:,.0f}"
+    _write_beyond_edge(panel, arrows, edge)
 
     # Full precision is in the picture; perplexities at few bits differ by orders of magnitude.
     shown = [*levels, *(min(mean, edge) for mean, _ in points.values())]
@@ -384,3 +384,16 @@ def _draw_panel(
         panel.yaxis.set_minor_locator(NullLocator())
     panel.margins(y=0.12)
     panel.grid(visible=True, alpha=0.25)
+
+
+def _write_beyond_edge(panel: Any, arrows: Mapping[str, tuple[float, str]], edge: float) -> None:
+    """Write upright below each arrow what it stands for; side by side for methods that take as long."""
+    left, right = panel.get_xlim()
+    step, free_from = (right / left) ** LABEL_WIDTH, left
+    for arm, (seconds, words) in sorted(arrows.items(), key=lambda item: item[1]):
+        place = max(seconds, free_from)
+        free_from = place * step
+        panel.annotate(
+            words, (place, edge), xytext=(0, -8), textcoords="offset points", fontsize=9,
+            rotation=90, ha="center", va="top", color=COLORS[arm],
+        )  # fmt: skip
