@@ -41,8 +41,9 @@ UNCALIBRATED = ("rtn", "hqq")  # their one run stands beside every seed
 OWN_CLAIMS = (("compensated", "slider"), ("combined", "compensated"), ("combined", "slider"))
 PEER_LIBRARIES = ("llmcompressor", "auto-round", "hqq", "compressed-tensors")
 MARKERS = dict(zip(FUNCTIONS, "os^>vD<*XP", strict=True))
-# Red for the package's default; grey is full precision.
-COLORS = dict(zip(FUNCTIONS, (f"C{i}" for i in (0, 1, 2, 9, 4, 5, 5, 3, 6, 8)), strict=True))
+# Red for the package's default, black for AutoRound's second version; grey is full precision.
+SHADES = ("C0", "C1", "C2", "C9", "C4", "C5", "black", "C3", "C6", "C8")
+COLORS = dict(zip(FUNCTIONS, SHADES, strict=True))
 TITLES = {
     "W4g128": "4 bits, groups of 128",
     "W3g128": "3 bits, groups of 128",
@@ -55,7 +56,7 @@ WIDE = 3.0  # times the smallest perplexity: then a logarithmic axis
 BROKEN = 1000.0  # times full precision: beyond it an arrow, however good the others are
 CROWDED = 200.0  # range of an axis from which on only powers of ten are named
 FAR = 5.0  # times the smallest perplexity: then an arrow at the edge, with the value
-LABEL_WIDTH = 0.06  # of a panel, for an upright value
+LABEL_WIDTH = 0.055  # of a panel, for an upright value
 LEGEND_ROWS = 2
 
 
@@ -323,7 +324,7 @@ def _picture(path: Path, rows: Sequence[Entry]) -> Path:
             for level in levels:
                 handles[FULL] = panel.axhline(level, color="grey", linestyle="--")
             panel.set_xscale("log")
-            panel.set_xlim(0.5 * min(costs), 4.0 * max(costs))
+            panel.set_xlim(0.5 * min(costs), 6.0 * max(costs))
             _draw_panel(panel, here, text, levels, handles)
             panel.set_title(TITLES[setting] if line == 0 else "")
             panel.set_xlabel("CPU seconds" if line == len(texts) - 1 else "")
