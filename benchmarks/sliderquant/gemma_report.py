@@ -324,7 +324,7 @@ def _picture(path: Path, rows: Sequence[Entry]) -> Path:
             for level in levels:
                 handles[FULL] = panel.axhline(level, color="grey", linestyle="--")
             panel.set_xscale("log")
-            panel.set_xlim(0.5 * min(costs), 6.0 * max(costs))
+            panel.set_xlim(0.5 * min(costs), 6.0 * max(costs))  # room for values side by side
             _draw_panel(panel, here, text, levels, handles)
             panel.set_title(TITLES[setting] if line == 0 else "")
             panel.set_xlabel("CPU seconds" if line == len(texts) - 1 else "")
