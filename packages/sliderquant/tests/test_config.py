@@ -5,7 +5,8 @@ import pytest
 from effml_common.errors import ConfigError
 from effml_common.parsing import dump_config, parse
 from sliderquant.adapters.shapes import check_linears
-from sliderquant.config import FOREIGN_SETTINGS, QuantizeConfig, SliderConfig
+from sliderquant.config import QuantizeConfig, SliderConfig
+from sliderquant.method_config import FOREIGN_SETTINGS
 
 # A value other than the default of every setting that some method does not have.
 OTHER_VALUES = {

@@ -1,216 +1,35 @@
 """Every setting of sliderquant: its default, its unit and its check, once.
 
-The symbols are those of the SliderQuant paper (arXiv 2603.25284): ``shallow`` and ``deep`` are L_s and
-L_d, ``window`` and ``stride`` are s and i of the middle windows, ``gamma`` is the intra-layer ratio.
+What the commands read and write stands here; the settings of the methods are in ``method_config``.
 
 >>> QuantizeConfig(model="models/llama", calib=("notes.txt",), wbits=2, group_size=64).format
 'compressed-tensors'
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from effml_common.device import DEVICE_HELP
 from effml_common.parsing import require, setting
+from sliderquant.method_config import FULL_BITS as FULL_BITS
+from sliderquant.method_config import GROUP_HELP, check, check_least
+from sliderquant.method_config import SliderConfig as SliderConfig
+from sliderquant.method_config import WindowConfig as WindowConfig
 
-SCHEDULES = ("slider", "fixed", "block")
-FULL_BITS = 16
-GROUP_HELP = "input columns that share a scale; none for one scale per output row"
 CONTAINER_HELP = "store the codes in this many bits, 4 or 8, for servers that read no fewer"
-# Settings of windows, of what the method slider trains in them, and of what combined trains.
-WINDOW_SETTINGS = ("schedule", "shallow", "deep", "window", "stride", "target_input")
-SLIDER_SETTINGS = (
-    *("gamma", "intra_order", "lwc", "min_expert_tokens", "epochs"),
-    *("lr_lora", "lr_lwc", "lr_scale", "lr_scale_by_batch", "lora_rank"),
-)
-COMBINED_SETTINGS = ("range_epochs", "lr_range")
-# What each method does not have.
-FOREIGN_SETTINGS = {
-    "compensated": {*WINDOW_SETTINGS, *SLIDER_SETTINGS, *COMBINED_SETTINGS},
-    "combined": {*SLIDER_SETTINGS},
-    "slider": {*COMBINED_SETTINGS},
-}
 
 
-def _required_field(text: str) -> Any:
+def required_field(text: str) -> Any:
     """A field without a default, with the help that the command line shows."""
     return field(metadata={"help": text})
-
-
-def _check(config: Any, name: str, holds: bool, remedy: str) -> None:
-    """Refuse one setting, which the message names with its value."""
-    require(holds, f"{name} is {getattr(config, name)}", remedy)
-
-
-def _check_least(config: Any, least: float, *names: str) -> None:
-    """Refuse settings below a bound; those that are ``None`` pass."""
-    for name in names:
-        value = getattr(config, name)
-        _check(config, name, value is None or value >= least, f"give {least} or more")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WindowConfig:
-    """Which decoder blocks are calibrated together, and in which order (spec of the schedule)."""
-
-    schedule: str = setting(
-        "slider",
-        "slider (the method), fixed (one window size), block (one block at a time), "
-        "or your own windows such as 0-3,2-5,4-7",
-    )
-    shallow: int = setting(4, "blocks in the expanding windows at the front (paper: L_s)")
-    deep: int = setting(4, "blocks in the contracting windows at the back (paper: L_d)")
-    window: int = setting(2, "blocks in a middle window (paper: s)")
-    stride: int = setting(1, "blocks between middle windows (paper: i)")
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            require(
-                set(self.schedule) <= set("0123456789-, ") and any(map(str.isdigit, self.schedule)),
-                f"schedule {self.schedule!r} is not known",
-                f"use one of {', '.join(SCHEDULES)} or windows such as 0-3,2-5",
-            )
-        _check_least(self, 0, "shallow", "deep")
-        _check_least(self, 1, "window")
-        remedy = f"give 1 to window ({self.window}), because a larger one would leave blocks out"
-        _check(self, "stride", 1 <= self.stride <= self.window, remedy)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SliderConfig(WindowConfig):
-    """The method: weight format, windows, intra-layer stages and training of the parameters.
-
-    >>> SliderConfig(wbits=2, group_size=64, sym=False).method
-    'compensated'
-    >>> SliderConfig(method="slider", gamma=0.25).stages
-    4
-    """
-
-    wbits: int = setting(4, "bits per weight, 2 to 8; 16 leaves weights as they are")
-    abits: int = setting(
-        16, "bits per activation, 4, 6 or 8, rounded per token at run time; 16 leaves them"
-    )
-    act_sym: bool = setting(True, "symmetric activation grid, for servers; no-act-sym: the paper")
-    quantize_attention: bool = setting(False, "also round queries, keys and values (the paper)")
-    group_size: int | None = setting(128, GROUP_HELP)
-    sym: bool = setting(True, "signed codes without zero point; no-sym fits 2 bits better")
-    gamma: float = setting(0.5, "intra-layer ratio: 0.5 rounds half of every row first; 1: all")
-    intra_order: Literal["network", "window"] = setting(
-        "network",
-        "network: one pass over all windows per intra stage (released code); window: all stages "
-        "inside each window (the paper's text)",
-    )
-    rotate: Literal["none", "r1", "r2", "both"] = setting(
-        "none", "rotate offline: r1 the residual stream, r2 the value heads"
-    )
-    method: Literal["compensated", "combined", "slider"] = setting(
-        "compensated",
-        "compensated: nothing is trained, each column's rounding error is carried into the next; "
-        "combined: the same, then windows train the scales of the codes; "
-        "slider: the paper, windows train a correction and the clipping, then codes are the nearest",
-    )
-    lwc: bool = setting(True, "train the clipping range; no-lwc keeps it open")
-    channel_scale: Literal["auto", "on", "off"] = setting(
-        "auto",
-        "scale channels: slider trains the scales, compensated has them in closed form; auto: "
-        "where activations are rounded, as in the paper",
-    )
-    target_input: Literal["fp", "quant"] = setting(
-        "fp", "what the full-precision target sees: its own input, or the quantized model's"
-    )
-    min_expert_tokens: int = setting(64, "experts that see fewer tokens in a block stay untrained")
-    epochs: int = setting(20, "passes over the samples per window, split over the intra stages")
-    batch_size: int = setting(1, "samples per update")
-    lr_lora: float = setting(1e-4, "learning rate of the low-rank weight correction")
-    lr_lwc: float = setting(1e-2, "learning rate of the clipping range")
-    lr_scale: float = setting(1e-3, "learning rate of the channel scaling")
-    lr_scale_by_batch: bool = setting(False, "multiply rates by the batch size (released code)")
-    lora_rank: int = setting(4, "rank of the correction; it is merged before rounding")
-    range_epochs: int = setting(1, "passes over the samples per window, in combined")
-    lr_range: float = setting(
-        5e-3, "learning rate of the logarithm of the codes' scales, in combined"
-    )
-    nsamples: int = setting(128, "calibration samples")
-    seqlen: int = setting(2048, "tokens per calibration sample; capped at the model's limit")
-    seed: int = setting(2, "seed of the sample choice, the batch order and the initial values")
-
-    def __post_init__(self) -> None:
-        WindowConfig.__post_init__(self)  # zero-argument super() fails in dataclasses with slots
-        self._check_format()
-        self._check_training()
-        self._check_method()
-
-    def _check_format(self) -> None:
-        """Refuse bits and groups that no format stores."""
-        weights, activations = (*range(2, 9), FULL_BITS), (4, 6, 8, FULL_BITS)
-        _check(self, "wbits", self.wbits in weights, "give 2 to 8, or 16 for weights as they are")
-        _check(self, "abits", self.abits in activations, "give 4, 6 or 8, or 16 to round none")
-        require(
-            not self.quantize_attention or self.abits < FULL_BITS,
-            f"quantize_attention rounds to abits, and abits is {self.abits}",
-            "set abits to 4, 6 or 8",
-        )
-        _check_least(self, 1, "group_size")
-
-    def _check_training(self) -> None:
-        """Refuse counts and rates that no calibration can use."""
-        fits = 0 < self.gamma <= 1 and abs(1 / self.gamma - round(1 / self.gamma)) < 1e-6
-        _check(self, "gamma", fits, "give 1, 1/2, 1/3 ...: 1/gamma is the number of stages")
-        _check_least(self, 1, "batch_size", "lora_rank", "nsamples", "seqlen", "range_epochs")
-        _check_least(self, 0, "min_expert_tokens", "seed")
-        require(
-            self.epochs >= self.stages,
-            f"epochs ({self.epochs}) are fewer than the {self.stages} intra-layer stages",
-            "raise epochs or gamma",
-        )
-        for name in ("lr_lora", "lr_lwc", "lr_scale", "lr_range"):
-            finite = 0 <= getattr(self, name) < float("inf")
-            _check(self, name, finite, "give 0 or more, such as 1e-3")
-
-    def _check_method(self) -> None:
-        """Refuse what the chosen method does not do."""
-        changed = [f.name for f in fields(SliderConfig) if getattr(self, f.name) != f.default]
-        given = [name for name in changed if name in FOREIGN_SETTINGS[self.method]]
-        owners = [m for m, foreign in FOREIGN_SETTINGS.items() if not foreign.intersection(changed)]
-        require(
-            not given,
-            f"{', '.join(given)}: not a setting of the method {self.method}",
-            f"add --method {' or '.join(owners)}, or leave it out" if owners else "leave it out",
-        )
-        require(
-            self.method == "slider" or not self.only_scales,
-            "with wbits 16 compensated rounding has nothing to round",
-            "set wbits, or add --method slider to train channel scales alone",
-        )
-
-    @property
-    def scales_channels(self) -> bool:
-        """Whether channels are scaled."""
-        automatic = self.channel_scale == "auto" and self.abits < FULL_BITS
-        return automatic or self.channel_scale == "on"
-
-    @property
-    def only_scales(self) -> bool:
-        """Whether channel scales are all that there is to choose."""
-        return self.wbits == FULL_BITS and self.scales_channels
-
-    @property
-    def stages(self) -> int:
-        """Number N = 1/gamma of intra-layer stages; codes that are there already need one."""
-        return round(1 / self.gamma) if self.method == "slider" else 1
-
-    @property
-    def window_epochs(self) -> int:
-        """Passes over the samples per window, over all stages."""
-        return self.epochs if self.method == "slider" else self.range_epochs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeConfig(SliderConfig):
     """Quantize a local model directory and write a directory that transformers loads."""
 
-    model: str = _required_field("directory of a Hugging Face causal language model")
-    calib: tuple[str, ...] = _required_field(
+    model: str = required_field("directory of a Hugging Face causal language model")
+    calib: tuple[str, ...] = required_field(
         "calibration files: text, or JSON lines with 'text' or chat 'messages'; "
         "use text like what the model will read"
     )
@@ -241,14 +60,14 @@ class QuantizeConfig(SliderConfig):
             "compensated rounding leaves nothing for another quantizer to round",
             "choose another --format, or add --method slider",
         )
-        _check(self, "container_bits", self.container_bits in (None, 4, 8), "give 4, 8 or none")
+        check(self, "container_bits", self.container_bits in (None, 4, 8), "give 4, 8 or none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     """Perplexity on text files, and lm-eval tasks, of a model directory in any format."""
 
-    model: str = _required_field("directory of a causal language model, quantized or not")
+    model: str = required_field("directory of a causal language model, quantized or not")
     text: tuple[str, ...] = setting((), "files: text, or JSON lines with 'text'")
     tasks: tuple[str, ...] = setting(
         (), "lm-eval task files (YAML, with local data files), or folders of them"
@@ -268,16 +87,16 @@ class EvalConfig:
         require(
             bool(self.text or self.tasks), "nothing to evaluate on", "give --text or --tasks files"
         )
-        _check_least(self, 1, "batch_size", "limit")
-        _check_least(self, 2, "seqlen")  # the first token of a chunk is never predicted
+        check_least(self, 1, "batch_size", "limit")
+        check_least(self, 2, "seqlen")  # the first token of a chunk is never predicted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SensitivityConfig:
     """Round one block at a time to nearest, and measure what it does to the model."""
 
-    model: str = _required_field("directory of a full-precision causal language model")
-    text: tuple[str, ...] = _required_field("files: text, or JSON lines with 'text'")
+    model: str = required_field("directory of a full-precision causal language model")
+    text: tuple[str, ...] = required_field("files: text, or JSON lines with 'text'")
     wbits: int = setting(2, "bits per weight, 2 to 8")
     group_size: int | None = setting(128, GROUP_HELP)
     sym: bool = setting(True, "signed codes without zero point")
@@ -297,21 +116,21 @@ class SensitivityConfig:
 
     def __post_init__(self) -> None:
         require(len(self.text) > 0, "text names no file", "give one or more text files")
-        _check(self, "wbits", 2 <= self.wbits <= 8, "give 2 to 8")
+        check(self, "wbits", 2 <= self.wbits <= 8, "give 2 to 8")
         require(
             not (self.by == "linear" and self.mode == "prefix"),
             "prefix mode goes block by block",
             "use --by block, or --mode single",
         )
-        _check_least(self, 1, "nsamples", "group_size")
-        _check_least(self, 2, "seqlen")
+        check_least(self, 1, "nsamples", "group_size")
+        check_least(self, 2, "seqlen")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
     """Tokens per second of a native model and of its dense twin, on your device."""
 
-    model: str = _required_field("directory that quantize wrote with --format native")
+    model: str = required_field("directory that quantize wrote with --format native")
     prompt: int = setting(128, "tokens of the prompt")
     tokens: int = setting(32, "tokens generated behind it")
     repeats: int = setting(3, "timed repetitions, after one to warm up")
@@ -319,14 +138,14 @@ class BenchConfig:
     device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
-        _check_least(self, 1, "prompt", "tokens", "repeats")
+        check_least(self, 1, "prompt", "tokens", "repeats")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
     """Write a native quantized model in another format, without loss."""
 
-    model: str = _required_field("directory that quantize wrote with --format native")
+    model: str = required_field("directory that quantize wrote with --format native")
     format: Literal["compressed-tensors", "dense", "native"] = setting(
         "compressed-tensors",
         "compressed-tensors (packed; transformers, vLLM), dense (dequantized), native (a copy)",
@@ -335,7 +154,7 @@ class ExportConfig:
     container_bits: int | None = setting(None, CONTAINER_HELP)
 
     def __post_init__(self) -> None:
-        _check(self, "container_bits", self.container_bits in (None, 4, 8), "give 4, 8 or none")
+        check(self, "container_bits", self.container_bits in (None, 4, 8), "give 4, 8 or none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -352,7 +171,7 @@ class InspectConfig(SliderConfig):
             "inspect needs either a model directory or a number of layers",
             "give --model DIR or --layers N",
         )
-        _check_least(self, 1, "layers")
+        check_least(self, 1, "layers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -370,9 +189,9 @@ class DemoModelConfig:
 
     def __post_init__(self) -> None:
         divides = self.hidden_size % 64 == 0 and self.hidden_size > 0
-        _check(self, "hidden_size", divides, "give a multiple of 64, the demo's group size")
-        _check_least(self, 257, "vocab_size")
-        _check_least(self, 1, "layers", "context", "train_steps", "train_batch")
+        check(self, "hidden_size", divides, "give a multiple of 64, the demo's group size")
+        check_least(self, 257, "vocab_size")
+        check_least(self, 1, "layers", "context", "train_steps", "train_batch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -388,7 +207,7 @@ class DemoConfig(DemoModelConfig):
 
     def __post_init__(self) -> None:
         DemoModelConfig.__post_init__(self)
-        _check_least(self, 1, "seeds", "nsamples")
-        _check_least(self, 2, "epochs")  # one for each intra-layer stage
+        check_least(self, 1, "seeds", "nsamples")
+        check_least(self, 2, "epochs")  # one for each intra-layer stage
         stored = bool(self.bits) and all(2 <= bits <= 8 for bits in self.bits)
-        _check(self, "bits", stored, "give bits from 2 to 8, such as 4 3 2")
+        check(self, "bits", stored, "give bits from 2 to 8, such as 4 3 2")
