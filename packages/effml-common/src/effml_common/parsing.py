@@ -152,6 +152,8 @@ def _add(parser: Any, entry: Field[Any], hint: Any) -> bool:
         options["action"] = ActionYesNo(no_prefix="no-")
     elif NoneType in get_args(hint) and str not in get_args(hint):
         options["type"] = hint | Literal["none"]
+    if not positional:
+        options["dest"] = entry.name
     parser.add_argument(entry.name if positional else _flag(entry.name), **options)
     return positional
 
@@ -210,7 +212,8 @@ def _words(hint: Any) -> str:
 
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    """The flag of a field; one that ends in "_" is called like a word of Python, such as for_."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def _is_list(hint: Any) -> bool:

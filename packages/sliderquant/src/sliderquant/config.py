@@ -61,6 +61,12 @@ class QuantizeConfig(SliderConfig):
             "choose another --format, or add --method slider",
         )
         check(self, "container_bits", self.container_bits in (None, 4, 8), "give 4, 8 or none")
+        require(
+            self.for_ == "any" or self.format == "native",
+            f"--for {self.for_} makes a folder that export turns into the server's file, and format is "
+            f"{self.format}",
+            "add --format native",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,18 +149,32 @@ class BenchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
-    """Write a native quantized model in another format, without loss."""
+    """Write a native quantized model in another format; only gguf may round, and says how much."""
 
     model: str = required_field("directory that quantize wrote with --format native")
-    format: Literal["compressed-tensors", "dense", "native"] = setting(
+    format: Literal["compressed-tensors", "gguf", "dense", "native"] = setting(
         "compressed-tensors",
-        "compressed-tensors (packed; transformers, vLLM), dense (dequantized), native (a copy)",
+        "compressed-tensors (packed; transformers, vLLM), gguf (packed; llama.cpp), dense "
+        "(dequantized), native (a copy)",
+    )
+    text: tuple[str, ...] = setting(
+        (), "with --format gguf: files to measure on what rounding scales to float16 costs"
     )
     out: str | None = setting(None, "folder to write; default runs/export-<time>")
     container_bits: int | None = setting(None, CONTAINER_HELP)
 
     def __post_init__(self) -> None:
         check(self, "container_bits", self.container_bits in (None, 4, 8), "give 4, 8 or none")
+        require(
+            self.format == "gguf" or not self.text,
+            "text is measured for gguf alone, because no other format rounds",
+            "leave it out, or add --format gguf",
+        )
+        require(
+            self.format != "gguf" or self.container_bits is None,
+            f"container_bits is {self.container_bits}, and gguf has containers of its own",
+            "leave it out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

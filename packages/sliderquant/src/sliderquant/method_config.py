@@ -12,6 +12,8 @@ from effml_common.parsing import require, setting
 SCHEDULES = ("slider", "fixed", "block")
 FULL_BITS = 16
 GROUP_HELP = "input columns that share a scale; none for one scale per output row"
+DEFAULT_GROUP = 128
+GGUF_GROUP = 32  # columns of a block of llama.cpp
 # Settings of windows, of what the method slider trains in them, and of what combined trains.
 WINDOW_SETTINGS = ("schedule", "shallow", "deep", "window", "stride", "target_input")
 SLIDER_SETTINGS = (
@@ -82,8 +84,17 @@ class SliderConfig(WindowConfig):
     )
     act_sym: bool = setting(True, "symmetric activation grid, for servers; no-act-sym: the paper")
     quantize_attention: bool = setting(False, "also round queries, keys and values (the paper)")
-    group_size: int | None = setting(128, GROUP_HELP)
+    group_size: int | Literal["auto"] | None = setting(
+        "auto",
+        GROUP_HELP
+        + "; auto: 128, one per row where weights and activations have 8 bits (servers), 32 "
+        "with --for gguf",
+    )
     sym: bool = setting(True, "signed codes without zero point; no-sym fits 2 bits better")
+    for_: Literal["any", "gguf"] = setting(
+        "any",
+        "who computes with the codes: gguf (llama.cpp) has scales in float16; any: nobody special",
+    )
     gamma: float = setting(0.5, "intra-layer ratio: 0.5 rounds half of every row first; 1: all")
     intra_order: Literal["network", "window"] = setting(
         "network",
@@ -126,6 +137,8 @@ class SliderConfig(WindowConfig):
 
     def __post_init__(self) -> None:
         WindowConfig.__post_init__(self)  # zero-argument super() fails in dataclasses with slots
+        if self.group_size == "auto":
+            object.__setattr__(self, "group_size", self._usual_group_size())
         self._check_format()
         self._check_training()
         self._check_method()
@@ -141,6 +154,25 @@ class SliderConfig(WindowConfig):
             "set abits to 4, 6 or 8",
         )
         check_least(self, 1, "group_size")
+        if self.for_ == "gguf":
+            self._check_gguf()
+
+    def _usual_group_size(self) -> int | None:
+        """Return the group size that the servers for these bits have kernels for."""
+        if self.for_ == "gguf":
+            return GGUF_GROUP
+        return None if self.wbits == 8 and self.abits == 8 else DEFAULT_GROUP
+
+    def _check_gguf(self) -> None:
+        """Refuse what a GGUF file cannot hold without loss."""
+        exact = self.wbits == 4 or (self.wbits == 8 and self.sym)
+        remedy = "give 4, or 8 with --sym, because GGUF stores these exactly"
+        check(self, "wbits", exact, remedy)
+        divides = self.columns_per_scale is not None and self.columns_per_scale % GGUF_GROUP == 0
+        check(self, "group_size", divides, f"give {GGUF_GROUP} or a multiple of it for gguf")
+        check(
+            self, "abits", self.abits == FULL_BITS, "leave it at 16: llama.cpp rounds its own way"
+        )
 
     def _check_training(self) -> None:
         """Refuse counts and rates that no calibration can use."""
@@ -172,6 +204,11 @@ class SliderConfig(WindowConfig):
             "with wbits 16 compensated rounding has nothing to round",
             "set wbits, or add --method slider to train channel scales alone",
         )
+
+    @property
+    def columns_per_scale(self) -> int | None:
+        """Input columns that share a scale; ``None`` for one scale per output row."""
+        return None if self.group_size in (None, "auto") else int(self.group_size)
 
     @property
     def scales_channels(self) -> bool:

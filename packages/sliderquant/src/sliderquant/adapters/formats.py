@@ -8,19 +8,22 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
+
 from effml_common.errors import ConfigError
 from effml_common.logging import warn
 from sliderquant.adapters.families import DOWN_EXPERTS, GATE_UP_EXPERTS
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.quantizer import WeightFormat
 
-ExportFormat = Literal["compressed-tensors", "native", "dense", "pre-quant"]
+ExportFormat = Literal["compressed-tensors", "native", "dense", "pre-quant", "gguf"]
 MARK = "sliderquant"  # key of config.json that says what was done
 NATIVE_TYPE = "sliderquant-native"  # a model type that transformers does not know
 NATIVE_VERSION = 1
 # The release of compressed-tensors whose layout is written; 3, 5, 6 and 7 bits differ before it.
 LAYOUT_VERSION = "0.20.0"
 CONTAINER_BITS = (4, 8)
+PACK_QUANTIZED, INT_QUANTIZED, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -41,10 +44,15 @@ def check_expressible(
     """
     # Formats of this package express everything; dense ones lose the rounding of activations.
     experts = {name for name in weights if name.endswith((GATE_UP_EXPERTS, DOWN_EXPERTS))}
-    if format in ("dense", "pre-quant") and activations is not None:
+    if format in ("dense", "pre-quant", "gguf") and activations is not None:
         warn(f"format {format} holds weights only: loaded again, no activation is rounded")
     if format != "compressed-tensors":
         return
+    if any(fmt.float16_digits for fmt in weights.values()):
+        raise ConfigError(
+            "compressed-tensors has no float16 scales beside weights of another type; use "
+            "--format native, and export that with --format gguf"
+        )
     if activations is not None:
         _check_activations(activations, bool(experts))
 
@@ -90,13 +98,44 @@ def _check_activations(activations: ActivationFormat, moe: bool) -> None:
         )
 
 
+def packing_of(fmt: WeightFormat, activations: ActivationFormat | None) -> str:
+    """Return how compressed-tensors stores codes: one per byte, or packed into words.
+
+    Servers multiply 8-bit weights with 8-bit activations as they are, with one scale per row. Packed
+    codes mean to them that activations are not rounded.
+    """
+    both_eight = fmt.bits == 8 and activations is not None and activations.bits == 8
+    return INT_QUANTIZED if both_eight and fmt.group_size is None and fmt.sym else PACK_QUANTIZED
+
+
 def _kind(fmt: WeightFormat) -> tuple[int, int | None, bool]:
     return fmt.bits, fmt.group_size, fmt.sym
 
 
 def describe(fmt: WeightFormat) -> dict[str, Any]:
-    """Return a weight format as JSON; the dtype is that of the model."""
-    return {"bits": fmt.bits, "group_size": fmt.group_size, "sym": fmt.sym}
+    """Return a weight format as JSON; the dtype is that of the model unless scales are in float16."""
+    described = {"bits": fmt.bits, "group_size": fmt.group_size, "sym": fmt.sym}
+    return described | ({"float16_digits": fmt.float16_digits} if fmt.float16_digits else {})
+
+
+def described_format(entry: Mapping[str, Any], dtype: torch.dtype) -> WeightFormat:
+    """Return the weight format that ``describe`` described, in a model of a dtype.
+
+    Raises:
+        KeyError, TypeError, ValueError: If it is none.
+    """
+    bits, group_size, digits = entry["bits"], entry["group_size"], entry.get("float16_digits")
+    if bits not in range(2, 9) or not (group_size is None or 0 < group_size < 2**31):
+        raise ValueError(f"{bits} bits in groups of {group_size}")
+    if digits not in (None, *range(1, 12)):
+        raise ValueError(f"scales with {digits} binary digits")
+    return WeightFormat(
+        bits=bits,
+        group_size=group_size,
+        sym=bool(entry["sym"]),
+        dtype=dtype if digits is None else torch.float32,
+        float16_digits=digits,
+    )
 
 
 def describe_activations(activations: ActivationFormat | None) -> dict[str, Any] | None:
@@ -139,7 +178,7 @@ def compressed_tensors_config(
     activations: ActivationFormat | None,
     moe: bool,
 ) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a pack-quantized model.
+    """Return the ``quantization_config`` of a model in the layout of compressed-tensors.
 
     Args:
         weights: Formats of the quantized parameters, by their full names.
@@ -149,12 +188,14 @@ def compressed_tensors_config(
     """
     # Weights of one format share a group of the config.
     kinds: dict[tuple[int, int | None, bool], list[str]] = defaultdict(list)
+    packing: dict[tuple[int, int | None, bool], str] = {}
     for name, fmt in weights.items():
         kinds[_kind(fmt)].append(name)
+        packing[_kind(fmt)] = packing_of(fmt, activations)
     groups = {
         f"group_{number}": {
             "targets": ["Linear"] if len(kinds) == 1 else layer_patterns(names),
-            "format": "pack-quantized",
+            "format": packing[bits, group_size, sym],
             "weights": {
                 "num_bits": bits,
                 "type": "int",
@@ -173,7 +214,7 @@ def compressed_tensors_config(
     quantization = {
         "quant_method": "compressed-tensors",
         "version": LAYOUT_VERSION,
-        "format": "pack-quantized",
+        "format": MIXED if len(set(packing.values())) > 1 else next(iter(packing.values())),
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ["lm_head", *([r"re:.*\.gate$"] if moe else []), *layer_patterns(plain)],

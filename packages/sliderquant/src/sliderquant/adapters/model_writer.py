@@ -31,17 +31,20 @@ from sliderquant.adapters.families import (
 )
 from sliderquant.adapters.files import COMPANION_FILES, quiet_transformers
 from sliderquant.adapters.formats import (
+    INT_QUANTIZED,
     LAYER,
     MARK,
     ExportFormat,
     compressed_tensors_config,
     describe,
+    described_format,
     native_config,
+    packing_of,
 )
 from sliderquant.adapters.shards import SHARD_BYTES, ShardWriter
 from sliderquant.adapters.streaming import HEAD, empty_model
 from sliderquant.method.activations import ActivationFormat
-from sliderquant.method.packing import packed_tensors
+from sliderquant.method.packing import SCALE, packed_tensors
 from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
 
 
@@ -170,6 +173,9 @@ class ModelWriter:
         if self.format == "dense":
             return {name: value.dequantize().to(self.dtype)}
         layer = name.removesuffix(".weight")
+        is_compressed = self.format == "compressed-tensors"
+        if is_compressed and packing_of(value.fmt, self.activations) == INT_QUANTIZED:
+            return {name: value.codes.to(torch.int8), f"{layer}.{SCALE}": value.scale}
         return {f"{layer}.{suffix}": t for suffix, t in packed_tensors(value).items()}
 
     def publish(self, card: str | None = None) -> list[str]:
@@ -186,7 +192,7 @@ class ModelWriter:
         """
         # Checked first: nothing is published while a parameter is missing.
         formats = {
-            name: WeightFormat(**(note | {"dtype": self.dtype}))
+            name: described_format(note, self.dtype)
             for name, note in self._shards.notes.items()
             if note
         }

@@ -14,7 +14,7 @@ from effml_common.device import resolve_device
 from effml_common.errors import InputError
 from sliderquant.adapters.families import family_of
 from sliderquant.adapters.files import quiet_transformers, weight_files
-from sliderquant.adapters.formats import MARK, NATIVE_TYPE, NATIVE_VERSION
+from sliderquant.adapters.formats import MARK, NATIVE_TYPE, NATIVE_VERSION, described_format
 from sliderquant.adapters.rounding import ActivationRounding
 from sliderquant.adapters.streaming import EMBEDDING, HEAD, empty_model
 from sliderquant.method.activations import ActivationFormat
@@ -132,8 +132,7 @@ def native_formats(
             raise ValueError(f"version {quantization['sliderquant_version']}, not {NATIVE_VERSION}")
         dtype = getattr(torch, raw["dtype"])
         formats = {
-            name: WeightFormat(**_check_entry(entry), dtype=dtype)
-            for name, entry in quantization["weights"].items()
+            name: described_format(entry, dtype) for name, entry in quantization["weights"].items()
         }
         rounding = quantization["activations"]
         return formats, None if rounding is None else ActivationFormat(**rounding)
@@ -141,14 +140,6 @@ def native_formats(
         raise InputError(
             f"{directory}/config.json does not say how its weights are packed ({error}); export again"
         ) from None
-
-
-def _check_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the format of one weight, if a weight can have it."""
-    bits, group_size, sym = entry["bits"], entry["group_size"], entry["sym"]
-    if bits not in range(2, 9) or not (group_size is None or 0 < group_size < 2**31):
-        raise ValueError(f"{bits} bits in groups of {group_size}")
-    return {"bits": bits, "group_size": group_size, "sym": bool(sym)}
 
 
 def _replace_by_packed_(model: PreTrainedModel, name: str, fmt: WeightFormat, kernel: bool) -> None:

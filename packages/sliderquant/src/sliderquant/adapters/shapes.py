@@ -77,7 +77,7 @@ def check_linears(linears: dict[str, tuple[int, ...]], config: SliderConfig) -> 
             f"fused experts ({', '.join(fused)}) cannot be rounded with compensation; "
             "add --method slider"
         )
-    check_group_size(linears, config.group_size)
+    check_group_size(linears, config.columns_per_scale)
 
 
 def check_group_size(linears: dict[str, tuple[int, ...]], group_size: int | None) -> None:

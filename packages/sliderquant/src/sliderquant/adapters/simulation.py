@@ -15,15 +15,24 @@ from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.quantizer import WeightFormat
 from sliderquant.method.sampling import seeded
 
+FLOAT16_DIGITS = 11  # binary digits of a float16 number
 BlockWeights = Sequence[dict[str, Tensor]]
 # Parameters of a block to use instead of the model's own; ``None`` for the model's own.
 Replacement = Callable[[int], dict[str, Tensor] | None]
 
 
 def weight_format(config: SliderConfig, dtype: torch.dtype) -> WeightFormat:
-    """Return the storage format that ``config`` asks for, with scales in ``dtype``."""
+    """Return the storage format that ``config`` asks for, in a model whose weights have ``dtype``."""
+    # llama.cpp multiplies float16 scales and, in asymmetric blocks, adds a float16 minimum z D.
+    digits = None
+    if config.for_ == "gguf":
+        digits = FLOAT16_DIGITS - (0 if config.sym else config.wbits)
     return WeightFormat(
-        bits=config.wbits, group_size=config.group_size, sym=config.sym, dtype=dtype
+        bits=config.wbits,
+        group_size=config.columns_per_scale,
+        sym=config.sym,
+        dtype=dtype if digits is None else torch.float32,
+        float16_digits=digits,
     )
 
 

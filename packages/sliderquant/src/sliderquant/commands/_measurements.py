@@ -87,7 +87,7 @@ def _row(name: str, setting: str, perplexities: dict[str, float], bits: float) -
 
 def describe_setting(config: SliderConfig) -> str:
     """Return format, rotation and seed in a few words, such as "W4 g128 sym, calibration seed 2"."""
-    groups = f"g{config.group_size}" if config.group_size else "per row"
+    groups = f"g{config.group_size}" if config.columns_per_scale else "per row"
     words = f"W{config.wbits} {groups} {'sym' if config.sym else 'asym'}"
     if config.abits != FULL_BITS:
         words += f", A{config.abits} per token {'sym' if config.act_sym else 'asym'}"

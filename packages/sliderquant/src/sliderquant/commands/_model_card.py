@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from effml_common.errors import InputError
 from sliderquant.adapters.formats import MARK
+from sliderquant.adapters.gguf import FILE_NAME
 from sliderquant.adapters.shards import tensor_bytes
 from sliderquant.commands._measurements import describe_setting
 from sliderquant.config import QuantizeConfig, SliderConfig
@@ -31,20 +32,24 @@ def sizes(directory: str | Path) -> dict[str, float]:
     directory = Path(directory)
     tensors = tensor_bytes(directory)
     files = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    packed = sum(size for name, size in tensors.items() if name.endswith(_PACKED))
+    entries, in_bytes = _quantized_entries(directory)
+    packed = sum(size for name, size in tensors.items() if name.endswith(_PACKED)) + in_bytes
     if not packed:
         return {"directory": files}
-    return {"linears": packed, "bfloat16": 2 * _packed_entries(directory), "directory": files}
+    return {"linears": packed, "bfloat16": 2 * entries, "directory": files}
 
 
-def _packed_entries(directory: Path) -> int:
-    """Count the entries of all packed weights."""
-    total = 0
+def _quantized_entries(directory: Path) -> tuple[int, int]:
+    """Return the number of quantized weights, and of those that are stored one per byte."""
+    total = in_bytes = 0
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            shapes = [name for name in file.keys() if name.endswith(".weight_shape")]  # noqa: SIM118
+            names = list(file.keys())
+            shapes = [name for name in names if name.endswith(".weight_shape")]
             total += sum(math.prod(file.get_tensor(name).tolist()) for name in shapes)
-    return total
+            slices = [file.get_slice(name) for name in names if name.endswith(".weight")]
+            in_bytes += sum(math.prod(s.get_shape()) for s in slices if s.get_dtype() == "I8")
+    return total + in_bytes, in_bytes
 
 
 def file_hashes(paths: Sequence[str]) -> dict[str, str]:
@@ -167,8 +172,38 @@ def model_card(directory: str | Path, base: str, history: str) -> str:
     return "\n".join([*lines, "", "## How to load it", "", _loading(config, written), history])
 
 
+def gguf_card(directory: str | Path, base: str, cost: str, history: str) -> str:
+    """Return the card of a folder with a file for llama.cpp.
+
+    Args:
+        directory: Holds the file.
+        base: Name of the full-precision model.
+        cost: What the file's float16 scales changed, in a line.
+        history: From ``history_of``.
+    """
+    size = (Path(directory) / FILE_NAME).stat().st_size
+    lines = [
+        "---",
+        "library_name: gguf",
+        f"base_model: {json.dumps(base)}",
+        "tags: [quantized, sliderquant, gguf]",
+        "---",
+        f"# {Path(directory).name}",
+        "",
+        f"{base}, quantized, for llama.cpp. Against the folder it was made of: {cost}.",
+        "",
+        f"- {FILE_NAME}: {size / 1e6:.1f} MB",
+        "",
+        "## How to load it",
+        "",
+        f"```\nllama-server -m PATH_OF_THIS_FOLDER/{FILE_NAME}\n```\n",
+        history,
+    ]
+    return "\n".join(lines)
+
+
 _NAMES = {
-    "compressed-tensors": "quantized and packed (compressed-tensors, pack-quantized)",
+    "compressed-tensors": "quantized and packed (compressed-tensors)",
     "native": "quantized and packed (sliderquant's own format)",
     "dense": "quantized, stored dequantized",
     "pre-quant": "calibrated for quantization but not rounded: let another quantizer finish it",

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.folders import run_folder
 from effml_common.logging import Progress, say
-from sliderquant.adapters.files import weight_files
 from sliderquant.adapters.formats import NATIVE_TYPE, check_expressible
+from sliderquant.adapters.gguf import FILE_NAME
 from sliderquant.adapters.model_writer import ModelWriter
 from sliderquant.adapters.native import base_config, native_formats, read_raw_config
-from sliderquant.commands._model_card import history_of, model_card, sizes
+from sliderquant.adapters.native_parameters import native_layers, read_parameter
+from sliderquant.commands._gguf import GgufCost, export_gguf
+from sliderquant.commands._model_card import gguf_card, history_of, model_card, sizes
 from sliderquant.config import ExportConfig
-from sliderquant.method.packing import PACKED, SCALE, SHAPE, ZERO, unpacked_weight
 from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
 
 
@@ -33,12 +33,14 @@ class ExportResult:
         format: Of the weights.
         files: Their names.
         bytes: Sizes on disk: ``directory``, and ``linears`` and ``bfloat16`` where layers are packed.
+        cost: What the rounding of scales to float16 changed, for GGUF.
     """
 
     out: str
     format: str
     files: list[str]
-    bytes: dict[str, float]
+    bytes: Mapping[str, float]
+    cost: GgufCost | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain data."""
@@ -47,16 +49,21 @@ class ExportResult:
             "format": self.format,
             "files": self.files,
             "bytes": self.bytes,
+            "cost": None if self.cost is None else self.cost.to_json(),
         }
 
     def __rich__(self) -> str:
         """Return one line."""
         parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in self.bytes.items())
-        return f"wrote {self.out} ({self.format}): {parts}"
+        cost = "" if self.cost is None else f"; {self.cost.describe()}"
+        return f"wrote {self.out} ({self.format}): {parts}{cost}"
 
 
 def export(config: ExportConfig) -> ExportResult:
     """Write a native model in another format; every weight keeps its value, bit for bit.
+
+    GGUF stores scales in float16: a weight keeps its value if it was quantized for that, and the result
+    says what changed elsewhere.
 
     One layer is in memory at a time. An interrupted export continues when it is started again.
 
@@ -73,6 +80,9 @@ def export(config: ExportConfig) -> ExportResult:
         )
     formats, activations = native_formats(source, raw)
     check_expressible(config.format, formats, activations)
+    if config.format == "gguf":  # a file of its own, not a folder of safetensors
+        cost = export_gguf(config, out, raw, formats)
+        return _finished(config, source, raw, out, [FILE_NAME], cost)
 
     # One block is read, converted and written at a time.
     writer = ModelWriter(
@@ -85,38 +95,39 @@ def export(config: ExportConfig) -> ExportResult:
         container_bits=config.container_bits,
         identity=json.dumps(raw, sort_keys=True),
     )
-    layers = _layers(source)
+    layers = native_layers(source)
     with Progress(f"exporting to {config.format}", len(layers)) as bar:
         for batch in _batches(layers, formats):
             writer.write(batch)
             bar.advance(len(batch))
     files = writer.publish()
+    return _finished(config, source, raw, out, files)
 
-    # The card keeps the history of the source.
-    base = raw.get("_name_or_path") or source.name
-    atomic_write(out / "README.md", model_card(out, Path(base).name, history_of(source)))
+
+def _finished(
+    config: ExportConfig,
+    source: Path,
+    raw: Mapping[str, Any],
+    out: Path,
+    files: list[str],
+    cost: GgufCost | None = None,
+) -> ExportResult:
+    """Write the model card, which keeps the history of the source; return the result."""
+    base = Path(raw.get("_name_or_path") or source.name).name
+    if cost is None:
+        card, on_disk = model_card(out, base, history_of(source)), sizes(out)
+    else:
+        card = gguf_card(out, base, cost.describe(), history_of(source))
+        on_disk = {"directory": (out / FILE_NAME).stat().st_size}
+    atomic_write(out / "README.md", card)
     say(f"wrote {out}")
     return ExportResult(
-        out=str(out), format=config.format, files=[*files, "README.md"], bytes=sizes(out)
+        out=str(out),
+        format=config.format,
+        files=[*files, "README.md"],
+        bytes=on_disk,
+        cost=cost,
     )
-
-
-def _layers(directory: Path) -> dict[str, dict[str, Path]]:
-    """Return the files of every parameter's tensors: parameter -> suffix -> file."""
-    layers: dict[str, dict[str, Path]] = {}
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    layer, _, suffix = name.rpartition(".")
-                    if suffix in (PACKED, SCALE, SHAPE, ZERO):
-                        layers.setdefault(layer, {})[suffix] = path
-                    else:
-                        layers[name] = {"": path}
-        except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path} is damaged ({reason}); copy it again") from None
-    return layers
 
 
 def _batches(
@@ -132,26 +143,5 @@ def _batches(
         batch: dict[str, QuantizedWeight | Tensor] = {}
         for layer in inside:
             name = next((n for n in (layer, f"{layer}.weight") if n in formats), layer)
-            batch[name] = _parameter(layer, layers[layer], formats.get(name))
+            batch[name] = read_parameter(layer, layers[layer], formats.get(name))
         yield batch
-
-
-def _parameter(
-    layer: str, files: Mapping[str, Path], fmt: WeightFormat | None
-) -> QuantizedWeight | Tensor:
-    """Read one parameter from the files of its tensors."""
-
-    def read(suffix: str) -> Tensor:
-        with safe_open(files[suffix], framework="pt") as file:
-            return file.get_tensor(f"{layer}.{suffix}" if suffix else layer)
-
-    try:
-        if fmt is None:
-            return read("")
-        zero = None if fmt.sym else read(ZERO)
-        columns = int(read(SHAPE)[-1])
-        return unpacked_weight(read(PACKED), read(SCALE), zero, columns, fmt)
-    except (KeyError, SafetensorError, RuntimeError) as error:
-        raise InputError(
-            f"{layer} is not stored as its config says ({error}); copy it again"
-        ) from None

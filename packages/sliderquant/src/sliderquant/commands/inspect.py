@@ -113,7 +113,7 @@ def _bits_per_weight(config: SliderConfig, shape: ModelShape) -> float:
         return float(FULL_BITS)
     side = 16 + (0 if config.sym else config.wbits)
     stored = sum(
-        math.prod(weight) * (config.wbits + side / (config.group_size or weight[-1]))
+        math.prod(weight) * (config.wbits + side / (config.columns_per_scale or weight[-1]))
         for weight in shape.linears.values()
     )
     return stored / sum(map(math.prod, shape.linears.values()))

@@ -43,6 +43,7 @@ from sliderquant.method.quantizer import (
     WeightFormat,
     nearest_codes,
     quantization_grid,
+    simulate_scale,
     simulate_storage,
 )
 from sliderquant.method.ridge import Curvature, factorize, ridge_update
@@ -129,7 +130,7 @@ def round_layers(
     return [
         QuantizedWeight(
             codes=codes_of_layer.T.contiguous(),
-            scale=scale_of_layer.T.contiguous().to(fmt.dtype),
+            scale=scale_of_layer.T.contiguous().to(fmt.scale_dtype),
             zero=None if fmt.sym else zero_of_layer.T.contiguous().to(torch.int16),
             fmt=fmt,
         )
@@ -146,7 +147,7 @@ def round_and_refine(
     # Scales that fit the codes, codes that fit the scales.
     for _ in range(REFINEMENT_PASSES if resolves_codes(fmt) else 0):
         scale = refit_scales(codes, grid, target, curvature.hessian)
-        grid = replace(grid, scale=simulate_storage(scale, grid.fmt))
+        grid = replace(grid, scale=simulate_scale(scale, grid.fmt))
         codes = coordinate_descent_sweep(codes, grid, target, curvature.hessian, curvature.order)
     return codes, grid
 

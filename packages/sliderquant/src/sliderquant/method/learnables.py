@@ -25,6 +25,7 @@ from sliderquant.method.quantizer import (
     fake_quantize,
     quantize_weight,
     rescale,
+    simulate_scale,
     simulate_storage,
 )
 
@@ -116,14 +117,14 @@ class LinearLearnables(nn.Module):
         """Return D exp(s) as it is stored, with a gradient for s; D itself where s is zero."""
         factor = self.log_rescale.exp().to(weight.scale.device)
         dtype = torch.promote_types(weight.scale.dtype, factor.dtype)
-        return simulate_storage(weight.scale.to(dtype) * factor, self.fmt)
+        return simulate_scale(weight.scale.to(dtype) * factor, self.fmt)
 
     def rescaled(self) -> QuantizedWeight | None:
         """Return ``closed_form`` with the scales that windows trained."""
         weight = self.closed_form
         if weight is None:
             return None
-        return replace(weight, scale=self._trained_scale(weight).detach().to(self.fmt.dtype))
+        return replace(weight, scale=self._trained_scale(weight).detach().to(self.fmt.scale_dtype))
 
     def forward_in_pieces(self, weight: Float[Tensor, "*experts out in"], ratio: float) -> Tensor:
         """Return what ``forward`` does, keeping nothing of the weight's size for the backward pass."""

@@ -47,7 +47,7 @@ class PackedWeight(nn.Module):
 
         # Buffers, because no gradient flows to them.
         self.register_buffer("weight_packed", empty(rows, words(columns, fmt.bits)))
-        self.register_buffer("weight_scale", empty(rows, groups, dtype=fmt.dtype))
+        self.register_buffer("weight_scale", empty(rows, groups, dtype=fmt.scale_dtype))
         zero = None if fmt.sym else empty(words(rows, fmt.bits), groups)
         self.register_buffer("weight_zero_point", zero)
         self.register_buffer(

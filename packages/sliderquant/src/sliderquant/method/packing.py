@@ -86,7 +86,7 @@ def _gcd(bits: int) -> int:
 def packed_tensors(weight: QuantizedWeight) -> dict[str, Shaped[Tensor, "..."]]:
     """Return what is stored of a weight [out, in], by suffix of the layer's name.
 
-    ``weight_packed`` int32 [out, words(in)], ``weight_scale`` [out, groups] in the format's dtype,
+    ``weight_packed`` int32 [out, words(in)], ``weight_scale`` [out, groups] in the format's scale_dtype,
     ``weight_shape`` int64 [2], and for asymmetric formats ``weight_zero_point`` int32
     [words(out), groups]. Experts that are stored together keep their leading axis.
     """

@@ -31,6 +31,8 @@ class WeightFormat:
         sym: Signed codes without zero point.
         dtype: Type of the stored scale and of the dequantized weight. Codes are computed from the
             stored scale, so that what is simulated is what is stored.
+        float16_digits: Binary digits of a scale that is stored in float16, 1 to 11, beside weights that
+            are not rounded to float16; ``None`` for scales in ``dtype``.
 
     Example:
         >>> fmt = WeightFormat(bits=2, group_size=64, sym=False, dtype=torch.bfloat16)
@@ -44,6 +46,12 @@ class WeightFormat:
     group_size: int | None
     sym: bool
     dtype: torch.dtype
+    float16_digits: int | None = None
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Type of the stored scale."""
+        return self.dtype if self.float16_digits is None else torch.float16
 
     def columns_per_group(self, columns: int) -> int:
         """Return g for a weight with ``columns`` input columns."""
@@ -57,7 +65,7 @@ class WeightFormat:
 
     def bits_per_weight(self, columns: int) -> float:
         """Return the stored bits per weight of a row of ``columns``: codes, scales, zero points."""
-        bits_per_group = BYTE_BITS * self.dtype.itemsize + (0 if self.sym else self.bits)
+        bits_per_group = BYTE_BITS * self.scale_dtype.itemsize + (0 if self.sym else self.bits)
         return self.bits + bits_per_group / self.columns_per_group(columns)
 
     def mean_bits_per_weight(self, shapes: Collection[Sequence[int]]) -> float:
@@ -93,6 +101,20 @@ def simulate_storage(x: Tensor, fmt: WeightFormat) -> Tensor:
     return x if fmt.dtype == x.dtype else straight_through(x, x.detach().to(fmt.dtype).to(x.dtype))
 
 
+def simulate_scale(scale: Tensor, fmt: WeightFormat) -> Tensor:
+    """Return scales as they read back after being stored; the gradient passes.
+
+    With ``float16_digits`` a scale keeps that many binary digits. The product with a zero point of
+    11 - ``float16_digits`` binary digits, the minimum of a group, then is a float16 number, too.
+    """
+    if fmt.float16_digits is None:
+        return simulate_storage(scale, fmt)
+    mantissa, exponent = torch.frexp(scale.detach())  # mantissa in [0.5, 1)
+    digits = torch.ldexp(mantissa, torch.tensor(fmt.float16_digits)).round()
+    rounded = torch.ldexp(digits, exponent - fmt.float16_digits)
+    return straight_through(scale, rounded.to(torch.float16).to(scale.dtype))
+
+
 def quantization_grid(
     weight: Float[Tensor, "*out groups g"],
     fmt: WeightFormat,
@@ -126,7 +148,7 @@ def quantization_grid(
     # The scale spreads all codes over the range.
     intervals = 2**fmt.bits - 1
     scale = torch.maximum(high, -low) / (intervals / 2) if fmt.sym else (high - low) / intervals
-    scale = simulate_storage(scale.clamp(SMALLEST_SCALE, LARGEST_SCALE), fmt)
+    scale = simulate_scale(scale.clamp(SMALLEST_SCALE, LARGEST_SCALE), fmt)
 
     # The zero point is the code that stands for zero.
     if fmt.sym:
@@ -234,7 +256,7 @@ class QuantizedWeight:
 
     Attributes:
         codes: q, int16, within ``fmt.code_range``.
-        scale: D in ``fmt.dtype``.
+        scale: D in ``fmt.scale_dtype``.
         zero: z, int16, within ``fmt.code_range``; ``None`` for symmetric formats.
         fmt: Storage format.
     """
@@ -318,7 +340,7 @@ def quantize_weight(
     grouped, scale, zero = _group_weight(weight, fmt, upper, lower)
     return QuantizedWeight(
         codes=nearest_codes(grouped, scale, zero, fmt).flatten(-2).to(torch.int16),
-        scale=scale.squeeze(-1).to(fmt.dtype),
+        scale=scale.squeeze(-1).to(fmt.scale_dtype),
         zero=None if fmt.sym else zero.squeeze(-1).to(torch.int16),
         fmt=fmt,
     )

@@ -1,0 +1,51 @@
+"""The parameters of a native folder, read one by one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from effml_common.errors import InputError
+from sliderquant.adapters.files import weight_files
+from sliderquant.method.packing import PACKED, SCALE, SHAPE, ZERO, unpacked_weight
+from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
+
+
+def native_layers(directory: Path) -> dict[str, dict[str, Path]]:
+    """Return the files of every parameter's tensors: parameter -> suffix -> file."""
+    layers: dict[str, dict[str, Path]] = {}
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    layer, _, suffix = name.rpartition(".")
+                    if suffix in (PACKED, SCALE, SHAPE, ZERO):
+                        layers.setdefault(layer, {})[suffix] = path
+                    else:
+                        layers[name] = {"": path}
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path} is damaged ({reason}); copy it again") from None
+    return layers
+
+
+def read_parameter(
+    layer: str, files: Mapping[str, Path], fmt: WeightFormat | None
+) -> QuantizedWeight | Tensor:
+    """Read one parameter from the files of its tensors."""
+
+    def read(suffix: str) -> Tensor:
+        with safe_open(files[suffix], framework="pt") as file:
+            return file.get_tensor(f"{layer}.{suffix}" if suffix else layer)
+
+    try:
+        if fmt is None:
+            return read("")
+        zero = None if fmt.sym else read(ZERO)
+        columns = int(read(SHAPE)[-1])
+        return unpacked_weight(read(PACKED), read(SCALE), zero, columns, fmt)
+    except (KeyError, SafetensorError, RuntimeError) as error:
+        raise InputError(
+            f"{layer} is not stored as its config says ({error}); copy it again"
+        ) from None
