@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from effml_common.errors import InputError
+from effml_common.logging import say
 from sliderquant.adapters.reasons import reason_of
 
 PREFIX = "hf:"
@@ -41,6 +42,7 @@ def read_named(name: str) -> Sequence[Mapping[str, Any]]:
 
     # What is not there under the first meaning may be there under the second.
     datasets = _library(name)
+    say(f"reading {name} with the datasets library")
     absent: list[Exception] = []
     for path, config in meanings:
         try:
@@ -105,15 +107,22 @@ def _library(name: str) -> ModuleType:
 
 @contextmanager
 def _quiet(datasets: ModuleType) -> Iterator[None]:
-    """Silence the library's bars and advice for the duration."""
-    logging = datasets.utils.logging
-    level, bars = logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    """Silence the library's bars, and its and the hub client's advice, for the duration."""
+    from huggingface_hub.utils import logging as hub_logging
+
+    loggers = (datasets.utils.logging, hub_logging)
+    levels, bars = (
+        [logger.get_verbosity() for logger in loggers],
+        datasets.is_progress_bar_enabled(),
+    )
+    for logger in loggers:
+        logger.set_verbosity_error()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
         if bars:
             datasets.enable_progress_bars()
 
