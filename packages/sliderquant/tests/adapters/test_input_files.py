@@ -195,6 +195,17 @@ def test_names_have_the_fewest_folders_that_tell_them_apart(paths, names) -> Non
     assert not any(os.path.isabs(name) for name in names)
 
 
+def test_files_of_two_settings_are_told_apart_and_the_same_file_has_one_name(tmp_path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(name)
+    first, second = (str(tmp_path / name / "x.txt") for name in ("a", "b"))
+    inputs = InputFiles()
+    assert [f.name for f in inputs.read([first], beside=[second])] == ["a/x.txt"]
+    assert [f.name for f in inputs.read([second, first], beside=[first])] == ["b/x.txt", "a/x.txt"]
+    assert [f.name for f in inputs.read([first], beside=[first])] == ["x.txt"]
+
+
 def test_a_file_beside_one_in_a_folder_is_told_apart(tmp_path, monkeypatch) -> None:
     (tmp_path / "here" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")

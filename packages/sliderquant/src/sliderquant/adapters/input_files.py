@@ -78,13 +78,16 @@ class InputFiles:
     def __init__(self) -> None:
         self._read: dict[str, InputFile] = {}
 
-    def read(self, paths: Sequence[str], setting: str = "files") -> list[InputFile]:
+    def read(
+        self, paths: Sequence[str], setting: str = "files", beside: Sequence[str] = ()
+    ) -> list[InputFile]:
         """Read the files that one setting names.
 
         Args:
             paths: Files, pipes, folders that ``Dataset.save_to_disk`` wrote, or ``hf:`` names of data
                 sets. ``~`` is the home folder, and a path that exists wins over a name.
             setting: Its name, for messages.
+            beside: Paths of other settings, from which the files are told apart by name, too.
 
         Raises:
             InputError: If something cannot be used, or is given twice.
@@ -99,9 +102,10 @@ class InputFiles:
         for path, key in zip(paths, keys, strict=True):
             if key not in self._read:
                 self._read[key] = _read_input(path)
+        names = distinct_names([*paths, *beside])[: len(paths)]
         return [
             replace(self._read[key], name=name, path=path)
-            for path, key, name in zip(paths, keys, distinct_names(paths), strict=True)
+            for path, key, name in zip(paths, keys, names, strict=True)
         ]
 
 
@@ -114,7 +118,7 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     all_parts = [_parts(path) for path in paths]
     names = []
     for own in all_parts:
-        others = [parts for parts in all_parts if parts is not own]
+        others = [parts for parts in all_parts if parts != own]
         count = 1
         while count < len(own) and any(parts[-count:] == own[-count:] for parts in others):
             count += 1

@@ -79,8 +79,8 @@ def prepare_job(
     """
     # Each file is opened once, also one that both settings name.
     inputs = InputFiles()
-    calib = inputs.read(config.calib, "calib")
-    eval_text = inputs.read(config.eval_text, "eval_text")
+    calib = inputs.read(config.calib, "calib", beside=config.eval_text)
+    eval_text = inputs.read(config.eval_text, "eval_text", beside=config.calib)
 
     # Tokens to calibrate on, and to measure on, as the tokenizer begins a text.
     begin = begin_tokens(opened.tokenizer)
