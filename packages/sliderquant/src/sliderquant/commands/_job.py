@@ -130,7 +130,7 @@ def _eval_chunks(file: InputFile, opened: StreamedModel, begin: Sequence[int]) -
     """Cut one text to measure on into chunks, whose length does not follow from the settings."""
     stream = read_tokens([file], opened.tokenizer, opened.decoder.model)
     remedy = (
-        "give more text, or measure it with sliderquant eval --seqlen, as --seqlen here is calib's"
+        "give more text, or measure it with eval --seqlen (here --seqlen is of calibration alone)"
     )
     seqlen = default_seqlen(opened.context)
     return list(chunks(stream, seqlen, begin=begin, name=file.name, remedy=remedy))
