@@ -30,8 +30,8 @@ class QuantizeConfig(SliderConfig):
 
     model: str = required_field("directory of a Hugging Face causal language model")
     calib: tuple[str, ...] = required_field(
-        "calibration files: text, or JSON lines with 'text' or chat 'messages'; "
-        "use text like what the model will read"
+        "calibration files: text, or JSON (.jsonl, .json) with 'text' or chat 'messages', or data sets "
+        "(hf:NAME/CONFIG:SPLIT); use text like what the model will read"
     )
     out: str | None = setting(None, "folder to write; default runs/quantize-<time>")
     eval_text: tuple[str, ...] = setting(
@@ -74,7 +74,7 @@ class EvalConfig:
     """Perplexity on text files, and lm-eval tasks, of a model directory in any format."""
 
     model: str = required_field("directory of a causal language model, quantized or not")
-    text: tuple[str, ...] = setting((), "files: text, or JSON lines with 'text'")
+    text: tuple[str, ...] = setting((), "files: text or JSON, or data sets, as for calibration")
     tasks: tuple[str, ...] = setting(
         (), "lm-eval task files (YAML, with local data files), or folders of them"
     )
@@ -102,7 +102,7 @@ class SensitivityConfig:
     """Round one block at a time to nearest, and measure what it does to the model."""
 
     model: str = required_field("directory of a full-precision causal language model")
-    text: tuple[str, ...] = required_field("files: text, or JSON lines with 'text'")
+    text: tuple[str, ...] = required_field("files: text or JSON, or data sets, as for calibration")
     wbits: int = setting(2, "bits per weight, 2 to 8")
     group_size: int | None = setting(128, GROUP_HELP)
     sym: bool = setting(True, "signed codes without zero point")

@@ -182,7 +182,7 @@ def test_chat_lines_go_through_the_models_template(loaded, tmp_path) -> None:
     path = tmp_path / "chat.jsonl"
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     path.write_text(json.dumps({"messages": chat}) + "\n\n" + json.dumps({"text": "plain"}) + "\n")
-    with pytest.raises(InputError, match="line 1 is a chat, the model has no chat template"):
+    with pytest.raises(InputError, match=r"\(line 1\): a chat, and the model has no chat template"):
         read_documents([str(path)], loaded.tokenizer)
     loaded.tokenizer.chat_template = CHAT_TEMPLATE
     documents = read_documents([str(path)], loaded.tokenizer)

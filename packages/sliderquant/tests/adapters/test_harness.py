@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from effml_common.errors import InputError
+from effml_common.errors import InputError, NonFiniteError
 from sliderquant.adapters.harness import read_tasks, run_tasks
 
 QUESTIONS = [
@@ -88,9 +88,10 @@ def test_tasks_report_what_the_models_own_probabilities_say(
     p = right / 4
     assert choice.stderrs["acc"] == pytest.approx(math.sqrt(p * (1 - p) / 3))
 
+    # A rolling text has one token in front, whether the tokenizer puts it there or the harness.
     total = size = 0.0
     for row in TEXTS:
-        ids = loaded.tokenizer(row["text"])["input_ids"]
+        ids = loaded.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
         assert len(ids) < loaded.context  # one window
         total += log_probability(loaded, [loaded.tokenizer.eos_token_id], ids)
         size += len(row["text"].encode())
@@ -108,6 +109,8 @@ def test_a_limit_reads_fewer_documents(loaded, tasks) -> None:
 BAD = {
     "": "is no lm-eval task",
     "task: [": "cannot be read",
+    "[" * 5000: "cannot be read",
+    "task: 2020-13-45": "cannot be read",
     "dataset_path: json": "is no lm-eval task",
     CHOICE.replace("dataset_path: json", "dataset_path: cais/mmlu"): "not read from local files",
     CHOICE.replace("questions", "missing"): "does not exist",
@@ -136,5 +139,94 @@ def test_missing_empty_and_repeated_tasks_are_refused(tasks, tmp_path) -> None:
 
 def test_a_task_that_does_not_fit_its_data_is_one_line(loaded, tasks) -> None:
     (tasks / "choice.yaml").write_text(CHOICE.replace("doc_to_choice: choices", "doc_to_choice: c"))
-    with pytest.raises(InputError, match="lm-eval cannot run the tasks"):
+    with pytest.raises(InputError, match="lm-eval cannot run the task choice "):
         run_tasks(loaded.model, loaded.tokenizer, read_tasks([str(tasks / "choice.yaml")]))
+
+
+UNFIT = {
+    CHOICE.replace("{{q}}", "{{question}}"): "'question' is undefined",
+    CHOICE.replace("{{q}}", "{{q"): "unexpected end of template",
+    CHOICE.replace("{{q}}", "{{q | shout}}"): "No filter named 'shout'",
+    CHOICE.replace("{{q}}", "{{1 // 0}}"): "zero",
+    CHOICE.replace("{{q}}", "{{q.strip(1, 2)}}"): "strip",
+    CHOICE.replace("test_split: test", "test_split: exam"): "exam",
+    CHOICE.replace("metric: acc", "metric: accurate"): "",
+    CHOICE.replace("multiple_choice", "essay"): "essay",
+    CHOICE.replace("doc_to_target: gold", "doc_to_target: 7"): "",
+    CHOICE.replace("metric_list:", "metric_list: 3\nx:"): "",
+    CHOICE.replace("dataset_path: json", "dataset_path: parquet"): "",
+    CHOICE + "filter_list:\n  - name: f\n    filter:\n      - function: wish\n": "wish",
+    CHOICE + "no_such_field: 1\n": "no_such_field",
+}
+
+
+@pytest.mark.parametrize("text", UNFIT, ids=range(len(UNFIT)))
+def test_whatever_a_task_file_makes_the_harness_raise_is_one_line(text, loaded, tasks) -> None:
+    (tasks / "choice.yaml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        run_tasks(loaded.model, loaded.tokenizer, read_tasks([str(tasks)]))
+    message = str(caught.value)
+    assert message.startswith("lm-eval cannot run the task choice (")
+    assert UNFIT[text] in message
+    assert message.endswith("); mend its file")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), KeyboardInterrupt(), RuntimeError("out of memory"), NonFiniteError()]
+)
+def test_what_is_no_fault_of_the_task_passes(error, loaded, tasks) -> None:
+    def fail(*_):
+        raise error
+
+    loaded.model.model.register_forward_hook(fail)
+    with pytest.raises(type(error)) as caught:
+        run_tasks(loaded.model, loaded.tokenizer, read_tasks([str(tasks)]))
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("begins", [False, True], ids=["bare", "bos"])
+@pytest.mark.parametrize("written", ["", "<|end|>"], ids=["plain", "written"])
+def test_a_rolling_text_has_bos_once(begins, written, loaded, tasks, with_begin) -> None:
+    bare = loaded.tokenizer("import os\n" * 60, add_special_tokens=False)["input_ids"]
+    assert len(bare) > 2 * loaded.context  # three windows and more
+    record = {"text": written + "import os\n" * 60}
+    (tasks / "texts.jsonl").write_text(json.dumps(record) + "\n")
+    if begins:
+        with_begin(loaded.tokenizer)
+
+    # What the model gets: BOS in front of the first window, then every token but the last.
+    received = []
+    loaded.model.register_forward_pre_hook(lambda _, args: received.append(args[0]))
+    (rolling,) = run_tasks(
+        loaded.model, loaded.tokenizer, read_tasks([str(tasks / "rolling.yaml")])
+    )
+    tokens = torch.cat([row for batch in received for row in batch]).tolist()
+    assert tokens.count(loaded.tokenizer.bos_token_id) == 1
+    assert tokens[0] == loaded.tokenizer.bos_token_id
+    assert len(tokens) >= len(bare)
+
+    # The same text in all four cases, so the same likelihood.
+    total, start = 0.0, 0
+    while start < len(bare):
+        piece = bare[start : start + loaded.context]
+        context = [loaded.tokenizer.bos_token_id, *bare[:start]]
+        context = context[-(loaded.context + 1 - len(piece)) :]
+        total += log_probability(loaded, context, piece)
+        start += loaded.context
+    size = len(record["text"].encode())
+    assert rolling.metrics["bits_per_byte"] == pytest.approx(-total / size / math.log(2), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["choice", "rolling"])
+def test_a_token_beyond_the_embedding_is_refused_in_tasks(name, loaded, tasks) -> None:
+    loaded.tokenizer.add_tokens(["<|beyond|>"])
+    for path in (tasks / "questions.jsonl", tasks / "texts.jsonl"):
+        path.write_text(path.read_text().replace("import os", "import <|beyond|>"))
+    with pytest.raises(InputError, match="makes token 384, the model knows 384"):
+        run_tasks(loaded.model, loaded.tokenizer, read_tasks([str(tasks / f"{name}.yaml")]))
+
+
+def test_tasks_are_found_in_the_home_folder(tasks, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tasks.parent))
+    assert [task["task"] for task in read_tasks(["~/tasks"])] == ["choice", "rolling"]

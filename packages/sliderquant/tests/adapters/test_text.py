@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaTokenizer
+from tokenizers import Tokenizer, models
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from effml_common.errors import InputError
 from sliderquant.adapters.files import load_model
@@ -14,6 +15,7 @@ from sliderquant.adapters.text import (
     begin_note,
     begin_tokens,
     calibration_samples,
+    check_tokens,
     chunks,
     encode,
     read_tokens,
@@ -169,12 +171,70 @@ def test_a_chat_template_that_writes_bos_does_not_double_it(loaded, with_begin, 
     )
     line = json.dumps({"messages": [{"role": "user", "content": "import os"}]})
     (tmp_path / "chats.jsonl").write_text(f"{line}\n" * 9)
-    stream = read_tokens([str(tmp_path / "chats.jsonl")], loaded.tokenizer)
+    stream = read_tokens([str(tmp_path / "chats.jsonl")], loaded.tokenizer, loaded.model)
     assert stream[0] == BOS
     assert stream.tolist().count(BOS) == 9
     for batch in chunks(stream, 16, 4, begin_tokens(loaded.tokenizer)):
         assert batch[:, 0].tolist() == [BOS] * len(batch)
         assert not bool(((batch[:, 1:] == BOS) & (batch[:, :-1] == BOS)).any())
+
+
+def with_token_384(loaded) -> None:
+    """Let the tokenizer know a word of its own, for which the model's 384 rows have none."""
+    loaded.tokenizer.add_tokens(["<|beyond|>"])
+    assert loaded.tokenizer.convert_tokens_to_ids("<|beyond|>") == 384
+    assert loaded.model.get_input_embeddings().weight.shape[0] == 384
+
+
+@pytest.mark.parametrize("in_text", [True, False], ids=["text", "begin"])
+def test_a_token_beyond_the_embedding_is_refused(loaded, with_begin, tmp_path, in_text) -> None:
+    (tmp_path / "a.txt").write_text("import os <|beyond|> import sys" if in_text else "import os")
+    path = str(tmp_path / "a.txt")
+    read_tokens([path], loaded.tokenizer, loaded.model)  # the word is pieces of text yet
+    with_token_384(loaded)
+    if not in_text:
+        with_begin(loaded.tokenizer, "<|beyond|>")
+    with pytest.raises(InputError, match="makes token 384, the model knows 384; use the tokenizer"):
+        read_tokens([path], loaded.tokenizer, loaded.model)
+    check_tokens([0, 383], loaded.model)
+    check_tokens([], loaded.model)
+
+
+@pytest.mark.parametrize("command", ["calib", "eval_text", "eval", "sensitivity", "perplexity"])
+def test_every_text_is_checked_against_the_model(
+    command, model_copy, text_file, held_out_file, tmp_path
+) -> None:
+    loaded = load_model(model_copy)
+    with_token_384(loaded)
+    loaded.tokenizer.save_pretrained(model_copy)
+    odd = tmp_path / "odd.txt"
+    odd.write_text(held_out_file.read_text() + "<|beyond|>")
+    common = {"model": str(model_copy), "out": str(tmp_path / "out"), "device": "cpu"}
+    small = {**common, "group_size": 32, "nsamples": 2, "seqlen": 32}
+    good, bad = (str(text_file),), (str(odd),)
+    runs = {
+        "calib": lambda: quantize_command.quantize(QuantizeConfig(calib=bad, **small)),
+        "eval_text": lambda: quantize_command.quantize(
+            QuantizeConfig(calib=good, eval_text=bad, **small)
+        ),
+        "eval": lambda: evaluate(EvalConfig(text=bad, **common)),
+        "sensitivity": lambda: sensitivity_command.sensitivity(
+            SensitivityConfig(text=bad, **small)
+        ),
+        "perplexity": lambda: text_perplexity(loaded, str(odd)),
+    }
+
+    with pytest.raises(InputError, match="the tokenizer makes token 384, the model knows 384; use"):
+        runs[command]()
+
+
+def test_text_that_the_tokenizer_cannot_encode_is_one_line(loaded) -> None:
+    vocabulary = models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<none>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary))
+    assert encode(["a"], tokenizer).tolist() == [1]
+    with pytest.raises(InputError, match="the tokenizer cannot encode the text") as caught:
+        encode(["b"], tokenizer)
+    assert "\n" not in str(caught.value)
 
 
 def by_hand(loaded, text: str, seqlen: int) -> float:

@@ -325,7 +325,7 @@ def test_filled_folder_is_not_overwritten(quantized, model_directory, text_file)
         ({"--calib": "short.txt"}, "calibration text has"),
         ({"--calib": "missing.txt"}, "missing.txt cannot be read"),
         ({"--device": "warp"}, "device 'warp' is unknown"),
-        ({"--eval-text": "short.txt"}, "evaluation text has"),
+        ({"--eval-text": "short.txt"}, "evaluation text short.txt has"),
         ({"--wbit-width": "4"}, "wbit"),
     ],
 )

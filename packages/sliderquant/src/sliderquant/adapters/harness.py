@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from effml_common.errors import InputError
+from effml_common.errors import InputError, NonFiniteError
 from sliderquant.adapters.files import quiet_transformers
+from sliderquant.adapters.reasons import reason_of
+from sliderquant.adapters.text import begin_tokens, check_tokens
 
 # Builders of the datasets library that read files and come with it.
 LOCAL_READERS = ("json", "csv", "parquet", "text", "arrow")
@@ -45,7 +48,7 @@ def read_tasks(paths: Sequence[str]) -> list[dict[str, Any]]:
         InputError: If a file is no task, names data that are not local, or asks for Python code.
     """
     files: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(Path, map(os.path.expanduser, paths)):
         if not path.exists():
             raise InputError(f"task {path} does not exist; give a YAML file or a folder of them")
         task_files = [path]
@@ -73,8 +76,10 @@ def _read_task(path: Path) -> dict[str, Any]:
             f"{path} asks for more than plain values ({error.problem}); tasks that run Python code "
             "are not supported"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); restore it") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # a value that looks like a date may raise anything, too
+        raise InputError(f"{path} cannot be read ({reason_of(error)}); restore it") from None
 
     # A task in one file, whose data are local files.
     if not isinstance(task, dict) or not isinstance(task.get("task"), str):
@@ -130,48 +135,113 @@ def run_tasks(
         limit: Documents per task; default all.
 
     Raises:
-        InputError: If lm-eval is not installed, or a task does not fit its data.
+        InputError: If lm-eval is not installed, or a task does not fit its data or the tokenizer.
     """
     # lm-eval puts a token in front of every text.
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has neither a bos nor an eos token; lm-eval needs one")
 
     with _contained(), quiet_transformers(), tempfile.TemporaryDirectory() as cache:
-        try:
-            from lm_eval import simple_evaluate
-            from lm_eval.models.huggingface import HFLM
-            from lm_eval.tasks import TaskManager
-        except ImportError:
-            raise InputError("tasks need lm-eval; pip install 'sliderquant[eval]'") from None
-
         # Contexts and texts are encoded as the tokenizer does it by itself, with BOS where it puts
-        # one: add_bos_token stays unset. In rolling tasks the harness predicts that BOS, too.
-        # The datasets library writes what it reads into a cache, which is thrown away here.
-        host_class: Any = HFLM  # whose decorators hide the parameters
-        host = host_class(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
+        # one: add_bos_token stays unset.
+        host = _host_class()(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+            prefix_token_id=next(iter(begin_tokens(tokenizer)), None),
         )
-        cached_tasks = [
-            {**t, "dataset_kwargs": {**t["dataset_kwargs"], "cache_dir": cache}} for t in tasks
+
+        # Each task alone, so that a failure has a name.
+        # The datasets library writes what it reads into a cache, which is thrown away here.
+        return [
+            _run_task(
+                host, {**t, "dataset_kwargs": {**t["dataset_kwargs"], "cache_dir": cache}}, limit
+            )
+            for t in tasks
         ]
 
-        # A task that does not fit its data may fail anywhere in the harness.
-        try:
-            evaluate: Any = simple_evaluate
-            results = evaluate(
-                model=host,
-                tasks=cached_tasks,
-                task_manager=TaskManager(include_defaults=False),
-                limit=limit,
-                bootstrap_iters=200,
-                log_samples=False,
-            )
-        except (ValueError, KeyError, TypeError, AssertionError, AttributeError, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"lm-eval cannot run the tasks ({reason}); check the files") from error
 
-    assert results is not None  # only other ranks get None
-    return [_scores(task["task"], results) for task in tasks]
+def _host_class() -> Any:
+    """Return lm-eval's adapter of transformers' models, which counts BOS once in rolling tasks."""
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise InputError("tasks need lm-eval; pip install 'sliderquant[eval]'") from None
+    base: Any = HFLM  # whose decorators hide the parameters
+
+    class Host(base):
+        """Checks the tokens that the model gets, and notes its errors, which no task causes."""
+
+        model_error: BaseException | None = None
+        rolling = False
+
+        def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+            # The harness puts the prefix in front of a rolling text, also where it has one already.
+            tokens = super().tok_encode(string, *args, **kwargs)
+            return tokens[1:] if self.rolling and tokens[:1] == [self.prefix_token_id] else tokens
+
+        def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> list[float]:
+            self.rolling = True
+            try:
+                return super().loglikelihood_rolling(*args, **kwargs)
+            finally:
+                self.rolling = False
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            for _, context, continuation in requests:
+                check_tokens([*context, *continuation], self.model)
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            check_tokens([int(context.max())], self.model)
+            with self.noting_errors():
+                return super()._model_generate(context, *args, **kwargs)
+
+        def _model_call(self, *args: Any, **kwargs: Any) -> Tensor:
+            with self.noting_errors():
+                return super()._model_call(*args, **kwargs)
+
+        @contextmanager
+        def noting_errors(self) -> Iterator[None]:
+            try:
+                yield
+            except Exception as error:
+                self.model_error = error
+                raise
+
+    return Host
+
+
+def _run_task(host: Any, task: Mapping[str, Any], limit: int | None) -> TaskScores:
+    """Run one task.
+
+    Raises:
+        InputError: If it does not fit its data, in whatever way.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    try:
+        evaluate: Any = simple_evaluate
+        results = evaluate(
+            model=host,
+            tasks=[task],
+            task_manager=TaskManager(include_defaults=False),
+            limit=limit,
+            bootstrap_iters=200,
+            log_samples=False,
+        )
+        assert results is not None  # only other ranks get None
+        return _scores(task["task"], results)
+    except (InputError, NonFiniteError, MemoryError):
+        raise
+    except Exception as error:  # templates, loaders and metrics raise errors of many libraries
+        if error is host.model_error:
+            raise
+        raise InputError(
+            f"lm-eval cannot run the task {task['task']} ({reason_of(error)}); mend its file"
+        ) from error
 
 
 def _scores(name: str, results: Mapping[str, Any]) -> TaskScores:

@@ -5,18 +5,19 @@ expects one in front of whatever it reads, so every sample and every chunk that 
 gets the tokens that the model's own tokenizer puts in front of a text.
 """
 
-import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effml_common.errors import InputError
 from effml_common.logging import warn
 from sliderquant.adapters.files import quiet_transformers
+from sliderquant.adapters.input_files import InputFile, InputFiles, Record
+from sliderquant.adapters.reasons import reason_of
 from sliderquant.method.sampling import HELD_OUT_SHARE, held_out_samples
 
 LITERATURE_SEQLEN = 2048  # tokens per chunk of evaluation text
@@ -28,59 +29,55 @@ STRETCH = (
 _PROBE = "a"  # a text that any tokenizer knows
 
 
-def read_documents(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Read text files, and JSON lines with ``text`` or chat ``messages``.
+def read_documents(
+    files: Sequence[str] | Sequence[InputFile], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Return the texts of files; chat ``messages`` are written as the chat template does it.
 
     Args:
-        paths: Files; those ending in ``.jsonl`` are read line by line, others are one document.
+        files: Paths, see ``InputFiles``, or what it has read.
         tokenizer: Its chat template turns ``messages`` into text.
 
     Raises:
-        InputError: If a file is missing, not UTF-8, empty, or a line is of neither form.
+        InputError: If a file or a record cannot be used, or all are empty.
     """
-    documents = []
-    for path in map(Path, paths):
-        # Any file is text in UTF-8.
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text ({error.reason}); convert it") from None
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from None
-
-        # Each line of a .jsonl is a document; another file is one.
-        if path.suffix == ".jsonl":
-            lines = [line for line in text.splitlines() if line.strip()]
-            documents += [
-                _record_text(line, f"{path} line {number}", tokenizer)
-                for number, line in enumerate(lines, start=1)
-            ]
-        else:
-            documents.append(text)
-
+    paths = [file for file in files if isinstance(file, str)]
+    read = [file for file in files if isinstance(file, InputFile)] or InputFiles().read(paths)
+    documents = [_record_text(record, tokenizer) for file in read for record in file.records]
     if not any(document.strip() for document in documents):
-        raise InputError(f"{', '.join(map(str, paths))}: no text; give files that hold some")
+        names = ", ".join(file.path for file in read)
+        raise InputError(f"{names}: no text; give files that hold some")
     return documents
 
 
-def _record_text(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of one JSON line; ``where`` names it in messages."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        raise InputError(f"{where} is no JSON; write one object per line") from None
-
+def _record_text(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of one record."""
     # Plain text as it is, a chat as the model's template writes it.
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return record["text"]
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        if not tokenizer.chat_template:
-            raise InputError(f"{where} is a chat, the model has no chat template; use 'text' lines")
+    if isinstance(record.value.get("text"), str):
+        text = record.value["text"]
+    elif not tokenizer.chat_template:
+        raise InputError(
+            f"{record.place}: a chat, and the model has no chat template; use records with 'text'"
+        )
+    else:
         try:
-            return str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
+            text = str(tokenizer.apply_chat_template(record.value["messages"], tokenize=False))
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a program: any error may come
-            raise InputError(f"{where} does not fit the chat template ({error}); fix it") from None
-    raise InputError(f"{where} has neither 'text' nor 'messages'; add one of them")
+            raise InputError(
+                f"{record.place}: the chat template refuses it ({reason_of(error)}); mend the chat"
+            ) from None
+
+    # JSON can spell half of a character, which no tokenizer takes.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise InputError(
+            f"{record.place}: {half} is half of a character; remove it or write its other half"
+        ) from None
+    return text
 
 
 def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -114,19 +111,61 @@ def encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Int[
     """Join documents by blank lines and encode them as one text, without special tokens.
 
     Special tokens that a chat template writes as text become their ids, where they stand.
+
+    Raises:
+        InputError: If the tokenizer cannot encode the text.
     """
-    with quiet_transformers():  # the text is longer than the model's limit on purpose
-        encoding = tokenizer("\n\n".join(documents), add_special_tokens=False, return_tensors="pt")
+    text = "\n\n".join(documents)
+    try:
+        with quiet_transformers():  # the text is longer than the model's limit on purpose
+            encoding = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raise plain exceptions, as for a missing <unk>
+        raise InputError(
+            f"the tokenizer cannot encode the text ({reason_of(error)}); use the one of the model"
+        ) from error
     return encoding["input_ids"][0]
 
 
-def read_tokens(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " n"]:
-    """Read text files and encode them as one stream without special tokens.
+def read_tokens(
+    files: Sequence[str] | Sequence[InputFile],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+) -> Int[Tensor, " n"]:
+    """Return files as one stream of tokens that the model knows, without special tokens.
+
+    Args:
+        files: Paths, or what ``InputFiles`` has read.
+        tokenizer: Of the model.
+        model: Its embedding says how many tokens it knows; the weights may be empty.
 
     Raises:
-        InputError: If a file cannot be used, see ``read_documents``.
+        InputError: If a file cannot be used, or a token is beyond the embedding.
     """
-    return encode(read_documents(paths, tokenizer), tokenizer)
+    stream = encode(read_documents(files, tokenizer), tokenizer)
+    largest = [int(stream.max())] if len(stream) else []
+    check_tokens(begin_tokens(tokenizer) + largest, model)
+    return stream
+
+
+def check_tokens(tokens: Iterable[int], model: PreTrainedModel) -> None:
+    """Refuse tokens for which the model's embedding has no row.
+
+    Raises:
+        InputError: If there is one.
+    """
+    rows, largest = _embedding_rows(model), max(tokens, default=0)
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer makes token {largest}, the model knows {rows}; "
+            "use the tokenizer that belongs to it"
+        )
+
+
+def _embedding_rows(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight.shape[0]
 
 
 def calibration_samples(
@@ -207,7 +246,13 @@ def _sample_starts(
 
 
 def chunks(
-    stream: Int[Tensor, " n"], seqlen: int, batch_size: int = 1, begin: Sequence[int] = ()
+    stream: Int[Tensor, " n"],
+    seqlen: int,
+    batch_size: int = 1,
+    begin: Sequence[int] = (),
+    *,
+    name: str = "",
+    remedy: str = "give more text or lower --seqlen",
 ) -> Iterable[Int[Tensor, "b t"]]:
     """Cut a token stream into chunks without overlap, in batches; the tail is left out.
 
@@ -218,6 +263,8 @@ def chunks(
         seqlen: Tokens per chunk, those in front included.
         batch_size: Chunks per batch.
         begin: What stands in front of every chunk, see ``begin_tokens``.
+        name: Of the text, for messages.
+        remedy: What helps if the text is too short.
 
     Raises:
         InputError: If the stream does not fill one chunk.
@@ -234,9 +281,9 @@ def chunks(
         starts.append(place)
         place += room
     if not starts:
+        text = f"evaluation text {name}".rstrip()
         raise InputError(
-            f"evaluation text has {len(stream)} tokens, fewer than one chunk of {seqlen}; "
-            "give more text or lower --seqlen"
+            f"{text} has {len(stream)} tokens, fewer than one chunk of {seqlen}; {remedy}"
         )
 
     pieces = stream[torch.tensor(starts)[:, None] + torch.arange(room)]

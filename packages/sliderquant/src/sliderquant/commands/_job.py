@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from effml_common.errors import InputError
 from sliderquant.adapters.caches import ActivationCache
 from sliderquant.adapters.formats import check_expressible
+from sliderquant.adapters.input_files import InputFile, InputFiles
 from sliderquant.adapters.model_folder import StreamedModel
 from sliderquant.adapters.shapes import decoder_shape
 from sliderquant.adapters.simulation import fresh_learnables, weight_format
@@ -40,6 +40,7 @@ class Job:
         decoder: The model, whose weights are read block by block.
         files: Its weight files.
         samples: Calibration samples, token ids [n, t].
+        calib_hashes: The sha256 of what was read of each calibration file, by its name.
         texts: Chunks of the texts to measure on, by the metric's name.
         begin_note: What every sample and chunk starts with, in a line.
         plan: Windows, cost and memory.
@@ -56,6 +57,7 @@ class Job:
     decoder: Decoder
     files: Sequence[Path]
     samples: Tensor
+    calib_hashes: Mapping[str, str]
     texts: Texts
     begin_note: str
     plan: Plan
@@ -75,15 +77,17 @@ def prepare_job(
     Raises:
         InputError: If text, settings and model do not fit one another.
     """
+    # Each file is opened once, also one that both settings name.
+    inputs = InputFiles()
+    calib = inputs.read(config.calib, "calib", beside=config.eval_text)
+    eval_text = inputs.read(config.eval_text, "eval_text", beside=config.calib)
+
     # Tokens to calibrate on, and to measure on, as the tokenizer begins a text.
     begin = begin_tokens(opened.tokenizer)
-    samples = _read_samples(config, opened, begin)
-    seqlen = default_seqlen(opened.context)
-    streams = {path: read_tokens([path], opened.tokenizer) for path in config.eval_text}
-    texts = {
-        f"perplexity {Path(path).name}": list(chunks(stream, seqlen, begin=begin))
-        for path, stream in streams.items()
-    }
+    stream = read_tokens(calib, opened.tokenizer, opened.decoder.model)
+    seqlen = min(config.seqlen, opened.context)
+    samples = calibration_samples(stream, config.nsamples, seqlen, config.seed, begin)
+    texts = {f"perplexity {file.name}": _eval_chunks(file, opened, begin) for file in eval_text}
 
     # Windows and formats follow from the settings and the shapes alone.
     shape = decoder_shape(opened.decoder)
@@ -105,6 +109,7 @@ def prepare_job(
         decoder=opened.decoder,
         files=opened.source.files,
         samples=samples,
+        calib_hashes={file.name: file.sha256 for file in calib},
         texts=texts,
         begin_note=begin_note(begin, opened.tokenizer),
         plan=plan,
@@ -121,14 +126,11 @@ def prepare_job(
     )
 
 
-def _read_samples(config: QuantizeConfig, opened: StreamedModel, begin: Sequence[int]) -> Tensor:
-    stream = read_tokens(config.calib, opened.tokenizer)
-    largest, vocabulary = max(int(stream.max()), *begin, 0), opened.config.vocab_size
-    if largest >= vocabulary:
-        raise InputError(
-            f"the tokenizer makes token {largest}, the model knows {vocabulary}; "
-            "use the tokenizer that belongs to it"
-        )
-    return calibration_samples(
-        stream, config.nsamples, min(config.seqlen, opened.context), config.seed, begin
+def _eval_chunks(file: InputFile, opened: StreamedModel, begin: Sequence[int]) -> list[Tensor]:
+    """Cut one text to measure on into chunks, whose length does not follow from the settings."""
+    stream = read_tokens([file], opened.tokenizer, opened.decoder.model)
+    remedy = (
+        "give more text, or measure it with eval --seqlen (here --seqlen is of calibration alone)"
     )
+    seqlen = default_seqlen(opened.context)
+    return list(chunks(stream, seqlen, begin=begin, name=file.name, remedy=remedy))

@@ -1,6 +1,5 @@
 """The model card: a README.md beside the weights that says what they are and how to load them."""
 
-import hashlib
 import json
 import math
 import re
@@ -52,29 +51,22 @@ def _quantized_entries(directory: Path) -> tuple[int, int]:
     return total + in_bytes, in_bytes
 
 
-def file_hashes(paths: Sequence[str]) -> dict[str, str]:
-    """Return the sha256 of files by their bare names."""
-    hashes = {}
-    for path in map(Path, paths):
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
-
-
-def history_section(config: QuantizeConfig, report: Mapping[str, Any], begin: str) -> str:
+def history_section(
+    config: QuantizeConfig, report: Mapping[str, Any], begin: str, data: Mapping[str, str]
+) -> str:
     """Return the part of the card that stays the same in every format: how the model was made.
 
     Args:
         config: Settings of the run that quantized the model.
         report: Of that run, as JSON; its rows are the figures.
         begin: What every sample and chunk starts with, see ``begin_note``.
+        data: The sha256 of what was read of each calibration file, by its name.
     """
     # What ran, with what, on what.
     environment = report["environment"]
     libraries = {"python": environment["python"], "torch": environment["torch"]}
     libraries |= environment["libraries"]
     settings = {field.name: getattr(config, field.name) for field in fields(SliderConfig)}
-    data = file_hashes(config.calib)
     windows = "[SliderQuant](https://arxiv.org/abs/2603.25284) windows"
     way = {
         "compensated": "Compensated rounding",

@@ -11,6 +11,7 @@ from effml_common.logging import Progress, say
 from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.files import LoadedModel
 from sliderquant.adapters.harness import read_tasks, run_tasks
+from sliderquant.adapters.input_files import InputFile, InputFiles
 from sliderquant.adapters.loading import load_any
 from sliderquant.adapters.simulation import model_logits
 from sliderquant.adapters.text import (
@@ -32,13 +33,13 @@ def advance_over(batches: Iterable[Tensor], bar: Progress) -> Iterable[Tensor]:
 
 
 def text_perplexity(
-    loaded: LoadedModel, path: str, seqlen: int | None = None, batch_size: int = 1
+    loaded: LoadedModel, file: str | InputFile, seqlen: int | None = None, batch_size: int = 1
 ) -> float:
     """Return the perplexity of a model in memory on one text file.
 
     Args:
         loaded: Model and tokenizer.
-        path: Text, or JSON lines.
+        file: Path of a text or of records, or what ``InputFiles`` has read.
         seqlen: Tokens per chunk, with those that the tokenizer puts in front; default the
             literature's, or the model's limit.
         batch_size: Chunks per forward pass.
@@ -46,10 +47,15 @@ def text_perplexity(
     Raises:
         InputError: If the file cannot be used.
     """
-    stream = read_tokens([path], loaded.tokenizer)
+    # What stands in front of every chunk counts as a part of it.
+    if isinstance(file, str):
+        (file,) = InputFiles().read([file])
+    stream = read_tokens([file], loaded.tokenizer, loaded.model)
     begin = begin_tokens(loaded.tokenizer)
-    batches = list(chunks(stream, seqlen or default_seqlen(loaded.context), batch_size, begin))
-    with Progress(f"perplexity on {Path(path).name}", len(batches)) as bar:
+    seqlen = seqlen or default_seqlen(loaded.context)
+    batches = list(chunks(stream, seqlen, batch_size, begin, name=file.name))
+
+    with Progress(f"perplexity on {file.name}", len(batches)) as bar:
         return perplexity(model_logits(loaded.model), advance_over(batches, bar))
 
 
@@ -66,13 +72,14 @@ def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
     Raises:
         InputError: If the model, a file or the device cannot be used.
     """
-    # Tasks are read first: a fault in a file should not wait for the model.
+    # Tasks and texts are read first: a fault in a file should not wait for the model.
     builder = ReportBuilder(
         "sliderquant", ("transformers", "tokenizers", "lm-eval", "compressed-tensors")
     )
     run_dir = run_folder(config.out, "eval") / "run"
     device = loaded.model.device if loaded else resolve_device(config.device)
     tasks = read_tasks(config.tasks)
+    files = InputFiles().read(config.text, "text")
     loaded = loaded or load_any(config.model, device, upcast=config.dtype == "float32")
 
     # Perplexity of each text file.
@@ -82,8 +89,8 @@ def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
         notes.append(begin_note(begin_tokens(loaded.tokenizer), loaded.tokenizer))
         say(notes[-1])
     metrics = {
-        f"perplexity {Path(path).name}": [text_perplexity(loaded, path, seqlen, config.batch_size)]
-        for path in config.text
+        f"perplexity {file.name}": [text_perplexity(loaded, file, seqlen, config.batch_size)]
+        for file in files
     }
 
     # Scores of each task, with their standard errors as notes.

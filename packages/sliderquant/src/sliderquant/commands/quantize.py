@@ -73,7 +73,7 @@ def quantize(config: QuantizeConfig) -> Report:
     document = report.to_json()
     write_report(report, out / "run")
     if rank() == 0:
-        history = history_section(config, document, job.begin_note)
+        history = history_section(config, document, job.begin_note, job.calib_hashes)
         card = model_card(out, Path(config.model).name, history)
         atomic_write(out / "README.md", card)
     loader = "sliderquant.load" if config.format == "native" else "from_pretrained of transformers"

@@ -20,6 +20,7 @@ from effml_common.folders import run_folder
 from effml_common.logging import Progress, say
 from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.decoder import TransformersDecoder
+from sliderquant.adapters.input_files import InputFiles
 from sliderquant.adapters.model_folder import open_model
 from sliderquant.adapters.shapes import check_group_size, decoder_shape
 from sliderquant.adapters.text import begin_note, begin_tokens, chunks, read_tokens
@@ -64,7 +65,8 @@ def sensitivity(config: SensitivityConfig) -> Report:
     check_group_size(decoder_shape(decoder).linears, config.group_size)
 
     # Chunks spread over all of the text.
-    stream = read_tokens(config.text, opened.tokenizer)
+    files = InputFiles().read(config.text, "text")
+    stream = read_tokens(files, opened.tokenizer, opened.decoder.model)
     begin = begin_tokens(opened.tokenizer)
     note = begin_note(begin, opened.tokenizer)
     say(note)

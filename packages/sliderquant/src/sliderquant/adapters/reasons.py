@@ -1,0 +1,13 @@
+"""What the errors of other libraries say, for a message of ours."""
+
+from effml_common.parsing import one_line
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an error's whole text on one line, with its kind where the text is a word or less.
+
+    >>> reason_of(KeyError("answer")), reason_of(ValueError("no such file"))
+    ("KeyError 'answer'", 'no such file')
+    """
+    text = one_line(error)
+    return text if " " in text else f"{type(error).__name__} {text}".rstrip()
