@@ -3,8 +3,8 @@
     python scripts/serve_env.py              both; vLLM takes minutes, llama.cpp is compiled (cmake, gcc)
     python scripts/serve_env.py llama.cpp    one of them
 
-Each is a virtual environment of its own, because their dependencies do not fit beside this workspace's. It
-is built once, in the user's cache folder or in $EFFML_SERVE. `pytest -m serve` and
+Each is a virtual environment of its own, because their dependencies do not fit beside this
+workspace's. It is built once, in the user's cache folder or in $EFFML_SERVE. `pytest -m serve` and
 benchmarks/sliderquant/servers.py look for them there.
 """
 

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from benchmarks.sliderquant.servers import CASES, RESULTS, Case, measure
 
 COMMITTED = json.loads((Path(__file__).parents[1] / RESULTS).read_text(encoding="utf-8"))

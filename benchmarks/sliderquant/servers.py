@@ -4,12 +4,12 @@
     uv run python -m benchmarks.sliderquant.servers --plan     lists the cases
     uv run python -m benchmarks.sliderquant.servers            runs those that have no result yet
 
-Three models: Gemma 3 270M (dequantized from a file of 4 to 6 bits, see ``gemma_data``), the small Llama of
-the study, and a Qwen3 with that Llama's weights, whose gains per head are 1. All are in bfloat16. Each is
-quantized in a format, then measured twice on the same token ids, with the tokenizer's BOS in front of each
-chunk and every position behind it scored: by this package, and by the server in an environment of its own.
-One thread each. llama.cpp also tokenizes a text and times a greedy continuation; the packed model of this
-package continues the same prompt.
+Three models: Gemma 3 270M (dequantized from a file of 4 to 6 bits, see ``gemma_data``), the small
+Llama of the study, and a Qwen3 with that Llama's weights, whose gains per head are 1. All are in
+bfloat16. Each is quantized in a format, then measured twice on the same token ids, with the
+tokenizer's BOS in front of each chunk and every position behind it scored: by this package, and by
+the server in an environment of its own. One thread each. llama.cpp also tokenizes a text and times
+a greedy continuation; the packed model of this package continues the same prompt.
 """
 
 import json
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,12 +61,15 @@ class Case:
         label: What it is, in a few words.
         server: "vllm" or "llama.cpp".
         settings: Of ``quantize``, where they differ from the defaults.
+        target: Format that a native folder is exported to; ``None`` if ``quantize`` writes what is
+            served.
     """
 
     model: str
     label: str
     server: str
     settings: Mapping[str, Any]
+    target: str | None = None
 
     @property
     def name(self) -> str:
@@ -82,7 +85,7 @@ CASES = [
         for label, settings in ((W4, {}), (W8A8, {"wbits": 8, "abits": 8}))
     ),
     *(
-        Case(model=model, label=label, server="llama.cpp", settings={**GGUF, **settings})
+        Case(model=model, label=label, server="llama.cpp", settings={**GGUF, **settings}, target="gguf")
         for model in ("llama", "qwen3", "gemma")
         for label, settings in (
             ("Q4_0", {}),
@@ -101,6 +104,13 @@ CASES = [
                                              "container_bits": 4}),
             ("W4A8", {"abits": 8}),
             ("W4A4", {"abits": 4}),
+        )
+    ),
+    *(
+        Case(model="llama", label=label, server="vllm", settings=settings, target="gptq")
+        for label, settings in (
+            ("gptq W4 g128", {"format": "native"}),
+            ("gptq W4 g128 asymmetric", {"format": "native", "sym": False}),
         )
     ),
 ]  # fmt: skip
@@ -193,7 +203,7 @@ def bfloat16_model(model: str, subject: Subject) -> Path:
 def quantized_folder(case: Case, source: Path, subject: Subject) -> Path:
     """Return the folder that the server is given, made on the first call."""
     folder = source.parent / f"{source.name}-{case.label}".replace(" ", "-")
-    native = folder.with_name(folder.name + "-native") if case.server == "llama.cpp" else folder
+    native = folder.with_name(folder.name + "-native") if case.target else folder
     if not (native / "config.json").exists():
         shutil.rmtree(native, ignore_errors=True)
         text = source.parent / f"{source.name}.txt"
@@ -211,10 +221,11 @@ def quantized_folder(case: Case, source: Path, subject: Subject) -> Path:
                 **case.settings,
             )
         )
-    if case.server == "llama.cpp" and not (folder / "model.gguf").exists():
+    if case.target and not (folder / "README.md").exists():  # the last file of an export
         shutil.rmtree(folder, ignore_errors=True)
-        result = export(ExportConfig(model=str(native), format="gguf", out=str(folder)))
-        assert result.cost is not None and result.cost.changed == 0
+        target: Any = case.target
+        result = export(ExportConfig(model=str(native), format=target, out=str(folder)))
+        assert result.cost is None or result.cost.changed == 0
     return folder
 
 
@@ -222,7 +233,7 @@ def quantized_folder(case: Case, source: Path, subject: Subject) -> Path:
 def measure_here(case: Case, folder: Path, chunks: Tensor) -> dict[str, Any]:
     """Return perplexity, continuation and its speed by this package."""
     native = folder.with_name(folder.name + "-native")
-    loaded = load_any(native if case.server == "llama.cpp" else folder, upcast=False)
+    loaded = load_any(native if case.target else folder, upcast=False)
     model: Any = loaded.model
     begin = time.perf_counter()
     ids = model.generate(

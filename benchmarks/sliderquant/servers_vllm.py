@@ -46,7 +46,9 @@ def measure(folder, request, answer) -> None:
     losses = [
         -scores[token].logprob
         for result in model.generate(prompts, scoring)
-        for token, scores in list(zip(result.prompt_token_ids, result.prompt_logprobs))[1:]
+        for token, scores in list(
+            zip(result.prompt_token_ids, result.prompt_logprobs, strict=True)
+        )[1:]
     ]
     answer["perplexity"] = math.exp(sum(losses) / len(losses))
 

@@ -152,10 +152,10 @@ class ExportConfig:
     """Write a native quantized model in another format; only gguf may round, and says how much."""
 
     model: str = required_field("directory that quantize wrote with --format native")
-    format: Literal["compressed-tensors", "gguf", "dense", "native"] = setting(
+    format: Literal["compressed-tensors", "gguf", "gptq", "dense", "native"] = setting(
         "compressed-tensors",
-        "compressed-tensors (packed; transformers, vLLM), gguf (packed; llama.cpp), dense "
-        "(dequantized), native (a copy)",
+        "compressed-tensors (packed; transformers, vLLM), gguf (packed; llama.cpp), gptq (packed; other "
+        "servers), dense (dequantized), native (a copy)",
     )
     text: tuple[str, ...] = setting(
         (), "with --format gguf: files to measure on what rounding scales to float16 costs"

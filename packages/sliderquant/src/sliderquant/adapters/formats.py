@@ -16,7 +16,7 @@ from sliderquant.adapters.families import DOWN_EXPERTS, GATE_UP_EXPERTS
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.quantizer import WeightFormat
 
-ExportFormat = Literal["compressed-tensors", "native", "dense", "pre-quant", "gguf"]
+ExportFormat = Literal["compressed-tensors", "native", "dense", "pre-quant", "gguf", "gptq"]
 MARK = "sliderquant"  # key of config.json that says what was done
 NATIVE_TYPE = "sliderquant-native"  # a model type that transformers does not know
 NATIVE_VERSION = 1
@@ -44,7 +44,7 @@ def check_expressible(
     """
     # Formats of this package express everything; dense ones lose the rounding of activations.
     experts = {name for name in weights if name.endswith((GATE_UP_EXPERTS, DOWN_EXPERTS))}
-    if format in ("dense", "pre-quant", "gguf") and activations is not None:
+    if format in ("dense", "pre-quant", "gguf", "gptq") and activations is not None:
         warn(f"format {format} holds weights only: loaded again, no activation is rounded")
     if format != "compressed-tensors":
         return

@@ -41,6 +41,7 @@ from sliderquant.adapters.formats import (
     native_config,
     packing_of,
 )
+from sliderquant.adapters.gptq_layout import gptq_config, gptq_tensors
 from sliderquant.adapters.shards import SHARD_BYTES, ShardWriter
 from sliderquant.adapters.streaming import HEAD, empty_model
 from sliderquant.method.activations import ActivationFormat
@@ -173,6 +174,8 @@ class ModelWriter:
         if self.format == "dense":
             return {name: value.dequantize().to(self.dtype)}
         layer = name.removesuffix(".weight")
+        if self.format == "gptq":
+            return {f"{layer}.{suffix}": t for suffix, t in gptq_tensors(value, layer).items()}
         is_compressed = self.format == "compressed-tensors"
         if is_compressed and packing_of(value.fmt, self.activations) == INT_QUANTIZED:
             return {name: value.codes.to(torch.int8), f"{layer}.{SCALE}": value.scale}
@@ -237,6 +240,9 @@ class ModelWriter:
             return config
         if self.format == "native":
             return native_config(config, formats, self.activations)
+        if self.format == "gptq":
+            config["quantization_config"] = gptq_config(next(iter(formats.values())))
+            return config
 
         # compressed-tensors names the layers that are not quantized.
         shapes = {name: p.shape for name, p in model.model.layers[0].named_parameters()}

@@ -18,7 +18,16 @@ from sliderquant.commands._measurements import describe_setting
 from sliderquant.config import QuantizeConfig, SliderConfig
 
 HISTORY_TITLE = "## How it was made"
-_PACKED = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
+_PACKED = (
+    ".qweight",
+    ".qzeros",
+    ".scales",
+    ".g_idx",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_zero_point",
+    ".weight_shape",
+)
 
 
 def sizes(directory: str | Path) -> dict[str, float]:
@@ -48,6 +57,11 @@ def _quantized_entries(directory: Path) -> tuple[int, int]:
             total += sum(math.prod(file.get_tensor(name).tolist()) for name in shapes)
             slices = [file.get_slice(name) for name in names if name.endswith(".weight")]
             in_bytes += sum(math.prod(s.get_shape()) for s in slices if s.get_dtype() == "I8")
+            # The gptq layout has no shapes: a column of codes per output, an entry of g_idx per input.
+            for name in (name for name in names if name.endswith(".qweight")):
+                outputs = file.get_slice(name).get_shape()[1]
+                inputs = file.get_slice(name.replace(".qweight", ".g_idx")).get_shape()[0]
+                total += inputs * outputs
     return total + in_bytes, in_bytes
 
 
@@ -198,6 +212,7 @@ _NAMES = {
     "compressed-tensors": "quantized and packed (compressed-tensors)",
     "native": "quantized and packed (sliderquant's own format)",
     "dense": "quantized, stored dequantized",
+    "gptq": "quantized and packed (in the layout of GPTQ checkpoints)",
     "pre-quant": "calibrated for quantization but not rounded: let another quantizer finish it",
 }
 
@@ -212,7 +227,8 @@ def _loading(config: Mapping[str, Any], written: str) -> str:
         )
 
     # transformers reads the other formats.
-    extra = "Needs `pip install compressed-tensors`.\n\n" if written == "compressed-tensors" else ""
+    needed = {"compressed-tensors": "compressed-tensors", "gptq": "gptqmodel"}.get(written)
+    extra = f"Needs `pip install {needed}`.\n\n" if needed else ""
     lines = (
         f"{extra}```python\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")\n```\n'

@@ -15,6 +15,7 @@ from effml_common.folders import run_folder
 from effml_common.logging import Progress, say
 from sliderquant.adapters.formats import NATIVE_TYPE, check_expressible
 from sliderquant.adapters.gguf import FILE_NAME
+from sliderquant.adapters.gptq_layout import check_gptq
 from sliderquant.adapters.model_writer import ModelWriter
 from sliderquant.adapters.native import base_config, native_formats, read_raw_config
 from sliderquant.adapters.native_parameters import native_layers, read_parameter
@@ -80,6 +81,9 @@ def export(config: ExportConfig) -> ExportResult:
         )
     formats, activations = native_formats(source, raw)
     check_expressible(config.format, formats, activations)
+    if config.format == "gptq":
+        layers = [layer.removesuffix(".weight") for layer in native_layers(source)]
+        check_gptq(formats, sum(layer.endswith("_proj") for layer in layers))
     if config.format == "gguf":  # a file of its own, not a folder of safetensors
         cost = export_gguf(config, out, raw, formats)
         return _finished(config, source, raw, out, [FILE_NAME], cost)
