@@ -271,7 +271,7 @@ class TransformersDecoder:
         activations: ActivationFormat | None = None,
         attention: Float[Tensor, "n t h"] | None = None,
     ) -> tuple[Float[Tensor, "tokens h"], Int[Tensor, "tokens k"]]:
-        """Return what the experts of a block read, not rounded yet, and which ones each token goes to.
+        """Return what a block's experts read, not rounded yet, and which of them each token goes to.
 
         The arguments are those of ``inputs_inside``.
         """

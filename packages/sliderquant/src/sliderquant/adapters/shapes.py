@@ -1,5 +1,6 @@
 """The sizes of a model that cost and formats depend on, read without touching a weight."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,16 @@ class ModelShape:
         }
 
     def kinds(self) -> list[dict[str, tuple[int, ...]]]:
-        """Return the weights of blocks that differ, each kind once, in order."""
-        return [of for number, of in enumerate(self.blocks) if of not in self.blocks[:number]]
+        """Return the weights of a block of each kind, in order: the same names and shapes are a kind."""
+        kinds: list[dict[str, tuple[int, ...]]] = []
+        for linears in self.blocks:
+            if linears not in kinds:
+                kinds.append(linears)
+        return kinds
+
+    def weights(self) -> list[int]:
+        """Return the number of quantized weights of every block."""
+        return [sum(map(math.prod, linears.values())) for linears in self.blocks]
 
 
 def model_shape(directory: str) -> ModelShape:
@@ -63,13 +72,14 @@ def model_shape(directory: str) -> ModelShape:
 def decoder_shape(decoder: "TransformersDecoder") -> ModelShape:
     """Return the sizes of a model; its parameters may be on the meta device."""
     config = decoder.model.config
+    shapes = [decoder.shapes(block) for block in range(decoder.depth)]
     embedding: Any = decoder.model.get_input_embeddings()
     return ModelShape(
         layers=decoder.depth,
         hidden=config.hidden_size,
         blocks=tuple(
-            {name: tuple(decoder.shapes(block)[name]) for name in decoder.layout(block).linears}
-            for block in range(decoder.depth)
+            {name: tuple(of_block[name]) for name in decoder.layout(block).linears}
+            for block, of_block in enumerate(shapes)
         ),
         embedding=embedding.weight.numel(),
         context=config.max_position_embeddings,

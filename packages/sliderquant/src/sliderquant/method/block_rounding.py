@@ -48,7 +48,8 @@ TOKENS_PER_FORWARD = {"cpu": 2**11, "cuda": 2**14}
 def round_blocks_(task: CalibrationTask) -> None:
     """Round the linear layers of every block, front to back, in place of training them.
 
-    Channel scales and the ``closed_form`` weights of the learnables are set. Several processes share the samples and the rows of each weight; all of them get the result.
+    Channel scales and the ``closed_form`` weights of the learnables are set. Several processes share the
+    samples and the rows of each weight; all of them get the result.
     """
     # Each process has every n-th sample; the last ones of all are held out.
     decoder = task.decoder

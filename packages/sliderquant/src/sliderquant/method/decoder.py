@@ -89,7 +89,7 @@ class Decoder(Protocol):
         activations: ActivationFormat | None = None,
         attention: Float[Tensor, "n t h"] | None = None,
     ) -> tuple[Float[Tensor, "tokens h"], Int[Tensor, "tokens k"]]:
-        """Return what the experts of a block read, before rounding, and which ones each token goes to."""
+        """Return what a block's experts read, before rounding, and which of them each token goes to."""
         ...
 
     def gate_experts(

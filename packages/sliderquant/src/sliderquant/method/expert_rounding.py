@@ -3,7 +3,7 @@
 Symbols: X_e [n_e, in] is what expert e reads in the quantized model, in front of its gate and up
 projection or of its down projection; X [n, in] is what it would read if it got all n tokens.
 
-1. ``count_expert_tokens`` says how many tokens each expert receives. The router reads what the experts
+1. ``reach_experts_`` counts how many tokens each expert receives. The router reads what the experts
    read, so rounding experts of the same block does not change it.
 2. ``collect_expert_moments`` sums H_e = X_e^T X_e. With few tokens, error feedback fits their noise: an
    expert with fewer than ``TOKENS_PER_INPUT`` tokens for each input is filled up to that number with
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from effml_common.errors import NonFiniteError
 from sliderquant.method.activations import fake_quantize_tokens
+from sliderquant.method.decoder import Decoder
 from sliderquant.method.error_compensation import round_layers
 from sliderquant.method.layout import expert_weights, mlp_norm
 from sliderquant.method.moments import BLOCK_OUTPUT, BlockRun, inverse_size, run_inside
@@ -43,11 +44,11 @@ TOKENS_PER_INPUT = 4  # tokens for each input of an expert below which it is fil
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ExpertPass:
+class ExpertBlock:
     """One block whose experts are to be rounded, in the quantized model.
 
     Attributes:
-        task: Model, learnables and whom to tell.
+        decoder: The model.
         block: Number of the block.
         run: The block in the quantized model, which stands behind the attention.
         batch_size: Samples per forward pass.
@@ -55,7 +56,7 @@ class ExpertPass:
         tokens: Tokens of all processes.
     """
 
-    task: CalibrationTask
+    decoder: Decoder
     block: int
     run: BlockRun
     batch_size: int
@@ -66,7 +67,7 @@ class ExpertPass:
 def round_experts_(
     task: CalibrationTask, block: int, runs: tuple[BlockRun, BlockRun], batch_size: int
 ) -> dict[tuple[str, ...], None]:
-    """Round the fused experts of a block, in place; both runs come as far as the block's experts.
+    """Round the fused experts of a block, in place, and lead the full-precision model to its end.
 
     Args:
         task: Model, learnables and whom to tell; the ``closed_form`` of the experts is set.
@@ -82,66 +83,69 @@ def round_experts_(
     Raises:
         NonFiniteError: If the inputs of an expert are not finite.
     """
-    exact, quantized = runs
-    layout = task.decoder.layout(block)
-    names = expert_weights(layout)
-    _leave_attention_(task, block, runs, mlp_norm(layout), batch_size)
-    counts, tokens = count_expert_tokens(task, block, quantized, batch_size)
+    exact, _ = runs
+    names = expert_weights(task.decoder.layout(block))
+    experts = reach_experts_(task.decoder, block, runs, batch_size)
 
     # Say which experts have too few tokens of their own to be rounded for them.
     least = max(exact.tensors[name].shape[-1] for name in names)
-    rare = {expert: count for expert, count in enumerate(counts) if count < least}
+    rare = {expert: count for expert, count in enumerate(experts.counts) if count < least}
     if rare:
         task.listeners.on_rare_experts(block, rare, least)
 
-    of_block = ExpertPass(
-        task=task, block=block, run=quantized, batch_size=batch_size, counts=counts, tokens=tokens
-    )
+    # Gate and up first: the down projections read what the rounded ones give.
     idle: dict[tuple[str, ...], None] = {}
     for name in names:
-        unread = _round_weight_(of_block, name, exact.tensors[name])
+        linear = task.learnables[block].linear(name)
+        rounded, unread = _round_weight(experts, name, exact.tensors[name], linear.fmt)
         if unread:
             idle[tuple(f"{name}[{expert}]" for expert in unread)] = None
+
+        # From here on the quantized model computes with what was rounded.
+        linear.closed_form = stack_experts(rounded)
+        dtype = stream_dtype(task.decoder.device, exact.tensors[name].dtype)
+        experts.run.tensors[name] = torch.stack([part.dequantize().to(dtype) for part in rounded])
     return idle
 
 
-def _leave_attention_(
-    task: CalibrationTask,
-    block: int,
-    runs: tuple[BlockRun, BlockRun],
-    norm: str,
-    batch_size: int,
-) -> None:
-    """Lead the full-precision model to the end of the block, the other one behind the attention."""
+def reach_experts_(
+    decoder: Decoder, block: int, runs: tuple[BlockRun, BlockRun], batch_size: int
+) -> ExpertBlock:
+    """Lead the full-precision model to the end of a block, the quantized one behind its attention.
+
+    Returns:
+        The block in the quantized model, with the tokens that each expert receives.
+    """
     exact, quantized = runs
-    for run, target in ((exact, BLOCK_OUTPUT), (quantized, norm)):
+    layout = decoder.layout(block)
+    for run, target in ((exact, BLOCK_OUTPUT), (quantized, mlp_norm(layout))):
         for begin in range(0, len(run.hidden), batch_size):
             samples = slice(begin, begin + batch_size)
-            seen = run_inside(task.decoder, block, run, samples, [target])
-            run.hidden[samples] = seen[target]
-        run.heads = None
-        run.behind_attention = True
+            run.hidden[samples] = run_inside(decoder, block, run, samples, [target])[target]
+        run.heads, run.behind_attention = None, True
 
-
-def count_expert_tokens(
-    task: CalibrationTask, block: int, run: BlockRun, batch_size: int
-) -> tuple[list[int], int]:
-    """Return how many tokens each expert receives, and how many there are, of all processes."""
-    experts = len(run.tensors[expert_weights(task.decoder.layout(block))[0]])
-    counts = torch.zeros(experts + 1, dtype=torch.float64, device=task.decoder.device)
-    for x, chosen in _batches(task, block, run, batch_size):
+    # The last one of the counts is that of all tokens.
+    experts = len(quantized.tensors[expert_weights(layout)[0]])
+    counts = torch.zeros(experts + 1, dtype=torch.float64, device=decoder.device)
+    for x, chosen in _batches(decoder, block, quantized, batch_size):
         flat = chosen.flatten()
         counts.index_add_(0, flat, counts.new_ones(len(flat)))
         counts[experts] += len(x)
-    *of_experts, tokens = (int(count) for count in sum_over_processes(counts).tolist())
-    return of_experts, tokens
+    *of_experts, tokens = map(int, sum_over_processes(counts).tolist())
+    return ExpertBlock(
+        decoder=decoder,
+        block=block,
+        run=quantized,
+        batch_size=batch_size,
+        counts=of_experts,
+        tokens=tokens,
+    )
 
 
 def _batches(
-    task: CalibrationTask, block: int, run: BlockRun, batch_size: int
+    decoder: Decoder, block: int, run: BlockRun, batch_size: int
 ) -> Iterator[tuple[Float[Tensor, "n in"], Int[Tensor, "n k"]]]:
     """Yield what the experts of a block multiply with, and which of them each token goes to."""
-    decoder = task.decoder
     for begin in range(0, len(run.hidden), batch_size):
         hidden = to_device(run.hidden[begin : begin + batch_size], decoder.device)
         with forward_precision(decoder.device):
@@ -152,28 +156,36 @@ def _batches(
         yield (x if run.activations is None else fake_quantize_tokens(x, run.activations)), chosen
 
 
+def expert_passes(experts: int, inputs: int) -> list[range]:
+    """Return the experts whose moments are collected in each pass over the samples."""
+    at_once = max(1, EXPERT_MOMENT_BYTES // (8 * inputs**2))
+    return [range(begin, min(begin + at_once, experts)) for begin in range(0, experts, at_once)]
+
+
 def collect_expert_moments(
-    of_block: ExpertPass, name: str, experts: range
+    experts: ExpertBlock, name: str, numbers: range
 ) -> Float[Tensor, "experts in in"]:
     """Return H_e of some experts, filled up where they have few tokens, of all processes, float64.
 
     Args:
-        of_block: The block.
+        experts: The block and how many tokens its experts have.
         name: Weight whose inputs are asked for.
-        experts: Which experts.
+        numbers: Which experts.
     """
-    weight = of_block.run.tensors[name]
-    inputs, device = weight.shape[-1], of_block.task.decoder.device
-    second = torch.zeros(len(experts), inputs, inputs, dtype=torch.float64, device=device)
-    missing = [max(0, TOKENS_PER_INPUT * inputs - of_block.counts[expert]) for expert in experts]
-    shares = [lacking / of_block.tokens for lacking in missing]
-    reader = _Reader(of_block, name)
+    decoder, run = experts.decoder, experts.run
+    inputs = run.tensors[name].shape[-1]
+    second = torch.zeros(len(numbers), inputs, inputs, dtype=torch.float64, device=decoder.device)
 
-    for x, chosen in _batches(of_block.task, of_block.block, of_block.run, of_block.batch_size):
-        rows = rows_of_experts(chosen, len(weight))
+    # How much of all tokens makes up for the tokens that an expert lacks.
+    enough = TOKENS_PER_INPUT * inputs
+    shares = [max(0, enough - experts.counts[expert]) / experts.tokens for expert in numbers]
+
+    reader = _Reader(experts, name)
+    for x, chosen in _batches(decoder, experts.block, run, experts.batch_size):
+        rows = rows_of_experts(chosen, len(experts.counts))
         inputs_of_all = reader.common(x)
         everyone = None
-        for expert, total, share in zip(experts, second, shares, strict=True):
+        for expert, total, share in zip(numbers, second, shares, strict=True):
             total += reader.gram(inputs_of_all[rows[expert]], expert)
             if share:
                 # All tokens are alike for all experts in front of gate and up.
@@ -184,7 +196,7 @@ def collect_expert_moments(
 
 
 def rows_of_experts(chosen: Int[Tensor, "n k"], experts: int) -> Sequence[Int[Tensor, " n_e"]]:
-    """Return the numbers of the tokens that each expert receives; the host waits once for their sizes."""
+    """Return the numbers of each expert's tokens; the host waits once, for how many there are."""
     flat = chosen.flatten()
     sizes = flat.new_zeros(experts).index_add_(0, flat, torch.ones_like(flat)).tolist()
     return (flat.argsort(stable=True) // chosen.shape[1]).split(sizes)
@@ -197,14 +209,13 @@ class _Reader:
         is_shared: Whether a token is the same for every expert: it is in front of gate and up.
     """
 
-    def __init__(self, of_block: ExpertPass, name: str) -> None:
-        self._of_block = of_block
-        self._decoder = of_block.task.decoder
-        gate_up, _ = expert_weights(self._decoder.layout(of_block.block))
-        self._gate_up = of_block.run.tensors[gate_up]
+    def __init__(self, experts: ExpertBlock, name: str) -> None:
+        self._decoder, self._block = experts.decoder, experts.block
+        self._activations = experts.run.activations
+        gate_up, _ = expert_weights(experts.decoder.layout(experts.block))
+        self._gate_up = experts.run.tensors[gate_up]
+        self._dtype = torch.promote_types(self._gate_up.dtype, torch.float32)
         self.is_shared = name == gate_up
-        weight = of_block.run.tensors[name]
-        self._dtype = torch.promote_types(weight.dtype, torch.float32)
 
     def common(self, x: Float[Tensor, "n h"]) -> Float[Tensor, "n h"]:
         """Return the part that is the same for all experts."""
@@ -222,52 +233,37 @@ class _Reader:
 
     def _inner(self, x: Float[Tensor, "n h"], expert: int) -> Float[Tensor, "n i"]:
         """Return what the down projection of an expert multiplies with."""
-        activations = self._of_block.run.activations
+        activations = self._activations
         with forward_precision(self._decoder.device):
             product = torch.nn.functional.linear(x, self._gate_up[expert])
-            inner = self._decoder.gate_experts(self._of_block.block, product)
+            inner = self._decoder.gate_experts(self._block, product)
         return inner if activations is None else fake_quantize_tokens(inner, activations)
 
 
-def _round_weight_(
-    of_block: ExpertPass, name: str, weight: Float[Tensor, "experts out in"]
-) -> list[int]:
-    """Round one weight of all experts, in place; return the experts whose inputs are all zero.
-
-    Args:
-        of_block: The block.
-        name: The weight.
-        weight: What is rounded.
-    """
-    task = of_block.task
-    linear = task.learnables[of_block.block].linear(name)
-    at_once = max(1, EXPERT_MOMENT_BYTES // (8 * weight.shape[-1] ** 2))
+def _round_weight(
+    experts: ExpertBlock, name: str, weight: Float[Tensor, "experts out in"], fmt: WeightFormat
+) -> tuple[list[QuantizedWeight], list[int]]:
+    """Return one weight of every expert, rounded, and the experts whose inputs are all zero."""
     rounded, unread = [], []
-    for begin in range(0, len(weight), at_once):
-        experts = range(begin, min(begin + at_once, len(weight)))
-        moments = collect_expert_moments(of_block, name, experts)
+    for numbers in expert_passes(len(weight), weight.shape[-1]):
+        moments = collect_expert_moments(experts, name, numbers)
 
         # One wait for all experts of the pass.
         activities = moments.diagonal(dim1=1, dim2=2).sum(dim=1).tolist()
         if not all(map(math.isfinite, activities)):
             raise NonFiniteError(
-                f"block {of_block.block}: the inputs of {name} are not finite; "
+                f"block {experts.block}: the inputs of {name} are not finite; "
                 "use an intact model, or one that fits the type it computes in"
             )
 
         # Without any activity no code is better than another.
-        for expert, moment, activity in zip(experts, moments, activities, strict=True):
+        for expert, moment, activity in zip(numbers, moments, activities, strict=True):
             if activity == 0:
                 unread.append(expert)
-                rounded.append(quantize_weight(weight[expert].float(), linear.fmt))
+                rounded.append(quantize_weight(weight[expert].float(), fmt))
             else:
-                rounded.append(round_expert(weight[expert], moment, linear.fmt))
-
-    # From here on the quantized model computes with what was rounded.
-    linear.closed_form = stack_experts(rounded)
-    dtype = stream_dtype(task.decoder.device, weight.dtype)
-    of_block.run.tensors[name] = torch.stack([expert.dequantize().to(dtype) for expert in rounded])
-    return unread
+                rounded.append(round_expert(weight[expert], moment, fmt))
+    return rounded, unread
 
 
 def round_expert(
