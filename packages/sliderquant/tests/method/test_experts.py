@@ -69,13 +69,13 @@ def with_starved_experts(model, starved: int):
 
 @pytest.mark.parametrize("abits", [16, 8])
 @pytest.mark.parametrize(
-    ("name", "changes"), [("qwen3_moe", {}), ("mixtral", {}), ("qwen3_moe", DENSE_FIRST)]
+    ("architecture", "changes"), [("qwen3_moe", {}), ("mixtral", {}), ("qwen3_moe", DENSE_FIRST)]
 )
 def test_output_error_on_new_tokens_is_well_below_that_of_nearest_rounding(
-    name, changes, abits, tiny
+    architecture, changes, abits, tiny
 ) -> None:
     config = settings(nsamples=32, abits=abits)
-    decoder, learnables = calibrated(tiny(name, **changes), random_tokens(32), config)
+    decoder, learnables = calibrated(tiny(architecture, **changes), random_tokens(32), config)
     nearest = [
         {
             name: quantize_weight(weight, learnables[block].fmt).dequantize()
@@ -109,14 +109,14 @@ def test_output_error_on_new_tokens_is_well_below_that_of_nearest_rounding(
 
 
 @pytest.mark.parametrize("abits", [16, 8])
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
 def test_each_expert_is_rounded_for_its_own_tokens_as_a_loop_over_them_says(
-    name, abits, tiny, monkeypatch
+    architecture, abits, tiny, monkeypatch
 ) -> None:
     """The reference takes its inputs from hooks of the rounded model, expert by expert."""
     monkeypatch.setattr(expert_rounding, "TOKENS_PER_INPUT", 0.5)
     config = settings(abits=abits, channel_scale="off")
-    model, tokens = tiny(name, num_hidden_layers=1), random_tokens(4)
+    model, tokens = tiny(architecture, num_hidden_layers=1), random_tokens(4)
     decoder, learnables = calibrated(model, tokens, config)
     rounded = {n: learnables[0].linear(n).closed_form for n in learnables[0].names}
     fmt, activations = learnables[0].fmt, activation_format(config)
@@ -148,7 +148,7 @@ def test_each_expert_is_rounded_for_its_own_tokens_as_a_loop_over_them_says(
             result = rounded[name][expert]
             assert (result.codes == wanted.codes).float().mean() > 0.98, (expert, name)
             lacking = [(q.dequantize() - weight).double() for q in (result, wanted)]
-            ours, theirs = ((read.double() @ e.T).square().sum() for e in lacking)
+            ours, theirs = ((read.double() @ e.T).square().sum().item() for e in lacking)
             assert ours == pytest.approx(theirs, rel=0.02)
 
 
@@ -277,7 +277,7 @@ def test_every_block_of_a_partly_dense_model_is_rounded_and_planned_for(
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "words"),
+    ("architecture", "changes", "words"),
     [
         ("qwen3_moe", {}, ["--wbits", 4]),
         ("mixtral", {}, ["--wbits", 4]),
@@ -286,7 +286,7 @@ def test_every_block_of_a_partly_dense_model_is_rounded_and_planned_for(
     ],
 )
 def test_the_written_folder_computes_what_was_simulated(
-    name, changes, words, save, tmp_path, tokens, monkeypatch, capsys
+    architecture, changes, words, save, tmp_path, tokens, monkeypatch, capsys
 ) -> None:
     simulated = []
 
@@ -298,7 +298,7 @@ def test_the_written_folder_computes_what_was_simulated(
 
     monkeypatch.setattr(quantize_command, "result_row", keep_logits)
     out, text = tmp_path / "out", tmp_path / "text.txt"
-    paths = [save(name, **changes), "--calib", text, "--eval-text", text, "--out", out]
+    paths = [save(architecture, **changes), "--calib", text, "--eval-text", text, "--out", out]
     line = ["quantize", *paths, "--group-size", 8, "--nsamples", 8, "--seqlen", 32, *words]
     assert main("sliderquant", "sliderquant", COMMANDS, list(map(str, line))) == 0
     assert "rounded to nearest" not in capsys.readouterr().err

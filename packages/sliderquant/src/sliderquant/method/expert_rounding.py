@@ -21,9 +21,10 @@ are collected for as many experts at a time as ``EXPERT_MOMENT_BYTES`` holds.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from effml_common.errors import NonFiniteError
@@ -131,7 +132,7 @@ def reach_experts_(
         flat = chosen.flatten()
         counts.index_add_(0, flat, counts.new_ones(len(flat)))
         counts[experts] += len(x)
-    *of_experts, tokens = map(int, sum_over_processes(counts).tolist())
+    *of_experts, tokens = map(int, wait_for(sum_over_processes(counts)))
     return ExpertBlock(
         decoder=decoder,
         block=block,
@@ -198,7 +199,7 @@ def collect_expert_moments(
 def rows_of_experts(chosen: Int[Tensor, "n k"], experts: int) -> Sequence[Int[Tensor, " n_e"]]:
     """Return the numbers of each expert's tokens; the host waits once, for how many there are."""
     flat = chosen.flatten()
-    sizes = flat.new_zeros(experts).index_add_(0, flat, torch.ones_like(flat)).tolist()
+    sizes = wait_for(flat.new_zeros(experts).index_add_(0, flat, torch.ones_like(flat)))
     return (flat.argsort(stable=True) // chosen.shape[1]).split(sizes)
 
 
@@ -249,7 +250,7 @@ def _round_weight(
         moments = collect_expert_moments(experts, name, numbers)
 
         # One wait for all experts of the pass.
-        activities = moments.diagonal(dim1=1, dim2=2).sum(dim=1).tolist()
+        activities = wait_for(moments.diagonal(dim1=1, dim2=2).sum(dim=1))
         if not all(map(math.isfinite, activities)):
             raise NonFiniteError(
                 f"block {experts.block}: the inputs of {name} are not finite; "
@@ -284,3 +285,11 @@ def stack_experts(experts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         zero=torch.stack(zeros) if zeros else None,
         fmt=experts[0].fmt,
     )
+
+
+def wait_for(values: Shaped[Tensor, " n"]) -> list[Any]:
+    """Return numbers that a device has computed; the host waits for them.
+
+    For each block once, for each pass over the samples once, and once more for each of its batches.
+    """
+    return values.tolist()
