@@ -85,6 +85,8 @@ def round_folder(folder: Path, name: str) -> None:
     strengths, FLOPs, and how many columns of regressions this process solved.
     """
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64).eval()
+    if model.config._experts_implementation is not None:  # the default takes no float64
+        model.config._experts_implementation = "eager"
     tokens = torch.load(folder / "tokens.pt", weights_only=True)
     config = SliderConfig(wbits=3, group_size=16, nsamples=len(tokens), seqlen=tokens.shape[1])
     decoder = TransformersDecoder(model)

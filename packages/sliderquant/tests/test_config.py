@@ -4,7 +4,6 @@ import pytest
 
 from effml_common.errors import ConfigError
 from effml_common.parsing import dump_config, parse
-from sliderquant.adapters.shapes import check_linears
 from sliderquant.config import QuantizeConfig, SliderConfig
 from sliderquant.method_config import FOREIGN_SETTINGS
 
@@ -50,14 +49,10 @@ def test_what_compensated_rounding_cannot_do_is_refused() -> None:
         SliderConfig(wbits=16, abits=8)
     with pytest.raises(ConfigError, match=r"nothing for another quantizer .* add --method slider"):
         QuantizeConfig(**REQUIRED, format="pre-quant")
-    with pytest.raises(ConfigError, match=r"fused experts \(up\) .*; add --method slider"):
-        check_linears({"q": (8, 8), "up": (4, 8, 8)}, SliderConfig(group_size=8))
     with pytest.raises(ConfigError, match="nothing to round; set wbits, or add --method slider"):
         SliderConfig(method="combined", wbits=16, abits=8)
     assert SliderConfig(method="slider", wbits=16, abits=8).only_scales
     QuantizeConfig(**REQUIRED, method="slider", format="pre-quant")
-    check_linears({"up": (4, 8, 8)}, SliderConfig(method="slider", group_size=8))
-    check_linears({"up": (4, 8, 8)}, SliderConfig(wbits=16, group_size=8))
 
 
 def test_a_written_file_is_read_back_to_the_same_settings(tmp_path) -> None:

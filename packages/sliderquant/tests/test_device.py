@@ -31,7 +31,7 @@ from sliderquant.config import (
     SensitivityConfig,
     SliderConfig,
 )
-from sliderquant.method import block_rounding, window_training
+from sliderquant.method import block_rounding, expert_rounding, window_training
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.calibration import calibrate
 from sliderquant.method.error_compensation import corrected_weight, round_layers
@@ -111,6 +111,31 @@ def test_the_default_method_keeps_to_the_card(
         assert {linear.closed_form.codes.device.type for linear in made.linears} == {"cpu"}
         simulated = made(decoder.tensors(block))
         assert {value.device for value in simulated.values()} == {fake_card.device}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_experts_are_rounded_on_the_card_with_few_waits(
+    name, fake_decoder, fake_card, known_numbers, monkeypatch
+) -> None:
+    """Each of four experts gets half of the 24 tokens."""
+    waits = []
+    monkeypatch.setattr(
+        expert_rounding, "wait_for", lambda values: waits.append(1) or [12] * len(values)
+    )
+    decoder = fake_decoder(name, num_hidden_layers=1)
+    decoder.model.config._experts_implementation = "batched_mm"  # the default asks for the driver
+    learnables = fresh_learnables(decoder, SliderConfig(**SETTINGS), torch.float32)
+    tokens = torch.zeros(2, 12, dtype=torch.int64)
+
+    def on_block(block: int) -> None:
+        for linear in learnables[block].linears:
+            assert linear.closed_form.codes.device == fake_card.device
+
+    config = SliderConfig(**SETTINGS)
+    calibrate(decoder, tokens, [], learnables, config, on_block=on_block, cache=kept)
+    assert (
+        len(waits) == 5
+    )  # one for the counts; for each weight the rows of a batch, and the activity
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -234,7 +259,7 @@ def test_bench_reads_the_clock_when_the_device_is_done(tiny, tokens, monkeypatch
     assert done == ["waited", "clock"] * 4  # before and after the prompt, before and after decoding
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
 def test_the_estimate_of_a_block_is_within_a_factor_of_two_and_a_half(name, tiny) -> None:
     """In CPU seconds of one thread; the whole command is held to a factor of two by hand."""
     sizes = {"hidden_size": 256, "intermediate_size": 1024}

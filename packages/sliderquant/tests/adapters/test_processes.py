@@ -67,7 +67,7 @@ def test_two_processes_learn_what_one_learns(dtype, tolerance, tiny, tokens, tmp
 def test_two_processes_round_what_one_rounds(tiny, tmp_path) -> None:
     # 17 samples, of which the last three are held out: neither part can be halved.
     generator = torch.Generator().manual_seed(3)
-    folders = [tmp_path / name for name in ("llama", "gemma3")]
+    folders = [tmp_path / name for name in ("llama", "gemma3", "qwen3_moe")]
     for folder in folders:
         tiny(folder.name, hidden_size=64, intermediate_size=192).save_pretrained(folder / "model")
         torch.save(torch.randint(1, 90, (17, 32), generator=generator), folder / "tokens.pt")

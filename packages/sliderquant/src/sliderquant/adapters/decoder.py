@@ -263,6 +263,38 @@ class TransformersDecoder:
                 handle.remove()
         return seen
 
+    def expert_inputs(
+        self,
+        block: int,
+        hidden: Float[Tensor, "n t h"],
+        weights: dict[str, Tensor],
+        activations: ActivationFormat | None = None,
+        attention: Float[Tensor, "n t h"] | None = None,
+    ) -> tuple[Float[Tensor, "tokens h"], Int[Tensor, "tokens k"]]:
+        """Return what a block's experts read, not rounded yet, and which of them each token goes to.
+
+        The arguments are those of ``inputs_inside``.
+        """
+        chosen: list[Tensor] = []
+        mlp: Any = self.blocks[block].mlp
+        handle = mlp.gate.register_forward_hook(
+            lambda _module, _args, output: chosen.append(output[-1])
+        )
+        try:
+            seen = self.inputs_inside(
+                block, hidden, weights, ["mlp.experts"], activations, attention
+            )
+        finally:
+            handle.remove()
+        return seen["mlp.experts"], chosen[0]
+
+    def gate_experts(
+        self, block: int, product: Float[Tensor, "n rows"]
+    ) -> Float[Tensor, "n inner"]:
+        """Return what an expert makes of the product with its gate and up projection."""
+        mlp: Any = self.blocks[block].mlp
+        return mlp.experts._apply_gate(product)
+
     @contextmanager
     def _given_attention(self, block: int, attention: Tensor | None) -> Iterator[None]:
         """Let the attention of a block return a given tensor; ``None`` leaves it as it is."""

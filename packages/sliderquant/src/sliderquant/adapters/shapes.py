@@ -1,10 +1,11 @@
 """The sizes of a model that cost and formats depend on, read without touching a weight."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from effml_common.errors import ConfigError, InputError
-from sliderquant.config import FULL_BITS, SliderConfig
+from effml_common.errors import InputError
+from sliderquant.config import SliderConfig
 
 if TYPE_CHECKING:
     from sliderquant.adapters.decoder import TransformersDecoder
@@ -21,16 +22,38 @@ class ModelShape:
     Attributes:
         layers: Decoder blocks.
         hidden: Width of the hidden state.
-        linears: Shape [out, in] or [experts, out, in] of each quantized weight of a block, by name.
+        blocks: For each block, the shape [out, in] or [experts, out, in] of each quantized weight, by
+            name. Blocks may differ: some are dense in models with experts.
         embedding: Weights of the embedding.
         context: Longest sequence, in tokens.
     """
 
     layers: int
     hidden: int
-    linears: dict[str, tuple[int, ...]]
+    blocks: tuple[dict[str, tuple[int, ...]], ...]
     embedding: int
     context: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the quantized weights of all blocks, by their names in the stack of blocks."""
+        return {
+            f"{block}.{name}": shape
+            for block, linears in enumerate(self.blocks)
+            for name, shape in linears.items()
+        }
+
+    def kinds(self) -> list[dict[str, tuple[int, ...]]]:
+        """Return the weights of a block of each kind, in order: the same names and shapes are a kind."""
+        kinds: list[dict[str, tuple[int, ...]]] = []
+        for linears in self.blocks:
+            if linears not in kinds:
+                kinds.append(linears)
+        return kinds
+
+    def weights(self) -> list[int]:
+        """Return the number of quantized weights of every block."""
+        return [sum(map(math.prod, linears.values())) for linears in self.blocks]
 
 
 def model_shape(directory: str) -> ModelShape:
@@ -49,12 +72,15 @@ def model_shape(directory: str) -> ModelShape:
 def decoder_shape(decoder: "TransformersDecoder") -> ModelShape:
     """Return the sizes of a model; its parameters may be on the meta device."""
     config = decoder.model.config
-    shapes = decoder.shapes(0)
+    shapes = [decoder.shapes(block) for block in range(decoder.depth)]
     embedding: Any = decoder.model.get_input_embeddings()
     return ModelShape(
         layers=decoder.depth,
         hidden=config.hidden_size,
-        linears={name: tuple(shapes[name]) for name in decoder.layout(0).linears},
+        blocks=tuple(
+            {name: tuple(of_block[name]) for name in decoder.layout(block).linears}
+            for block, of_block in enumerate(shapes)
+        ),
         embedding=embedding.weight.numel(),
         context=config.max_position_embeddings,
     )
@@ -68,20 +94,17 @@ def check_linears(linears: dict[str, tuple[int, ...]], config: SliderConfig) -> 
         config: Method and storage format.
 
     Raises:
-        ConfigError: If compensated rounding is asked for and the model has fused experts.
         ShapeError: If the group size does not divide some layer.
     """
-    fused = [name for name, shape in linears.items() if len(shape) > 2]
-    if fused and config.method != "slider" and config.wbits != FULL_BITS:
-        raise ConfigError(
-            f"fused experts ({', '.join(fused)}) cannot be rounded with compensation; "
-            "add --method slider"
-        )
     check_group_size(linears, config.columns_per_scale)
 
 
 def check_group_size(linears: dict[str, tuple[int, ...]], group_size: int | None) -> None:
     """Refuse a group size that leaves a remainder in some layer.
+
+    Args:
+        linears: Shape of each quantized weight, by name.
+        group_size: Input columns per group, or ``None``.
 
     Raises:
         ShapeError: Listing the layers.

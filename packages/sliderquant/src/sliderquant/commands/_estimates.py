@@ -1,7 +1,7 @@
 """How long a calibration will take, from small pieces of it that are timed before it starts."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,8 +14,19 @@ from sliderquant.commands._job import Job
 from sliderquant.method.block_rounding import samples_per_forward
 from sliderquant.method.decoder import Decoder, run_blocks
 from sliderquant.method.error_compensation import REFINEMENT_PASSES, round_and_refine
-from sliderquant.method.layout import LayerGroup, layer_groups
-from sliderquant.method.moments import BlockRun, collect_moments, run_inside, split_samples
+from sliderquant.method.expert_rounding import (
+    collect_expert_moments,
+    expert_passes,
+    reach_experts_,
+)
+from sliderquant.method.layout import expert_weights, layer_groups
+from sliderquant.method.moments import (
+    BLOCK_OUTPUT,
+    BlockRun,
+    collect_moments,
+    run_inside,
+    split_samples,
+)
 from sliderquant.method.parallel import process_count
 from sliderquant.method.precision import forward_precision
 from sliderquant.method.quantizer import WeightFormat
@@ -55,60 +66,114 @@ def announce(job: Job) -> None:
 
 @torch.no_grad()
 def estimate_seconds(job: Job) -> float:
-    """Return the seconds that a calibration will take on the decoder's device; block 0 is read."""
-    decoder, samples, seconds = job.decoder, len(job.samples), 0.0
-    decoder.hold([0])
+    """Return the seconds that a calibration will take on the decoder's device.
+
+    One block of each kind is read and timed, with what enters block 0.
+    """
+    seconds = 0.0
     try:
-        if job.plan.rounded_blocks:
-            size = min(samples, samples_per_forward(decoder, job.config, job.samples.shape[1]))
-            hidden = decoder.block_inputs(job.samples[:size])
-            of_block = _seconds_of_block(decoder, hidden, job.weights, -(-samples // size))
-            seconds = decoder.depth * of_block / process_count()
-        if not job.plan.windows:
-            return seconds
-
-        # One block's forward pass for one batch is the unit of the windows.
-        batch_size = job.config.batch_size
-        hidden = decoder.block_inputs(job.samples[:batch_size])
-        with forward_precision(decoder.device):
-            forward = measure_seconds(
-                lambda: run_blocks(decoder, [0], hidden, batch_size), decoder.device
-            )
-        passes = forward * -(-samples // batch_size)
-        return seconds + WINDOW_PASSES * job.plan.block_visits * job.config.window_epochs * passes
+        for block, count in _kinds_of_blocks(job.decoder).items():
+            job.decoder.hold([block])
+            seconds += count * _seconds_of_kind(job, block)
     finally:
-        decoder.hold([])
+        job.decoder.hold([])
+    return seconds
 
 
-def _seconds_of_block(
-    decoder: Decoder, hidden: Float[Tensor, "n t h"], fmt: WeightFormat, batches: int
-) -> float:
-    """Return the seconds that compensated rounding of block 0 takes, from one batch of hidden states."""
+def _kinds_of_blocks(decoder: Decoder) -> dict[int, int]:
+    """Return the first block of each kind, and how many blocks have the same parameters."""
+    firsts: dict[tuple[object, ...], int] = {}
+    counts: dict[int, int] = {}
+    for block in range(decoder.depth):
+        kind = tuple(sorted(decoder.shapes(block).items()))
+        first = firsts.setdefault(kind, block)
+        counts[first] = counts.get(first, 0) + 1
+    return counts
+
+
+def _seconds_of_kind(job: Job, block: int) -> float:
+    """Return the seconds that a calibration spends on average on a block like this one."""
+    decoder, samples, seconds = job.decoder, len(job.samples), 0.0
+    if job.plan.rounded_blocks:
+        size = min(samples, samples_per_forward(decoder, job.config, job.samples.shape[1]))
+        hidden = decoder.block_inputs(job.samples[:size])
+        of_block = _seconds_of_block(job, block, hidden, -(-samples // size))
+        seconds = of_block / process_count()
+    if not job.plan.windows:
+        return seconds
+
+    # One block's forward pass for one batch is the unit of the windows.
+    batch_size = job.config.batch_size
+    hidden = decoder.block_inputs(job.samples[:batch_size])
+    with forward_precision(decoder.device):
+        forward = measure_seconds(
+            lambda: run_blocks(decoder, [block], hidden, batch_size), decoder.device
+        )
+    passes = forward * -(-samples // batch_size)
+    visits = job.plan.block_visits / decoder.depth
+    return seconds + WINDOW_PASSES * visits * job.config.window_epochs * passes
+
+
+def _seconds_of_block(job: Job, block: int, hidden: Float[Tensor, "n t h"], batches: int) -> float:
+    """Return the seconds that compensated rounding of a block takes, from one batch of hidden states."""
     # Each layer group once in both models, as often as there are batches, and the way to the end.
-    projection = decoder.layout(0).outputs[0]
+    decoder, layout = job.decoder, job.decoder.layout(block)
     runs = [
-        BlockRun(hidden=hidden.clone(), tensors=decoder.tensors(0), output_projection=projection)
+        BlockRun(
+            hidden=hidden.clone(),
+            tensors=dict(decoder.tensors(block)),
+            output_projection=layout.outputs[0],
+        )
         for _ in range(2)
     ]
     split = replace(split_samples(len(hidden), len(hidden)), fitted=len(hidden), held_out=False)
 
-    groups, seconds = layer_groups(decoder.layout(0)), 0.0
+    experts, groups, seconds = expert_weights(layout), layer_groups(layout), 0.0
     for group in groups:
         begin = time.perf_counter()
-        is_last = group is groups[-1]
-        collect_moments(decoder, 0, group, (runs[0], runs[1]), split, relay=is_last)
+        is_last = group is groups[-1] and not experts
+        collect_moments(decoder, block, group, (runs[0], runs[1]), split, relay=is_last)
         synchronize(decoder.device)
         seconds += batches * (time.perf_counter() - begin)
-        seconds += _seconds_of_group(decoder, group, fmt)
+        weights = [decoder.tensors(block)[name] for name in group.weights]
+        seconds += _seconds_of_group(weights, job.weights)
+    if experts:
+        seconds += _seconds_of_experts(job, block, (runs[0], runs[1]), batches)
+
     everything = slice(0, len(hidden))
     return seconds + batches * measure_seconds(
-        lambda: run_inside(decoder, 0, runs[1], everything, [""]), decoder.device
+        lambda: run_inside(decoder, block, runs[1], everything, [BLOCK_OUTPUT]), decoder.device
     )
 
 
-def _seconds_of_group(decoder: Decoder, group: LayerGroup, fmt: WeightFormat) -> float:
-    """Return the seconds that it takes to round the layers of a group, from a part of their columns."""
-    weights = [decoder.tensors(0)[name] for name in group.weights]
+def _seconds_of_experts(
+    job: Job, block: int, runs: tuple[BlockRun, BlockRun], batches: int
+) -> float:
+    """Return the seconds that it takes to round all experts of a block, from one of them.
+
+    Their moments are collected as often as memory asks for it, from one batch.
+    """
+    tensors = job.decoder.tensors(block)
+    weights = {name: tensors[name] for name in expert_weights(job.decoder.layout(block))}
+
+    # As many tokens as all batches have: how many experts lack some depends on it.
+    begin = time.perf_counter()
+    experts = reach_experts_(job.decoder, block, runs, len(runs[1].hidden))
+    counts, tokens = [batches * count for count in experts.counts], batches * experts.tokens
+    experts = replace(experts, counts=counts, tokens=tokens)
+    for name, weight in weights.items():
+        for numbers in expert_passes(len(weight), weight.shape[-1]):
+            collect_expert_moments(experts, name, numbers)
+    synchronize(job.decoder.device)
+    seconds = batches * (time.perf_counter() - begin)
+
+    for weight in weights.values():
+        seconds += len(weight) * _seconds_of_group([weight[0]], job.weights)
+    return seconds
+
+
+def _seconds_of_group(weights: Sequence[Float[Tensor, "out in"]], fmt: WeightFormat) -> float:
+    """Return the seconds that it takes to round layers that read one input, from some of its columns."""
     outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
     device = weights[0].device
 
@@ -128,7 +193,7 @@ def _seconds_of_group(decoder: Decoder, group: LayerGroup, fmt: WeightFormat) ->
     # step of the scales each, and half of one while the columns are visited.
     size = fmt.columns_per_group(inputs)
     columns = min(inputs, size if size > TIMED_COLUMNS else TIMED_COLUMNS // size * size)
-    target = torch.cat(weights)[:, :columns].T.float().contiguous()
+    target = torch.cat(list(weights))[:, :columns].T.float().contiguous()
     curvature = factorize(torch.eye(columns, dtype=torch.float64, device=device))
     loops = measure_seconds(lambda: round_and_refine(target, fmt, curvature), device)
     product = measure_seconds(lambda: target.T @ target[:, : min(outputs, columns)], device)

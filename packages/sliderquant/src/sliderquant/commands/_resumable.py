@@ -63,6 +63,7 @@ def calibrate_saved(job: Job) -> None:
             on_block=listener.on_block,
             on_experts=listener.on_experts,
             on_rounded=listener.on_rounded,
+            on_rare_experts=listener.on_rare_experts,
             cache=job.cache,
         )
 

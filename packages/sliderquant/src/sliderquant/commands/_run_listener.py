@@ -15,6 +15,8 @@ from sliderquant.commands.inspect import Plan
 from sliderquant.method.layout import WEIGHT_SUFFIX
 from sliderquant.method.task import WindowResult
 
+NAMED_EXPERTS = 16  # of those with too few tokens, in one warning
+
 
 class RunListener:
     """What is done whenever an update, a window or a block is finished."""
@@ -77,6 +79,15 @@ class RunListener:
                 f"block {block}: {rare} of {len(counts)} experts received fewer than {least} "
                 "tokens and are rounded without training; give more text"
             )
+
+    def on_rare_experts(self, block: int, counts: Mapping[int, int], least: int) -> None:
+        """Warn of experts that have too few tokens of their own to be rounded for them."""
+        named = [f"{expert} ({count})" for expert, count in counts.items()]
+        more = f" and {len(named) - NAMED_EXPERTS} more" if len(named) > NAMED_EXPERTS else ""
+        warn(
+            f"block {block}: too few tokens for experts {', '.join(named[:NAMED_EXPERTS])}{more}; "
+            f"with fewer than {least} they are rounded for the tokens of all experts; give more text"
+        )
 
 
 class WindowClock:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from sliderquant.adapters.shapes import ModelShape, check_linears, model_shape
 from sliderquant.config import FULL_BITS, InspectConfig, SliderConfig
+from sliderquant.method.expert_rounding import expert_passes
 from sliderquant.method.window_training import RECOMPUTE_ABOVE
 from sliderquant.method.windows import block_visits, make_windows
 
@@ -90,9 +91,9 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
     lean = False
     if shape is not None:
         bits = _bits_per_weight(config, shape)
-        largest = max(map(len, windows), default=1)
-        lean = largest * sum(map(math.prod, shape.linears.values())) > RECOMPUTE_ABOVE
-        memory = _memory(config, shape, largest, lean, layers)
+        largest = _largest_window(windows, shape)
+        lean = sum(shape.weights()[block] for block in largest) > RECOMPUTE_ABOVE
+        memory = _memory(config, shape, largest, lean)
 
     return Plan(
         windows=windows,
@@ -107,8 +108,15 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
     )
 
 
+def _largest_window(windows: list[list[int]], shape: ModelShape) -> list[int]:
+    """Return the blocks that hold the most weights together; a single one without windows."""
+    weights = shape.weights()
+    candidates = windows or [[block] for block in range(shape.layers)]
+    return max(candidates, key=lambda window: sum(weights[block] for block in window))
+
+
 def _bits_per_weight(config: SliderConfig, shape: ModelShape) -> float:
-    """Codes plus 16-bit scales, plus zero points where asymmetric, averaged over a block."""
+    """Codes plus 16-bit scales, plus zero points where asymmetric, averaged over all blocks."""
     if config.wbits == FULL_BITS:
         return float(FULL_BITS)
     side = 16 + (0 if config.sym else config.wbits)
@@ -116,11 +124,11 @@ def _bits_per_weight(config: SliderConfig, shape: ModelShape) -> float:
         math.prod(weight) * (config.wbits + side / (config.columns_per_scale or weight[-1]))
         for weight in shape.linears.values()
     )
-    return stored / sum(map(math.prod, shape.linears.values()))
+    return stored / sum(shape.weights())
 
 
 def _memory(
-    config: SliderConfig, shape: ModelShape, largest_window: int, lean: bool, layers: int
+    config: SliderConfig, shape: ModelShape, largest_window: list[int], lean: bool
 ) -> dict[str, float]:
     """Return the parts of the peak, in float32: with rounding and windows, those of the larger one."""
     phases = []
@@ -131,27 +139,29 @@ def _memory(
 
     # Codes stay for what comes behind the rounding; the embedding is in memory at the start and the end.
     parts = max(phases, key=lambda phase: sum(phase.values()))
-    weights = sum(math.prod(weight) for weight in shape.linears.values())
+    weights = shape.weights()
     if config.method == "combined":
-        parts["codes of the window"] = 2 * largest_window * weights / 2**30
+        of_window = sum(weights[block] for block in largest_window)
+        parts["codes of the window"] = 2 * of_window / 2**30
     if config.method != "slider" and config.wbits != FULL_BITS:
         condition = " (with eval text)" if config.method == "compensated" else ""
-        parts[f"codes of all blocks{condition}"] = config.wbits / 8 * layers * weights / 2**30
+        parts[f"codes of all blocks{condition}"] = config.wbits / 8 * sum(weights) / 2**30
     parts["embedding, as it is and as it is written"] = 2 * 4 / 2**30 * shape.embedding
     return parts
 
 
 def _memory_of_windows(
-    config: SliderConfig, shape: ModelShape, largest_window: int, lean: bool
+    config: SliderConfig, shape: ModelShape, largest_window: list[int], lean: bool
 ) -> dict[str, float]:
     """Caches, and the working copies of the largest window."""
     float32 = 4 / 2**30
     seqlen = min(config.seqlen, shape.context)
-    weights = list(map(math.prod, shape.linears.values()))
-    window = largest_window * sum(weights)
+    of_blocks = shape.weights()
+    window = sum(of_blocks[block] for block in largest_window)
     # Autograd keeps about six temporaries of a weight's size through its fake quantizer; where blocks
     # are computed again, it keeps one block's simulated weights and a gradient or two.
-    simulated = sum(weights) + 2 * max(weights) if lean else 6 * window
+    largest = max(map(math.prod, shape.linears.values()))
+    simulated = max(of_blocks) + 2 * largest if lean else 6 * window
     return {
         "weights of the window": float32 * window,
         "simulation of the window": float32 * simulated,
@@ -161,16 +171,22 @@ def _memory_of_windows(
 
 def _memory_of_rounding(config: SliderConfig, shape: ModelShape) -> dict[str, float]:
     """What compensated rounding holds: one block, and what it takes to round its largest layer."""
-    solved = [weight for weight in shape.linears.values() if len(weight) == 2]  # no fused experts
-    of_block = sum(map(math.prod, solved))
-    # The block once more as it is rounded, and eight tensors of the size of the largest layer.
-    rounded = 4 * (of_block + 8 * max(map(math.prod, solved), default=0))
-    # X^T X, a reordered copy, its factor and X^T E in float64.
-    moments = 4 * 8 * max((columns**2 for _, columns in solved), default=0)
+    of_block = max(shape.weights())
+    # The block once more as it is rounded, eight tensors of the size of the largest layer or expert, and
+    # two copies of the codes and one of the values of all experts.
+    solved = [weight[-2:] for weight in shape.linears.values()]
+    fused = [weight for weight in shape.linears.values() if len(weight) > 2]
+    rounded = 4 * (of_block + 8 * max(map(math.prod, solved)))
+    rounded += 8 * max(map(math.prod, fused), default=0)
+    # X^T X, a reordered copy, its factor and X^T E in float64; X^T X of many experts.
+    moments = 4 * 8 * max(columns**2 for _, columns in solved)
+    moments += max(
+        (8 * columns**2 * len(expert_passes(n, columns)[0]) for n, _, columns in fused), default=0
+    )
     # What the attention's output projection reads, in both models.
     tokens = config.nsamples * min(config.seqlen, shape.context)
     return {
-        "weights of the block": 4 * sum(map(math.prod, shape.linears.values())) / 2**30,
+        "weights of the block": 4 * of_block / 2**30,
         "rounding of the largest layer": rounded / 2**30,
         "moments of the largest layer": moments / 2**30,
         "activation caches": 4 * 4 * tokens * shape.hidden / 2**30,
@@ -194,5 +210,6 @@ def inspect(config: InspectConfig) -> Plan:
         assert config.layers is not None  # checked by the config
         return make_plan(config, None, config.layers)
     shape = model_shape(config.model)
-    check_linears(shape.linears, config)
+    for linears in shape.kinds():
+        check_linears(linears, config)
     return make_plan(config, shape, shape.layers)

@@ -62,7 +62,8 @@ def sensitivity(config: SensitivityConfig) -> Report:
     device = resolve_device(config.device)
     opened = open_model(config.model, device=device)
     decoder = opened.decoder
-    check_group_size(decoder_shape(decoder).linears, config.group_size)
+    for linears in decoder_shape(decoder).kinds():
+        check_group_size(linears, config.group_size)
 
     # Chunks spread over all of the text.
     files = InputFiles().read(config.text, "text")

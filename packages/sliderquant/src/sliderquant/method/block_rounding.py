@@ -19,7 +19,13 @@ from effml_common.errors import NonFiniteError
 from sliderquant.config import SliderConfig
 from sliderquant.method.decoder import Decoder
 from sliderquant.method.error_compensation import corrected_weight, round_layers
-from sliderquant.method.layout import LayerGroup, layer_groups, scale_channels
+from sliderquant.method.expert_rounding import round_experts_
+from sliderquant.method.layout import (
+    LayerGroup,
+    expert_weights,
+    layer_groups,
+    scale_channels,
+)
 from sliderquant.method.moments import (
     BLOCK_OUTPUT,
     BlockRun,
@@ -42,8 +48,8 @@ TOKENS_PER_FORWARD = {"cpu": 2**11, "cuda": 2**14}
 def round_blocks_(task: CalibrationTask) -> None:
     """Round the linear layers of every block, front to back, in place of training them.
 
-    Channel scales and the ``closed_form`` weights of the learnables are set; fused experts stay as they
-    are. Several processes share the samples and the rows of each weight; all of them get the result.
+    Channel scales and the ``closed_form`` weights of the learnables are set. Several processes share the
+    samples and the rows of each weight; all of them get the result.
     """
     # Each process has every n-th sample; the last ones of all are held out.
     decoder = task.decoder
@@ -110,13 +116,16 @@ def round_block_(
     )
 
     # Each group sees the inputs that the groups before it produce once they are rounded.
-    groups = layer_groups(decoder.layout(block))
-    strengths = {}
+    layout = decoder.layout(block)
+    groups, has_experts = layer_groups(layout), bool(expert_weights(layout))
+    strengths: dict[tuple[str, ...], float | None] = {}
     for group in groups:
-        strength = _round_group_(
-            task, block, group, (exact, quantized), split, relay=group is groups[-1]
+        is_last = group is groups[-1] and not has_experts
+        strengths[group.weights] = _round_group_(
+            task, block, group, (exact, quantized), split, relay=is_last
         )
-        strengths[group.weights] = strength
+    if has_experts:
+        strengths |= round_experts_(task, block, (exact, quantized), split.batch_size)
     task.listeners.on_rounded(block, strengths)
 
     # The quantized model moves on behind the block; the other one did so with the last group.

@@ -62,6 +62,9 @@ def calibrate(
     on_rounded: Callable[[int, Mapping[tuple[str, ...], float | None]], None] = (
         lambda block, strengths: None
     ),
+    on_rare_experts: Callable[[int, Mapping[int, int], int], None] = (
+        lambda block, counts, least: None
+    ),
     cache: HiddenStateCache = lambda name, hidden: hidden.clone(),
 ) -> None:
     """Train the learnables of all blocks, in place, window by window and stage by stage.
@@ -85,6 +88,8 @@ def calibrate(
         on_experts: Called with a block and the tokens that each of its experts received.
         on_rounded: Called with a block, and for each of its layer groups the strength of the ridge
             update, ``None`` where the inputs are all zero.
+        on_rare_experts: Called with a block, the tokens of each expert that has too few of its own to be
+            rounded for them, and how many would be enough.
         cache: Given a name and hidden states, returns a copy of them that may live on disk.
 
     Raises:
@@ -119,6 +124,7 @@ def calibrate(
         on_block=on_block,
         on_experts=on_experts,
         on_rounded=on_rounded,
+        on_rare_experts=on_rare_experts,
     )
     task = CalibrationTask(
         decoder=decoder,

@@ -81,6 +81,23 @@ class Decoder(Protocol):
         """
         ...
 
+    def expert_inputs(
+        self,
+        block: int,
+        hidden: Float[Tensor, "n t h"],
+        weights: dict[str, Tensor],
+        activations: ActivationFormat | None = None,
+        attention: Float[Tensor, "n t h"] | None = None,
+    ) -> tuple[Float[Tensor, "tokens h"], Int[Tensor, "tokens k"]]:
+        """Return what a block's experts read, before rounding, and which of them each token goes to."""
+        ...
+
+    def gate_experts(
+        self, block: int, product: Float[Tensor, "n rows"]
+    ) -> Float[Tensor, "n inner"]:
+        """Return what an expert makes of the product with its gate and up projection."""
+        ...
+
     def counting_experts(self) -> AbstractContextManager[dict[int, Tensor]]:
         """Count the tokens that each expert receives, by block, while the context is open."""
         ...

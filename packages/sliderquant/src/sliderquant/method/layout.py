@@ -125,6 +125,22 @@ def layer_groups(layout: BlockLayout) -> list[LayerGroup]:
     return [group for group in of_linears if group.weights]
 
 
+def expert_weights(layout: BlockLayout) -> tuple[str, ...]:
+    """Return the weights of fused experts in computing order: gate and up, down; none if it is dense."""
+    return tuple(name for name in layout.linears if not name.endswith(WEIGHT_SUFFIX))
+
+
+def mlp_norm(layout: BlockLayout) -> str:
+    """Return the norm that MLP or experts read, as a module of the block."""
+    _, norm = layout.readers
+    return norm.removesuffix(WEIGHT_SUFFIX)
+
+
+def reading_module(weight: str) -> str:
+    """Return the module of the block that is called with what a weight multiplies."""
+    return weight.rpartition(".")[0]
+
+
 def clamp_factor(factor: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Keep |alpha| at 0.01 or more, with its sign; the gradient passes unchanged."""
     sign = torch.where(factor < 0, -1.0, 1.0)

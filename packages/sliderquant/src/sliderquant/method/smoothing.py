@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sliderquant.method.decoder import Decoder
-from sliderquant.method.layout import COLUMNS, WEIGHT_SUFFIX, ScaledParameter, ScalingSite
+from sliderquant.method.layout import COLUMNS, ScaledParameter, ScalingSite, reading_module
 from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.parallel import sum_over_processes
 from sliderquant.method.precision import forward_precision
@@ -47,13 +47,13 @@ def set_smoothing_factors_(
 
     # Mean of the squares of each input channel, over all tokens of all processes.
     sums: dict[str, Tensor] = {}
-    modules = [name.removesuffix(WEIGHT_SUFFIX) for name in sorted(readers)]
+    modules = [reading_module(name) for name in sorted(readers)]
     for hidden in x_fp.split(batch_size):
         with forward_precision(decoder.device):
             inputs = decoder.inputs_inside(block, hidden, tensors, modules)
-        for module, x in inputs.items():
-            squares = x.float().square().flatten(0, -2).sum(dim=0)
-            sums[module + WEIGHT_SUFFIX] = squares + sums.get(module + WEIGHT_SUFFIX, 0)
+        for name in sorted(readers):
+            squares = inputs[reading_module(name)].float().square().flatten(0, -2).sum(dim=0)
+            sums[name] = squares + sums.get(name, 0)
     tokens = next(iter(sums.values())).new_tensor(x_fp.shape[:2].numel())
     tokens = sum_over_processes(tokens)
     mean_squares = {name: sum_over_processes(sums[name]) / tokens for name in sorted(sums)}
@@ -69,7 +69,7 @@ def scaled_readers(site: ScalingSite, names: Collection[str]) -> list[ScaledPara
 
 def smoothing_factors(
     site: ScalingSite,
-    weights: Mapping[str, Float[Tensor, "out in"]],
+    weights: Mapping[str, Float[Tensor, "*experts out in"]],
     mean_squares: Mapping[str, Float[Tensor, " in"]],
 ) -> Float[Tensor, " size"]:
     """Return s of a site, with a geometric mean of one.
@@ -89,8 +89,9 @@ def smoothing_factors(
 
     # Sums of squares, and how many squares they hold, of the inputs and of the weights of each column.
     x = torch.cat([mean_squares[reader.name] for reader in readers])
-    w = torch.cat([weights[reader.name].float().square().sum(dim=0) for reader in readers])
-    rows = torch.cat([torch.full_like(mean_squares[r.name], len(weights[r.name])) for r in readers])
+    flat = {reader.name: weights[reader.name].flatten(0, -2) for reader in readers}
+    w = torch.cat([flat[reader.name].float().square().sum(dim=0) for reader in readers])
+    rows = torch.cat([torch.full_like(mean_squares[r.name], len(flat[r.name])) for r in readers])
 
     # Columns that share an entry of s are added up.
     index = torch.cat([reader.index for reader in readers]).to(x.device)

@@ -44,6 +44,8 @@ class Listeners:
         on_experts: Called with a block and the tokens that each of its experts received.
         on_rounded: Called with a block, and for each of its layer groups, by the names of its weights,
             the strength of the ridge update; ``None`` where the inputs are all zero.
+        on_rare_experts: Called with a block, the tokens of each expert that has too few of its own to be
+            rounded for them, and how many would be enough.
     """
 
     on_update: Callable[[float], None]
@@ -51,6 +53,7 @@ class Listeners:
     on_block: Callable[[int], None]
     on_experts: Callable[[int, Tensor], None]
     on_rounded: Callable[[int, Mapping[tuple[str, ...], float | None]], None]
+    on_rare_experts: Callable[[int, Mapping[int, int], int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
