@@ -32,3 +32,15 @@ class Interrupted(KeyboardInterrupt):
         name = signal.Signals(signum).name
         super().__init__(message or f"interrupted by {name}; run again with --resume auto")
         self.signum = signum
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the host or of a device did not suffice.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("no memory of that"))
+    (True, False)
+    """
+    # torch has a class of its own for devices only; its allocator on the host raises RuntimeError.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

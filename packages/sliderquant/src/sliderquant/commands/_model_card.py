@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from effml_common.errors import InputError
 from sliderquant.adapters.formats import MARK
-from sliderquant.adapters.shards import tensor_bytes
+from sliderquant.adapters.weights import tensor_bytes, weight_files
 from sliderquant.commands._measurements import describe_setting
 from sliderquant.config import QuantizeConfig, SliderConfig
 
@@ -30,7 +30,7 @@ def sizes(directory: str | Path) -> dict[str, float]:
     """
     directory = Path(directory)
     tensors = tensor_bytes(directory)
-    files = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    files = sum(path.stat().st_size for path in weight_files(directory))
     packed = sum(size for name, size in tensors.items() if name.endswith(_PACKED))
     if not packed:
         return {"directory": files}
@@ -40,7 +40,7 @@ def sizes(directory: str | Path) -> dict[str, float]:
 def _packed_entries(directory: Path) -> int:
     """Count the entries of all packed weights."""
     total = 0
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in weight_files(directory):
         with safe_open(path, framework="pt") as file:
             shapes = [name for name in file.keys() if name.endswith(".weight_shape")]  # noqa: SIM118
             total += sum(math.prod(file.get_tensor(name).tolist()) for name in shapes)

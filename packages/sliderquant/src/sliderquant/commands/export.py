@@ -14,10 +14,11 @@ from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.folders import run_folder
 from effml_common.logging import Progress, say
-from sliderquant.adapters.files import weight_files
+from sliderquant.adapters.files import read_raw_config
 from sliderquant.adapters.formats import NATIVE_TYPE, check_expressible
 from sliderquant.adapters.model_writer import ModelWriter
-from sliderquant.adapters.native import base_config, native_formats, read_raw_config
+from sliderquant.adapters.native import base_config, native_formats
+from sliderquant.adapters.weights import stored_tensors
 from sliderquant.commands._model_card import history_of, model_card, sizes
 from sliderquant.config import ExportConfig
 from sliderquant.method.packing import PACKED, SCALE, SHAPE, ZERO, unpacked_weight
@@ -104,18 +105,12 @@ def export(config: ExportConfig) -> ExportResult:
 def _layers(directory: Path) -> dict[str, dict[str, Path]]:
     """Return the files of every parameter's tensors: parameter -> suffix -> file."""
     layers: dict[str, dict[str, Path]] = {}
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    layer, _, suffix = name.rpartition(".")
-                    if suffix in (PACKED, SCALE, SHAPE, ZERO):
-                        layers.setdefault(layer, {})[suffix] = path
-                    else:
-                        layers[name] = {"": path}
-        except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path} is damaged ({reason}); copy it again") from None
+    for name, tensor in stored_tensors(directory).items():
+        layer, _, suffix = name.rpartition(".")
+        if suffix in (PACKED, SCALE, SHAPE, ZERO):
+            layers.setdefault(layer, {})[suffix] = tensor.path
+        else:
+            layers[name] = {"": tensor.path}
     return layers
 
 
