@@ -1,6 +1,7 @@
 """The sizes of a model that cost and formats depend on, read without touching a weight."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effml_common.errors import ConfigError, InputError
@@ -33,7 +34,7 @@ class ModelShape:
     context: int
 
 
-def model_shape(directory: str) -> ModelShape:
+def model_shape(directory: str | Path) -> ModelShape:
     """Read the sizes of a model directory from its ``config.json``; no weight is touched.
 
     Raises:

@@ -56,13 +56,16 @@ def file_hashes(paths: Sequence[str]) -> dict[str, str]:
     return hashes
 
 
-def history_section(config: QuantizeConfig, report: Mapping[str, Any], begin: str) -> str:
+def history_section(
+    config: QuantizeConfig, report: Mapping[str, Any], begin: str, part: str | None = None
+) -> str:
     """Return the part of the card that stays the same in every format: how the model was made.
 
     Args:
         config: Settings of the run that quantized the model.
         report: Of that run, as JSON; its rows are the figures.
         begin: What every sample and chunk starts with, see ``begin_note``.
+        part: What of the original was quantized, if not all of it.
     """
     # What ran, with what, on what.
     environment = report["environment"]
@@ -83,6 +86,7 @@ def history_section(config: QuantizeConfig, report: Mapping[str, Any], begin: st
         "",
         f"{way}, {report['package']} {report['version']}: {describe_setting(config)}.",
         "",
+        *([f"{part} was quantized; images cannot be read.", ""] if part else []),
         *_table(report["rows"]),
         "Calibration data:",
         "",

@@ -10,16 +10,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from effml_common.errors import InputError
+from effml_common.errors import InputError, memory_advice
 from effml_common.files import atomic_write
 from effml_common.folders import run_folder
+from effml_common.locking import locked_folder
 from effml_common.logging import Progress, say
 from sliderquant.adapters.files import read_raw_config
 from sliderquant.adapters.formats import NATIVE_TYPE, check_expressible
+from sliderquant.adapters.hub import model_directory
 from sliderquant.adapters.model_writer import ModelWriter
 from sliderquant.adapters.native import base_config, native_formats
-from sliderquant.adapters.weights import stored_tensors
+from sliderquant.adapters.weights import stored_tensors, weight_files
 from sliderquant.commands._model_card import history_of, model_card, sizes
+from sliderquant.commands._out_folder import hash_of_files, read_identity, write_identity
 from sliderquant.config import ExportConfig
 from sliderquant.method.packing import PACKED, SCALE, SHAPE, ZERO, unpacked_weight
 from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
@@ -65,7 +68,7 @@ def export(config: ExportConfig) -> ExportResult:
         InputError: If the source is no native model, is damaged, or the format cannot express it.
     """
     # Only the native format holds all that is needed.
-    source, out = Path(config.model), run_folder(config.out, "export")
+    source, out = model_directory(config.model), run_folder(config.out, "export")
     raw = read_raw_config(source)
     if raw.get("model_type") != NATIVE_TYPE:
         raise InputError(
@@ -75,7 +78,31 @@ def export(config: ExportConfig) -> ExportResult:
     formats, activations = native_formats(source, raw)
     check_expressible(config.format, formats, activations)
 
-    # One block is read, converted and written at a time.
+    # The folder belongs to one source and format; what was published is left as it is.
+    with locked_folder(out), memory_advice("use a machine with more memory"):
+        identity = {
+            "source (sha256)": hash_of_files([source / "config.json", *weight_files(source)]),
+            "format": config.format,
+            "container_bits": config.container_bits,
+        }
+        if (out / "config.json").is_file() and read_identity(out) == identity:
+            say(f"{out} is finished already and unchanged")
+        else:
+            _write(out, source, config, identity)
+        if not (out / "README.md").is_file():
+            base = raw.get("_name_or_path") or source.name
+            card = model_card(out, Path(base).name, history_of(source))
+            atomic_write(out / "README.md", card)
+            say(f"wrote {out}")
+
+    files = sorted(path.name for path in out.iterdir() if path.is_file())
+    return ExportResult(out=str(out), format=config.format, files=files, bytes=sizes(out))
+
+
+def _write(out: Path, source: Path, config: ExportConfig, identity: Mapping[str, Any]) -> None:
+    """Write the model; one block is read, converted and written at a time."""
+    raw = read_raw_config(source)
+    formats, activations = native_formats(source, raw)
     writer = ModelWriter(
         out,
         source,
@@ -84,22 +111,15 @@ def export(config: ExportConfig) -> ExportResult:
         config=base_config(source, raw),
         activations=activations,
         container_bits=config.container_bits,
-        identity=json.dumps(raw, sort_keys=True),
+        identity=json.dumps(identity, sort_keys=True),
     )
+    write_identity(out, identity)
     layers = _layers(source)
     with Progress(f"exporting to {config.format}", len(layers)) as bar:
         for batch in _batches(layers, formats):
             writer.write(batch)
             bar.advance(len(batch))
-    files = writer.publish()
-
-    # The card keeps the history of the source.
-    base = raw.get("_name_or_path") or source.name
-    atomic_write(out / "README.md", model_card(out, Path(base).name, history_of(source)))
-    say(f"wrote {out}")
-    return ExportResult(
-        out=str(out), format=config.format, files=[*files, "README.md"], bytes=sizes(out)
-    )
+    writer.publish()
 
 
 def _layers(directory: Path) -> dict[str, dict[str, Path]]:
