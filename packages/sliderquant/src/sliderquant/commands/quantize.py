@@ -27,7 +27,7 @@ from sliderquant.commands._out_folder import (
 from sliderquant.commands._resumable import calibrate_saved
 from sliderquant.config import QuantizeConfig
 
-MEMORY_REMEDY = "lower --batch-size, --nsamples or --seqlen, or add --cache disk; sliderquant inspect shows the plan"
+MEMORY_REMEDY = "lower --batch-size, --nsamples or --seqlen, or add --cache disk"
 INTRA_ORDERS = {"network": "as in the released code", "window": "as in the paper's text"}
 
 
