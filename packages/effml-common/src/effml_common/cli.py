@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
-from effml_common.errors import ConfigError, InputError, NonFiniteError
+from effml_common.errors import (
+    ConfigError,
+    InputError,
+    NonFiniteError,
+    is_out_of_memory,
+    memory_reason,
+)
 from effml_common.logging import jsonable, rank, set_quiet
 from effml_common.parsing import COMMON_FLAGS, did_you_mean, one_line, parse
 
@@ -24,6 +30,7 @@ _ADVICE = {
     **dict.fromkeys(_PATH, "check the path"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions"),
 }
+_MEMORY_REMEDY = "lower the batch size or use a machine with more memory"
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def main(
         return 0
     except SystemExit as stop:  # the help of a command
         return stop.code if isinstance(stop.code, int) else 0
-    except (InputError, NonFiniteError, KeyboardInterrupt, OSError) as error:
+    except (RuntimeError, ValueError, KeyboardInterrupt, OSError, MemoryError) as error:
         code, message = _outcome(error)
         if "--debug" in flags:
             traceback.print_exc()
@@ -97,6 +104,8 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     """Exit code and message; an error that is a fault of the program is raised again."""
     if isinstance(error, NonFiniteError | InputError):
         return 3 if isinstance(error, NonFiniteError) else 2, str(error)
+    if is_out_of_memory(error):
+        return 2, f"memory ran out ({memory_reason(error)}); {_MEMORY_REMEDY}"
     if isinstance(error, KeyboardInterrupt):
         return 128 + getattr(error, "signum", signal.SIGINT), str(error) or "interrupted"
     if isinstance(error, BrokenPipeError):

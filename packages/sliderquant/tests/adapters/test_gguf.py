@@ -284,11 +284,15 @@ def test_a_model_quantized_for_gguf_keeps_every_weight(
     run("export", native, "--format", "gguf", "--out", out, "--json")
     result = json.loads(capsys.readouterr().out)
     assert result["cost"] == {"changed": 0.0, "largest": 0.0, "perplexity": {}}
-    assert sorted(p.name for p in out.iterdir()) == ["README.md", "model.gguf"]
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "model.gguf", "run"]
     assert "every weight keeps its value" in (out / "README.md").read_text()
     assert "llama-server" in (out / "README.md").read_text()
 
-    # A second export there is refused.
+    # A second export there changes nothing; one of another model is refused.
+    before = (out / "model.gguf").stat().st_mtime_ns
+    run("export", native, "--format", "gguf", "--out", out)
+    assert (out / "model.gguf").stat().st_mtime_ns == before
+    (native / "config.json").write_text((native / "config.json").read_text() + " ")
     run("export", native, "--format", "gguf", "--out", out, code=2)
 
 

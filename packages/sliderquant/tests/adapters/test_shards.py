@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from effml_common.errors import InputError
-from sliderquant.adapters.shards import STAGING, ShardWriter, join_files, tensor_bytes
+from sliderquant.adapters.shards import STAGING, ShardWriter, join_files
+from sliderquant.adapters.weights import tensor_bytes
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -45,10 +46,10 @@ def assert_same(found, expected) -> None:
 def test_joined_files_hold_the_same_tensors_aligned(tmp_path) -> None:
     for seed in range(3):
         save_file(tensors(seed), tmp_path / f"{seed}.in")
-    join_files([tmp_path / f"{seed}.in" for seed in range(3)], tmp_path / "all.safetensors")
+    join_files([tmp_path / f"{seed}.in" for seed in range(3)], tmp_path / "model.safetensors")
     expected = tensors(0) | tensors(1) | tensors(2)
-    assert_same(load_file(tmp_path / "all.safetensors"), expected)
-    with (tmp_path / "all.safetensors").open("rb") as file:
+    assert_same(load_file(tmp_path / "model.safetensors"), expected)
+    with (tmp_path / "model.safetensors").open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
     assert length % 8 == 0

@@ -102,7 +102,7 @@ def test_tasks_run_on_a_packed_model_from_the_command_line(native, tmp_path, cap
     ("words", "message"),
     [
         (["eval", "NATIVE"], "nothing to evaluate on"),
-        (["eval", "missing", "--text", "TEXT"], "no model directory"),
+        (["eval", "missing", "--text", "TEXT"], "does not exist"),
         (["eval", "NATIVE", "--tasks", "missing.yaml"], "does not exist"),
         (["eval", "NATIVE", "--text", "TEXT", "--device", "warp"], "device 'warp'"),
         (["sensitivity", "NATIVE", "--text", "TEXT"], "quantized already"),

@@ -1,5 +1,6 @@
 """Model directories of transformers: checked loading, atomic writing."""
 
+import contextlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,12 +19,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from effml_common.errors import InputError
-from sliderquant.adapters.families import family_of
+from effml_common.logging import say, warn
+from sliderquant.adapters.families import FAMILIES, family_of
 from sliderquant.adapters.formats import MARK
+from sliderquant.adapters.reasons import input_errors
+from sliderquant.adapters.weights import RENAMED_PREFIXES, language_tensors, refuse_missing
 
+# How attention is computed without further packages, in any type; ``None`` lets transformers choose.
+PLAIN_ATTENTION = (None, "eager", "sdpa")
+CODE_REMEDY = (
+    "it comes with Python code of its own: read that, and add --trust-remote-code to sliderquant "
+    "quantize, the only command that runs it"
+)
 # Everything beside weights and config.json that a loader or a server reads.
 COMPANION_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
@@ -78,38 +89,97 @@ def load_config(
     Raises:
         InputError: If it is missing, unreadable, of a quantized model, or of an unsupported family.
     """
-    # A directory with a config.
+    # A config of a full-precision model that transformers can read.
+    directory = Path(directory)
+    raw = read_raw_config(directory)
+    if not allow_rounded:
+        _refuse_quantized(directory, raw)
+    remedy = CODE_REMEDY if _has_code(raw) and not trust_remote_code else "restore it"
+    with input_errors(f"{directory}/config.json cannot be read", remedy), quiet_transformers():
+        config = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+
+    # The language model in it, of a family that is known, computed with what is installed.
+    language = _language_config(config)
+    family_of(language.model_type)
+    if language is not config:
+        say(
+            f"{directory}: {config.model_type} is read for its language part, {language.model_type}"
+        )
+    if getattr(language, "quantization_config", config) is None:
+        delattr(language, "quantization_config")
+    if (attention := language._attn_implementation) not in PLAIN_ATTENTION:
+        warn(f"config.json asks for {attention}; attention is computed without it")
+        language._attn_implementation = None
+    return language
+
+
+def read_raw_config(directory: Path) -> dict[str, Any]:
+    """Read ``config.json`` as plain JSON.
+
+    Raises:
+        InputError: If the directory is no model, or the file no JSON object.
+    """
+    directory = check_directory(directory)
+    with input_errors(f"{directory}/config.json cannot be read", "restore it"):
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("it is no JSON object")
+        return raw
+
+
+def check_directory(directory: str | Path) -> Path:
+    """Return the path of a model directory that has a config and no adapter.
+
+    Raises:
+        InputError: If it is not there, has no ``config.json``, or holds an adapter of PEFT.
+    """
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(
             f"model directory {directory} does not exist; give a local directory (save one with "
             "save_pretrained)"
         )
+
+    # transformers would load the adapter on top of the model, whose blocks then look different.
+    if (directory / "adapter_config.json").is_file():
+        raise InputError(
+            f"{directory} holds an adapter (adapter_config.json), which is not part of the weights; "
+            "merge it first: merge_and_unload() of peft, then save_pretrained"
+        )
     if not (directory / "config.json").is_file():
         raise InputError(
             f"{directory} is no model directory, it has no config.json; "
             "give the folder that save_pretrained wrote"
         )
-
-    # A config of a full-precision model that transformers can read, of a family that is known.
-    try:
-        raw = json.loads((directory / "config.json").read_text())
-        if not allow_rounded:
-            _refuse_quantized(directory, raw)
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-    except InputError:
-        raise
-    except Exception as error:  # a config class may raise anything about a wrong value
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{directory}/config.json cannot be read ({reason}); restore it") from None
-    family_of(config.model_type)
-    return config
+    return directory
 
 
-def _refuse_quantized(directory: str | Path, raw: Any) -> None:
+def _has_code(raw: Any) -> bool:
+    """Whether a plain config names Python code that comes with the model."""
+    return isinstance(raw, dict) and "auto_map" in raw
+
+
+def _language_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of the causal language model in a vision-language model, or the config itself.
+
+    Raises:
+        UnsupportedArchitectureError: If the language part is of a family that is not supported.
+    """
+    text = config.get_text_config()
+    if config.model_type in FAMILIES or text is config:
+        return config
+
+    # The class of the whole model decides what is tied, and how attention is computed.
+    family_of(text.model_type)
+    text.tie_word_embeddings = config.tie_word_embeddings
+    text.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
+    text._attn_implementation = config._attn_implementation
+    return text
+
+
+def _refuse_quantized(directory: str | Path, raw: dict[str, Any]) -> None:
     """Refuse to quantize a model a second time, whatever format it is in.
 
     Args:
@@ -119,10 +189,9 @@ def _refuse_quantized(directory: str | Path, raw: Any) -> None:
     Raises:
         InputError: If the weights were rounded.
     """
-    if not isinstance(raw, dict):
-        return  # no config at all, which its reader will say
-    mark = raw.get(MARK)
-    if "quantization_config" in raw or (isinstance(mark, dict) and mark.get("rounded")):
+    mark, parts = raw.get(MARK), (raw, raw.get("text_config") or {})
+    quantized = any(part.get("quantization_config") is not None for part in parts)
+    if quantized or (isinstance(mark, dict) and mark.get("rounded")):
         raise InputError(
             f"{directory} is quantized already; quantize the full-precision model instead"
         )
@@ -136,14 +205,14 @@ def load_tokenizer(
     Raises:
         InputError: If it is missing or damaged.
     """
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{directory} has no usable tokenizer ({reason}); add its files") from None
+    remedy = "add its files"
+    with contextlib.suppress(OSError, ValueError):
+        raw = json.loads((Path(directory) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        remedy = CODE_REMEDY if _has_code(raw) and not trust_remote_code else remedy
+    with input_errors(f"{directory} has no usable tokenizer", remedy), quiet_transformers():
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
 
 
 def load_model(
@@ -167,28 +236,22 @@ def load_model(
     # Safetensors only, and nothing from the network.
     directory = Path(directory)
     config = load_config(directory, allow_rounded=allow_rounded)
-    dtype = _stored_dtype(directory)
-    try:
-        with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=torch.float32 if upcast else dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,  # else transformers asks on the terminal
-                output_loading_info=True,
-            )
+    dtype = stored_dtype(directory)
+    with input_errors(f"{directory} cannot be loaded", "restore its files"), quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            key_mapping=RENAMED_PREFIXES,
+            dtype=torch.float32 if upcast else dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,  # else transformers asks on the terminal
+            output_loading_info=True,
+        )
         model, info = loaded
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{directory} cannot be loaded ({reason}); restore its files") from None
 
     # transformers fills in what is missing with random values; here it is an error, as is a NaN.
-    if info["missing_keys"]:
-        raise InputError(
-            f"{directory} lacks {len(info['missing_keys'])} weights, such as "
-            f"{sorted(info['missing_keys'])[0]}; restore its files"
-        )
+    refuse_missing(info["missing_keys"], directory)
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise InputError(f"weight {name} holds NaN or infinity; use an intact checkpoint")
@@ -201,31 +264,17 @@ def load_model(
     )
 
 
-def weight_files(directory: str | Path) -> list[Path]:
-    """Return the safetensors files of a model directory, sorted.
+def stored_dtype(directory: Path) -> torch.dtype:
+    """Return the floating type of the language model's first matrix on disk.
 
     Raises:
-        InputError: If there is none; pickled weights are never loaded.
+        InputError: If a file is damaged, or there is no matrix.
     """
-    files = sorted(Path(directory).glob("*.safetensors"))
-    if not files:
-        raise InputError(
-            f"{directory} holds no safetensors weights; convert it once with "
-            "save_pretrained (pickled weights are not loaded)"
-        )
-    return files
-
-
-def _stored_dtype(directory: Path) -> torch.dtype:
-    """Return the floating type of the first matrix on disk; also finds damaged headers."""
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    tensor = file.get_slice(name)
-                    if len(tensor.get_shape()) == 2:
-                        return file.get_tensor(name).dtype
-        except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path} is damaged ({reason}); copy it again") from None
+    for name, tensor in language_tensors(directory).items():
+        if len(tensor.shape) == 2 and name.startswith("model."):
+            with (
+                input_errors(f"{tensor.path} is damaged", "copy it again"),
+                safe_open(tensor.path, framework="pt") as file,
+            ):
+                return file.get_tensor(tensor.name).dtype
     raise InputError(f"{directory} holds no weight matrix; it is no language model")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from effml_common.errors import InputError
@@ -15,9 +14,12 @@ from sliderquant.adapters.files import (
     load_model,
     load_tokenizer,
     quiet_transformers,
+    read_raw_config,
 )
 from sliderquant.adapters.formats import NATIVE_TYPE
-from sliderquant.adapters.native import load, read_raw_config
+from sliderquant.adapters.native import load
+from sliderquant.adapters.reasons import input_errors, reason_of
+from sliderquant.adapters.weights import refuse_missing
 
 
 def load_any(
@@ -37,7 +39,7 @@ def load_any(
     directory = Path(directory)
     raw = read_raw_config(directory)
     native = raw.get("model_type") == NATIVE_TYPE
-    if not native and "quantization_config" not in raw:
+    if not native and raw.get("quantization_config") is None:
         return load_model(directory, device, allow_rounded=True, upcast=upcast)
 
     # Packed weights stay packed; what is computed with them is float32 if asked.
@@ -55,9 +57,13 @@ def load_any(
 
 def _load_compressed(directory: Path, device: torch.device | str) -> PreTrainedModel:
     """Load what transformers' own quantizers load; compressed-tensors unpacks at the first pass."""
-    try:
-        # compressed-tensors draws four progress bars on stderr.
-        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+    # compressed-tensors draws four progress bars on stderr.
+    with (
+        input_errors(f"{directory} cannot be loaded", "restore its files"),
+        quiet_transformers(),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype="auto",
@@ -66,30 +72,20 @@ def _load_compressed(directory: Path, device: torch.device | str) -> PreTrainedM
                 trust_remote_code=False,  # else transformers asks on the terminal
                 output_loading_info=True,
             )
-            model, info = loaded
+        except ImportError as error:
+            raise InputError(
+                f"{directory} needs another library ({reason_of(error)}); "
+                "pip install 'sliderquant[ct]'"
+            ) from None
+        model, info = loaded
 
-            # transformers fills in what is missing with random values; here it is an error.
-            if info["missing_keys"]:
-                raise InputError(
-                    f"{directory} lacks {len(info['missing_keys'])} weights, such as "
-                    f"{sorted(info['missing_keys'])[0]}; restore its files"
-                )
+        # transformers fills in what is missing with random values; here it is an error.
+        refuse_missing(info["missing_keys"], directory)
 
-            # The first pass unpacks the weights; a model that cannot compute is found here.
-            model = model.to(device).eval()
-            with torch.no_grad():
-                model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
-
-    except ImportError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{directory} needs another library ({reason}); pip install 'sliderquant[ct]'"
-        ) from None
-    except InputError:
-        raise
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{directory} cannot be loaded ({reason}); restore its files") from None
+        # The first pass unpacks the weights; a model that cannot compute is found here.
+        model = model.to(device).eval()
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
     return model
 
 

@@ -2,18 +2,25 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from effml_common.errors import InputError
 from effml_common.logging import warn
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.families import family_of
-from sliderquant.adapters.files import load_config, load_tokenizer, weight_files
+from sliderquant.adapters.files import load_config, load_tokenizer, read_raw_config
+from sliderquant.adapters.reasons import input_errors
 from sliderquant.adapters.streaming import CheckpointParameters, empty_model
+from sliderquant.adapters.weights import language_tensors
 from sliderquant.method.rotation import random_rotation
 from sliderquant.method.sampling import seeded
+
+# Keys of a config that belong to the source alone: how it was computed, and that it was not quantized.
+NOT_OF_THE_RESULT = ("quantization_config", "_attn_implementation", "attn_implementation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +31,32 @@ class StreamedModel:
         decoder: Its blocks.
         source: Its parameters, in the basis that the result will have.
         tokenizer: Its tokenizer.
-        config: What the result's ``config.json`` says; a rotation unties the embeddings.
+        directory: Where it was read from.
+        config: Of the language model; a rotation or a different head unties the embeddings.
+        base_type: Model type of the whole, where only its language part is read, else ``None``.
         context: Longest sequence the model supports, in tokens.
     """
 
     decoder: TransformersDecoder
     source: CheckpointParameters
     tokenizer: PreTrainedTokenizerBase
+    directory: Path
     config: PreTrainedConfig
+    base_type: str | None
     context: int
+
+    @property
+    def written_config(self) -> dict[str, Any]:
+        """What the result's ``config.json`` says, apart from its quantization."""
+        # The language part is a model of its own; any other config stays as the user wrote it.
+        raw = read_raw_config(self.directory)
+        if self.base_type is not None:
+            raw = self.config.to_dict()
+        known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(self.config.model_type)
+        if known and "auto_map" not in raw:  # a base model names another class
+            raw["architectures"] = [known]
+        raw["tie_word_embeddings"] = self.config.tie_word_embeddings
+        return {key: value for key, value in raw.items() if key not in NOT_OF_THE_RESULT}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,19 +85,25 @@ def open_model(
         InputError: If something is missing, damaged or does not fit, or R1 is not possible.
     """
     # Names and shapes are checked, no weight of a block is read.
+    directory = Path(directory)
     config = load_config(directory, trust_remote_code)
-    files = weight_files(directory)
+    tensors = language_tensors(directory)
     tokenizer = load_tokenizer(directory, trust_remote_code)
-    model = empty_model(config, trust_remote_code)
-    source = CheckpointParameters(files, model, family_of(config.model_type), device)
+    with input_errors(f"{directory} cannot be built from its config", "restore its files"):
+        model = empty_model(config, trust_remote_code)
+    source = CheckpointParameters(directory, tensors, model, family_of(config.model_type), device)
+    config.tie_word_embeddings = source.tied
     decoder = TransformersDecoder(model, source)
+    whole = read_raw_config(directory).get("model_type")
     if rotate != "none":
         _rotate(decoder, source, config, rotate, seed)
     return StreamedModel(
         decoder=decoder,
         source=source,
         tokenizer=tokenizer,
+        directory=directory,
         config=config,
+        base_type=None if whole == config.model_type else whole,
         context=config.max_position_embeddings,
     )
 

@@ -1,22 +1,23 @@
 """The native format: a model whose linear layers stay packed, also in memory."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from effml_common.device import resolve_device
 from effml_common.errors import InputError
 from sliderquant.adapters.families import family_of
-from sliderquant.adapters.files import quiet_transformers, weight_files
+from sliderquant.adapters.files import read_raw_config
 from sliderquant.adapters.formats import MARK, NATIVE_TYPE, NATIVE_VERSION, described_format
+from sliderquant.adapters.reasons import input_errors
 from sliderquant.adapters.rounding import ActivationRounding
 from sliderquant.adapters.streaming import EMBEDDING, HEAD, empty_model
+from sliderquant.adapters.weights import stored_tensors
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.packed import PackedLinear, pack_parameter_
 from sliderquant.method.quantizer import WeightFormat
@@ -60,21 +61,11 @@ def load(
     family_of(base["model_type"])
 
     # An empty model, whose weights are replaced by packed ones.
-    try:
-        with quiet_transformers():
-            model = empty_model(AutoConfig.for_model(**base))
-    except Exception as error:  # a model's own classes may raise anything about a wrong value
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{directory}/config.json describes no model ({reason}); restore it"
-        ) from None
-    try:
+    with input_errors(f"{directory}/config.json describes no model", "restore it"):
+        model = empty_model(AutoConfig.for_model(**base))
+    with input_errors(f"{directory}/config.json names a weight that the model lacks", "restore it"):
         for name, fmt in formats.items():
             _replace_by_packed_(model, name, fmt, kernel == "triton")
-    except (AttributeError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{directory}/config.json names a weight that the model lacks ({error}); restore it"
-        ) from None
 
     # Tensors from the files; then the model is ready for ``generate``.
     _fill_(model, directory, target)
@@ -84,25 +75,6 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.save_pretrained = _no_saving
     return model.requires_grad_(False)
-
-
-def read_raw_config(directory: Path) -> dict[str, Any]:
-    """Read ``config.json`` as plain JSON.
-
-    Raises:
-        InputError: If it is missing or no JSON object.
-    """
-    try:
-        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{directory} is no model directory, it has no config.json; check the path"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{directory}/config.json cannot be read ({error}); restore it") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{directory}/config.json is no JSON object; restore it")
-    return raw
 
 
 def base_config(directory: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,18 +136,18 @@ def _fill_(model: PreTrainedModel, directory: Path, device: torch.device) -> Non
         state.pop(HEAD, None)
 
     # Every tensor of the files has a place, and every place gets a tensor.
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    if name not in state:
-                        raise InputError(
-                            f"{path} holds {name}, which the model lacks; export again"
-                        )
-                    _put_(modules, name, file.get_tensor(name), state.pop(name), path)
-        except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path} is damaged ({reason}); copy it again") from None
+    by_file: dict[Path, list[str]] = {}
+    for name, tensor in stored_tensors(directory).items():
+        by_file.setdefault(tensor.path, []).append(name)
+    for path, names in by_file.items():
+        with (
+            input_errors(f"{path} is damaged", "copy it again"),
+            safe_open(path, framework="pt", device=str(device)) as file,
+        ):
+            for name in names:
+                if name not in state:
+                    raise InputError(f"{path} holds {name}, which the model lacks; export again")
+                _put_(modules, name, file.get_tensor(name), state.pop(name), path)
     if state:
         raise InputError(
             f"{directory} lacks {len(state)} tensors, such as {sorted(state)[0]}; restore its files"

@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from effml_common.errors import InputError
-from sliderquant.adapters.files import weight_files
+from sliderquant.adapters.weights import stored_tensors
 from sliderquant.method.packing import PACKED, SCALE, SHAPE, ZERO, unpacked_weight
 from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
 
@@ -15,18 +15,12 @@ from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
 def native_layers(directory: Path) -> dict[str, dict[str, Path]]:
     """Return the files of every parameter's tensors: parameter -> suffix -> file."""
     layers: dict[str, dict[str, Path]] = {}
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    layer, _, suffix = name.rpartition(".")
-                    if suffix in (PACKED, SCALE, SHAPE, ZERO):
-                        layers.setdefault(layer, {})[suffix] = path
-                    else:
-                        layers[name] = {"": path}
-        except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path} is damaged ({reason}); copy it again") from None
+    for name, tensor in stored_tensors(directory).items():
+        layer, _, suffix = name.rpartition(".")
+        if suffix in (PACKED, SCALE, SHAPE, ZERO):
+            layers.setdefault(layer, {})[suffix] = tensor.path
+        else:
+            layers[name] = {"": tensor.path}
     return layers
 
 

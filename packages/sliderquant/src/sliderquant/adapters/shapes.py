@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effml_common.errors import InputError
@@ -56,7 +57,7 @@ class ModelShape:
         return [sum(map(math.prod, linears.values())) for linears in self.blocks]
 
 
-def model_shape(directory: str) -> ModelShape:
+def model_shape(directory: str | Path) -> ModelShape:
     """Read the sizes of a model directory from its ``config.json``; no weight is touched.
 
     Raises:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from effml_common.errors import InputError
 from effml_common.files import atomic_write, fsync_path
+from sliderquant.adapters.reasons import reason_of
 
 STAGING = ".export"
 SHARD_BYTES = 5 * 10**9  # largest file, the limit that transformers' own writer used for years
@@ -248,18 +249,4 @@ def _errno(error: Exception) -> tuple[int, str]:
 
     match = re.search(r"os error (\d+)", str(error))
     code = int(match[1]) if match else errno.EIO
-    return code, str(error).splitlines()[0]
-
-
-def tensor_bytes(directory: Path) -> dict[str, int]:
-    """Return the size of every tensor in a folder's safetensors files, from their headers."""
-    sizes = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            sizes[name] = end - begin
-    return sizes
+    return code, reason_of(error)

@@ -6,18 +6,18 @@ not kept here.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from effml_common.errors import InputError
-from effml_common.logging import Progress
+from effml_common.logging import Progress, warn
 from sliderquant.adapters.families import (
     DOWN_EXPERTS,
     GATE_UP_EXPERTS,
@@ -26,6 +26,8 @@ from sliderquant.adapters.families import (
     block_layout,
 )
 from sliderquant.adapters.files import quiet_transformers
+from sliderquant.adapters.reasons import input_errors
+from sliderquant.adapters.weights import StoredTensor, refuse_missing
 from sliderquant.method.rotation import rotate_block, rotate_rows
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -59,7 +61,8 @@ class CheckpointParameters:
     """Parameters read from a model directory, block by block, in float32.
 
     Args:
-        files: The safetensors files of a model directory.
+        directory: Model directory, for messages.
+        tensors: Where its tensors lie, by their names in the model, from ``language_tensors``.
         model: Its empty model, from ``empty_model``.
         family: Entry of its family in the table.
         device: Where parameters are put.
@@ -72,7 +75,8 @@ class CheckpointParameters:
 
     def __init__(
         self,
-        files: Sequence[Path],
+        directory: Path,
+        tensors: Mapping[str, StoredTensor],
         model: PreTrainedModel,
         family: Family,
         device: torch.device | str = "cpu",
@@ -82,34 +86,45 @@ class CheckpointParameters:
         self.model, self.family, self.device = model, family, torch.device(device)
         self.r1, self.r2 = r1, r2
 
-        # Which file holds which tensor; nothing but the type of the embedding is read.
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, Path] = {}
-        self.dtype = torch.float32
-        self.files = files
-        for path in files:
-            self._index(path)
-        self.tied = HEAD not in self._files
-        self._check(files[0].parent)
+        # Which file holds which tensor; nothing but embedding and head is read, to see what is tied.
+        self._stored = dict(tensors)
+        if EMBEDDING not in self._stored and HEAD in self._stored and self._config_ties:
+            self._stored[EMBEDDING] = self._stored[HEAD]
+        self._files = {name: tensor.path for name, tensor in self._stored.items()}
+        self._shapes = {name: tensor.shape for name, tensor in self._stored.items()}
+        self.files = sorted(set(self._files.values()))
+        self._check(directory)
+        self.dtype = self._open(EMBEDDING).dtype
+        self.tied = self._is_tied()
 
-    def _index(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    self._files[name] = path
-                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
-                if EMBEDDING in self._files and self._files[EMBEDDING] == path:
-                    self.dtype = file.get_tensor(EMBEDDING).dtype
-        except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path} is damaged ({reason}); copy it again") from None
+    @property
+    def _config_ties(self) -> bool:
+        return self.model.config.tie_word_embeddings
+
+    def _open(self, name: str) -> Tensor:
+        """Return a tensor as it is stored, mapped from its file."""
+        stored = self._stored[name]
+        with (
+            input_errors(f"{stored.path} is damaged", "copy it again"),
+            safe_open(stored.path, framework="pt") as file,
+        ):
+            return file.get_tensor(stored.name)
+
+    def _is_tied(self) -> bool:
+        """Whether the head is the embedding; a different one in the file wins, as in transformers."""
+        if HEAD not in self._stored or not self._config_ties:
+            return HEAD not in self._stored
+        if torch.equal(self._open(EMBEDDING), self._open(HEAD)):
+            return True
+        warn("config.json ties head and embedding, but the files hold two; the head is kept")
+        return False
 
     def _check(self, directory: Path) -> None:
         """Compare names and shapes with what the config asks for; reads no weight."""
         # Names in the files, and shapes where a parameter is stored as it is.
         expected: dict[str, tuple[int, ...]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if name == HEAD and self.tied and self.model.config.tie_word_embeddings:
+            if name == HEAD and self._config_ties and HEAD not in self._stored:
                 continue
             _, _, rest = name.partition("model.layers.")
             block, _, inner = rest.partition(".")
@@ -119,11 +134,14 @@ class CheckpointParameters:
                 is_whole = len(stored_names) == 1
                 expected[stored_name] = tuple(parameter.shape) if is_whole else ()
 
-        missing = sorted(expected.keys() - self._files.keys())
-        if missing:
+        self._expected = frozenset(expected)
+        missing = self._expected - self._files.keys()
+        if missing == {HEAD}:
             raise InputError(
-                f"{directory} lacks {len(missing)} weights, such as {missing[0]}; restore its files"
+                f"{directory} holds a model without a head ({HEAD}), and its config does not tie it to "
+                "the embedding; save the model for causal language modelling"
             )
+        refuse_missing(missing, directory)
         for name, shape in expected.items():
             if shape and shape != self._shapes[name]:
                 raise InputError(
@@ -159,7 +177,8 @@ class CheckpointParameters:
             with safe_open(path, framework="pt") as file:
                 for name in names_inside:
                     # A copy in any case: what safetensors returns may be the mapped file itself.
-                    tensors[name] = file.get_tensor(name).to(self.device, torch.float32, copy=True)
+                    stored = file.get_tensor(self._stored[name].name)
+                    tensors[name] = stored.to(self.device, torch.float32, copy=True)
         return tensors
 
     def block(self, block: int) -> dict[str, Tensor]:
@@ -221,7 +240,7 @@ class CheckpointParameters:
         Raises:
             InputError: Naming a weight that holds NaN or infinity.
         """
-        names = list(self._files)
+        names = [name for name in self._files if name in self._expected]
         with Progress("checking weights", len(names)) as bar:
             for name in names:
                 # A sum needs no copy of the weight, and one bad entry makes it bad.

@@ -1,7 +1,7 @@
 """A native folder as a file for llama.cpp, and what the file's float16 scales cost."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from effml_common.logging import Progress, say, warn
 from sliderquant.adapters.files import LoadedModel
 from sliderquant.adapters.gguf import FILE_NAME, Parameter, check_gguf, write_gguf
 from sliderquant.adapters.gguf_blocks import GgufWeight, gguf_weight
+from sliderquant.adapters.input_files import InputFiles
 from sliderquant.adapters.loading import load_any
 from sliderquant.adapters.native import base_config
 from sliderquant.adapters.native_parameters import native_layers, read_parameter
@@ -60,7 +61,11 @@ class GgufCost:
 
 
 def export_gguf(
-    config: ExportConfig, out: Path, raw: Mapping[str, Any], formats: Mapping[str, WeightFormat]
+    config: ExportConfig,
+    source: Path,
+    out: Path,
+    raw: Mapping[str, Any],
+    formats: Mapping[str, WeightFormat],
 ) -> GgufCost:
     """Write ``model.gguf`` of a native folder.
 
@@ -73,7 +78,6 @@ def export_gguf(
         import gguf  # noqa: F401 - its absence is found before work
     except ImportError:
         raise InputError("GGUF files need gguf; pip install 'sliderquant[gguf]'") from None
-    source = Path(config.model)
     parsed = check_gguf(base_config(source, raw))
     parameters = _parameters(source, formats)
     if (out / FILE_NAME).exists() or (out / "config.json").exists():
@@ -93,7 +97,7 @@ def export_gguf(
     # The price of what changed, on the user's text.
     perplexity = {}
     if changed and config.text:
-        perplexity = _perplexities(config)
+        perplexity = _perplexities(source, config.text)
     elif config.text:
         say("every weight keeps its value, so nothing is measured")
     elif changed:
@@ -136,15 +140,16 @@ def _steps_apart(in_file: GgufWeight, weight: QuantizedWeight) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _perplexities(config: ExportConfig) -> dict[str, tuple[float, float]]:
+def _perplexities(source: Path, texts: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Return the perplexity of the folder and of the file's weights, on each text."""
-    loaded = load_any(config.model)
-    before = {path: text_perplexity(loaded, path) for path in config.text}
+    loaded = load_any(source)
+    files = InputFiles().read(texts, "text")
+    before = {file.name: text_perplexity(loaded, file) for file in files}
     rounded = LoadedModel(
         model=loaded.model, tokenizer=loaded.tokenizer, dtype=loaded.dtype, context=loaded.context
     )
     _round_as_file_(loaded.model)
-    return {Path(p).name: (before[p], text_perplexity(rounded, p)) for p in config.text}
+    return {file.name: (before[file.name], text_perplexity(rounded, file)) for file in files}
 
 
 def _round_as_file_(model: nn.Module) -> None:

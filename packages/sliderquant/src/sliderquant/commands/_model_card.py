@@ -13,7 +13,7 @@ from safetensors import safe_open
 from effml_common.errors import InputError
 from sliderquant.adapters.formats import MARK
 from sliderquant.adapters.gguf import FILE_NAME
-from sliderquant.adapters.shards import tensor_bytes
+from sliderquant.adapters.weights import tensor_bytes, weight_files
 from sliderquant.commands._measurements import describe_setting
 from sliderquant.config import QuantizeConfig, SliderConfig
 
@@ -39,7 +39,7 @@ def sizes(directory: str | Path) -> dict[str, float]:
     """
     directory = Path(directory)
     tensors = tensor_bytes(directory)
-    files = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    files = sum(path.stat().st_size for path in weight_files(directory))
     entries, in_bytes = _quantized_entries(directory)
     packed = sum(size for name, size in tensors.items() if name.endswith(_PACKED)) + in_bytes
     if not packed:
@@ -50,7 +50,7 @@ def sizes(directory: str | Path) -> dict[str, float]:
 def _quantized_entries(directory: Path) -> tuple[int, int]:
     """Return the number of quantized weights, and of those that are stored one per byte."""
     total = in_bytes = 0
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in weight_files(directory):
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             shapes = [name for name in names if name.endswith(".weight_shape")]
@@ -66,7 +66,11 @@ def _quantized_entries(directory: Path) -> tuple[int, int]:
 
 
 def history_section(
-    config: QuantizeConfig, report: Mapping[str, Any], begin: str, data: Mapping[str, str]
+    config: QuantizeConfig,
+    report: Mapping[str, Any],
+    begin: str,
+    data: Mapping[str, str],
+    part: str | None = None,
 ) -> str:
     """Return the part of the card that stays the same in every format: how the model was made.
 
@@ -75,6 +79,7 @@ def history_section(
         report: Of that run, as JSON; its rows are the figures.
         begin: What every sample and chunk starts with, see ``begin_note``.
         data: The sha256 of what was read of each calibration file, by its name.
+        part: What of the original was quantized, if not all of it.
     """
     # What ran, with what, on what.
     environment = report["environment"]
@@ -94,6 +99,7 @@ def history_section(
         "",
         f"{way}, {report['package']} {report['version']}: {describe_setting(config)}.",
         "",
+        *([f"{part} was quantized; images cannot be read.", ""] if part else []),
         *_table(report["rows"]),
         "Calibration data:",
         "",

@@ -13,6 +13,7 @@ from effml_common.device import resolve_device, synchronize
 from effml_common.folders import run_folder
 from effml_common.logging import Progress
 from effml_common.report import Report, ReportBuilder, Row
+from sliderquant.adapters.hub import model_directory
 from sliderquant.adapters.native import load
 from sliderquant.config import BenchConfig
 from sliderquant.method.packed import PackedLinear
@@ -52,8 +53,9 @@ def bench(config: BenchConfig) -> Report:
     run_dir = run_folder(config.out, "bench") / "run"
     device = resolve_device(config.device)
     kernel = kernel_on(device)
-    packed = load(config.model, device, kernel=kernel)
-    dense = unpack_layers_(load(config.model, device))
+    directory = model_directory(config.model)
+    packed = load(directory, device, kernel=kernel)
+    dense = unpack_layers_(load(directory, device))
     models = {"packed": packed, "dense": dense}
 
     # Both read the same random prompt.

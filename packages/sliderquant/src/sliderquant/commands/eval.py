@@ -1,16 +1,19 @@
 """The ``eval`` command: perplexity on text files and lm-eval tasks of a model in any format."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from effml_common.device import resolve_device
+from effml_common.errors import NonFiniteError, memory_advice
 from effml_common.folders import run_folder
 from effml_common.logging import Progress, say
 from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.files import LoadedModel
 from sliderquant.adapters.harness import read_tasks, run_tasks
+from sliderquant.adapters.hub import model_directory, model_name
 from sliderquant.adapters.input_files import InputFile, InputFiles
 from sliderquant.adapters.loading import load_any
 from sliderquant.adapters.simulation import model_logits
@@ -59,6 +62,18 @@ def text_perplexity(
         return perplexity(model_logits(loaded.model), advance_over(batches, bar))
 
 
+@torch.no_grad()
+def check_outputs(model: PreTrainedModel) -> None:
+    """Let a model read a few tokens of its vocabulary.
+
+    Raises:
+        NonFiniteError: If its logits are not finite.
+    """
+    logits = model_logits(model)(torch.arange(min(32, model.config.vocab_size))[None])
+    if not torch.isfinite(logits).all():
+        raise NonFiniteError("the model's logits are not finite; check its weights")
+
+
 def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
     """Measure perplexities and lm-eval tasks of a model and write the report.
 
@@ -72,6 +87,12 @@ def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
     Raises:
         InputError: If the model, a file or the device cannot be used.
     """
+    with memory_advice("lower --batch-size or --seqlen, or add --dtype stored"):
+        return _evaluate(config, loaded)
+
+
+def _evaluate(config: EvalConfig, loaded: LoadedModel | None) -> Report:
+    """Measure and write the report."""
     # Tasks and texts are read first: a fault in a file should not wait for the model.
     builder = ReportBuilder(
         "sliderquant", ("transformers", "tokenizers", "lm-eval", "compressed-tensors")
@@ -80,7 +101,8 @@ def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
     device = loaded.model.device if loaded else resolve_device(config.device)
     tasks = read_tasks(config.tasks)
     files = InputFiles().read(config.text, "text")
-    loaded = loaded or load_any(config.model, device, upcast=config.dtype == "float32")
+    if loaded is None:
+        loaded = load_any(model_directory(config.model), device, upcast=config.dtype == "float32")
 
     # Perplexity of each text file.
     seqlen = config.seqlen or default_seqlen(loaded.context)
@@ -93,8 +115,9 @@ def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
         for file in files
     }
 
-    # Scores of each task, with their standard errors as notes.
+    # Scores of each task, with their standard errors as notes; with NaN a harness would count on.
     if tasks:
+        check_outputs(loaded.model)
         scores = run_tasks(
             loaded.model,
             loaded.tokenizer,
@@ -110,5 +133,5 @@ def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> Report:
                 for name, value in task.stderrs.items()
             ]
 
-    row = Row(Path(config.model).name, f"{seqlen} tokens per chunk", metrics)
+    row = Row(model_name(config.model), f"{seqlen} tokens per chunk", metrics)
     return builder.write(run_dir, [row], device=str(device), notes=notes)

@@ -9,18 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effml_common.errors import InputError
+from effml_common.errors import InputError, memory_advice
 from effml_common.files import atomic_write
 from effml_common.folders import run_folder
+from effml_common.locking import locked_folder
 from effml_common.logging import Progress, say
+from sliderquant.adapters.files import read_raw_config
 from sliderquant.adapters.formats import NATIVE_TYPE, check_expressible
 from sliderquant.adapters.gguf import FILE_NAME
 from sliderquant.adapters.gptq_layout import check_gptq
+from sliderquant.adapters.hub import model_directory
 from sliderquant.adapters.model_writer import ModelWriter
-from sliderquant.adapters.native import base_config, native_formats, read_raw_config
+from sliderquant.adapters.native import base_config, native_formats
 from sliderquant.adapters.native_parameters import native_layers, read_parameter
+from sliderquant.adapters.weights import weight_files
 from sliderquant.commands._gguf import GgufCost, export_gguf
 from sliderquant.commands._model_card import gguf_card, history_of, model_card, sizes
+from sliderquant.commands._out_folder import hash_of_files, read_identity, write_identity
 from sliderquant.config import ExportConfig
 from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
 
@@ -72,7 +77,7 @@ def export(config: ExportConfig) -> ExportResult:
         InputError: If the source is no native model, is damaged, or the format cannot express it.
     """
     # Only the native format holds all that is needed.
-    source, out = Path(config.model), run_folder(config.out, "export")
+    source, out = model_directory(config.model), run_folder(config.out, "export")
     raw = read_raw_config(source)
     if raw.get("model_type") != NATIVE_TYPE:
         raise InputError(
@@ -84,11 +89,47 @@ def export(config: ExportConfig) -> ExportResult:
     if config.format == "gptq":
         layers = [layer.removesuffix(".weight") for layer in native_layers(source)]
         check_gptq(formats, sum(layer.endswith("_proj") for layer in layers))
-    if config.format == "gguf":  # a file of its own, not a folder of safetensors
-        cost = export_gguf(config, out, raw, formats)
-        return _finished(config, source, raw, out, [FILE_NAME], cost)
 
-    # One block is read, converted and written at a time.
+    # The folder belongs to one source and format; what was published is left as it is.
+    main_file, cost = out / (FILE_NAME if config.format == "gguf" else "config.json"), None
+    with locked_folder(out), memory_advice("use a machine with more memory"):
+        identity = {
+            "source (sha256)": hash_of_files([source / "config.json", *weight_files(source)]),
+            "format": config.format,
+            "container_bits": config.container_bits,
+        }
+        if main_file.is_file() and read_identity(out) == identity:
+            say(f"{out} is finished already and unchanged")
+        elif config.format == "gguf":  # a file of its own, not a folder of safetensors
+            cost = export_gguf(config, source, out, raw, formats)
+            write_identity(out, identity)
+        else:
+            _write(out, source, config, identity)
+        if not (out / "README.md").is_file():
+            _write_card(out, source, raw, cost)
+            say(f"wrote {out}")
+
+    files = sorted(path.name for path in out.iterdir() if path.is_file())
+    is_gguf = config.format == "gguf"
+    on_disk = {"directory": main_file.stat().st_size} if is_gguf else sizes(out)
+    return ExportResult(out=str(out), format=config.format, files=files, bytes=on_disk, cost=cost)
+
+
+def _write_card(out: Path, source: Path, raw: Mapping[str, Any], cost: GgufCost | None) -> None:
+    """Write the model card, which keeps the history of the source."""
+    base = Path(raw.get("_name_or_path") or source.name).name
+    if (out / FILE_NAME).is_file():
+        remark = cost.describe() if cost else "scales are stored in float16"
+        card = gguf_card(out, base, remark, history_of(source))
+    else:
+        card = model_card(out, base, history_of(source))
+    atomic_write(out / "README.md", card)
+
+
+def _write(out: Path, source: Path, config: ExportConfig, identity: Mapping[str, Any]) -> None:
+    """Write the model; one block is read, converted and written at a time."""
+    raw = read_raw_config(source)
+    formats, activations = native_formats(source, raw)
     writer = ModelWriter(
         out,
         source,
@@ -97,41 +138,15 @@ def export(config: ExportConfig) -> ExportResult:
         config=base_config(source, raw),
         activations=activations,
         container_bits=config.container_bits,
-        identity=json.dumps(raw, sort_keys=True),
+        identity=json.dumps(identity, sort_keys=True),
     )
+    write_identity(out, identity)
     layers = native_layers(source)
     with Progress(f"exporting to {config.format}", len(layers)) as bar:
         for batch in _batches(layers, formats):
             writer.write(batch)
             bar.advance(len(batch))
-    files = writer.publish()
-    return _finished(config, source, raw, out, files)
-
-
-def _finished(
-    config: ExportConfig,
-    source: Path,
-    raw: Mapping[str, Any],
-    out: Path,
-    files: list[str],
-    cost: GgufCost | None = None,
-) -> ExportResult:
-    """Write the model card, which keeps the history of the source; return the result."""
-    base = Path(raw.get("_name_or_path") or source.name).name
-    if cost is None:
-        card, on_disk = model_card(out, base, history_of(source)), sizes(out)
-    else:
-        card = gguf_card(out, base, cost.describe(), history_of(source))
-        on_disk = {"directory": (out / FILE_NAME).stat().st_size}
-    atomic_write(out / "README.md", card)
-    say(f"wrote {out}")
-    return ExportResult(
-        out=str(out),
-        format=config.format,
-        files=[*files, "README.md"],
-        bytes=on_disk,
-        cost=cost,
-    )
+    writer.publish()
 
 
 def _batches(

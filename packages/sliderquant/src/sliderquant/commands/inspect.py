@@ -209,7 +209,9 @@ def inspect(config: InspectConfig) -> Plan:
     if config.model is None:
         assert config.layers is not None  # checked by the config
         return make_plan(config, None, config.layers)
-    shape = model_shape(config.model)
+    from sliderquant.adapters.hub import model_directory
+
+    shape = model_shape(model_directory(config.model, weights=False))
     for linears in shape.kinds():
         check_linears(linears, config)
     return make_plan(config, shape, shape.layers)

@@ -2,22 +2,32 @@
 
 from pathlib import Path
 
-from effml_common.errors import InputError
+from effml_common.errors import InputError, memory_advice
 from effml_common.files import atomic_write
 from effml_common.folders import run_folder
+from effml_common.locking import locked_folder
 from effml_common.logging import rank, say
 from effml_common.report import Report, ReportBuilder, write_report
 from sliderquant.adapters.caches import ActivationCache
 from sliderquant.adapters.heap import return_large_blocks
+from sliderquant.adapters.hub import model_directory, model_name
 from sliderquant.adapters.model_folder import open_model
 from sliderquant.adapters.processes import process_group, started_processes
+from sliderquant.commands._block_writer import publish
 from sliderquant.commands._estimates import announce
 from sliderquant.commands._job import prepare_job
 from sliderquant.commands._measurements import reference_rows, result_row
 from sliderquant.commands._model_card import history_section, model_card
+from sliderquant.commands._out_folder import (
+    check_resumable,
+    claim_folder,
+    finished_report,
+    run_identity,
+)
 from sliderquant.commands._resumable import calibrate_saved
 from sliderquant.config import QuantizeConfig
 
+MEMORY_REMEDY = "lower --batch-size, --nsamples or --seqlen, or add --cache disk"
 INTRA_ORDERS = {"network": "as in the released code", "window": "as in the paper's text"}
 
 
@@ -38,15 +48,21 @@ def quantize(config: QuantizeConfig) -> Report:
     """
     builder = ReportBuilder("sliderquant", ("transformers", "tokenizers"))
     _check_processes(config)
-    out = _output_folder(config)
+    out = run_folder(config.out, "quantize")
+    with locked_folder(out), memory_advice(MEMORY_REMEDY):
+        check_resumable(out, config.resume)
+        return _quantize_into(out, config, builder)
 
+
+def _quantize_into(out: Path, config: QuantizeConfig, builder: ReportBuilder) -> Report:
+    """Quantize into a folder that is this run's alone; the report of a finished one is returned."""
     # Windows compute in float32; compensated rounding and rotations need double precision.
     float64 = config.method != "slider" or config.rotate != "none"
     folder = out / "run" / "cache" if config.cache == "disk" else None
     with process_group(config.device, float64=float64) as device, ActivationCache(folder) as cache:
         # Read the model and the text; plan what is to be done.
         opened = open_model(
-            config.model,
+            model_directory(config.model),
             device=device,
             rotate=config.rotate,
             seed=config.seed,
@@ -54,15 +70,22 @@ def quantize(config: QuantizeConfig) -> Report:
         )
         job = prepare_job(config, opened, cache, out)
         opened.source.check_finite()
+
+        # The folder belongs to one model, one text and one set of settings.
+        claim_folder(out, run_identity(job))
+        if (earlier := finished_report(out)) is not None:
+            say(f"{out} is finished already and unchanged; measure it with sliderquant eval")
+            return earlier
         if job.plan.lean:
             return_large_blocks()
         say(job.begin_note)
         announce(job)
 
-        # Calibrate; blocks are written as they become final.
+        # Calibrate; blocks are written as they become final, and published once they are measured.
         rows = reference_rows(job)
         calibrate_saved(job)
         rows.append(result_row(job))
+        publish(job)
 
     # The figures are known only after the weights are written.
     files = sorted(path.name for path in out.iterdir() if path.is_file())
@@ -73,8 +96,10 @@ def quantize(config: QuantizeConfig) -> Report:
     document = report.to_json()
     write_report(report, out / "run")
     if rank() == 0:
-        history = history_section(config, document, job.begin_note, job.calib_hashes)
-        card = model_card(out, Path(config.model).name, history)
+        part = opened.base_type and f"Only the language part of the {opened.base_type} model"
+        hashes = job.calib_hashes
+        history = history_section(config, document, job.begin_note, hashes, part)
+        card = model_card(out, model_name(config.model), history)
         atomic_write(out / "README.md", card)
     loader = "sliderquant.load" if config.format == "native" else "from_pretrained of transformers"
     say(f"wrote {out}; load it with {loader}")
@@ -94,15 +119,3 @@ def _check_processes(config: QuantizeConfig) -> None:
             f"batch_size is {config.batch_size} and there are {count} processes; "
             f"give --batch-size {count} or more"
         )
-
-
-def _output_folder(config: QuantizeConfig) -> Path:
-    """Return where to write; refuses a folder that holds something, unless it is to be continued."""
-    out = run_folder(config.out, "quantize")
-    if rank() == 0 and out.exists() and any(out.iterdir()):
-        # What is there is a run that may go on, or it is left alone.
-        if config.resume == "never":
-            raise InputError(f"{out} is not empty; choose another --out or add --resume auto")
-        if not (out / "run").is_dir():
-            raise InputError(f"{out} holds no run to resume; choose another --out")
-    return out

@@ -15,11 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from effml_common.device import resolve_device
-from effml_common.errors import NonFiniteError
+from effml_common.errors import NonFiniteError, memory_advice
 from effml_common.folders import run_folder
 from effml_common.logging import Progress, say
 from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.decoder import TransformersDecoder
+from sliderquant.adapters.hub import model_directory
 from sliderquant.adapters.input_files import InputFiles
 from sliderquant.adapters.model_folder import open_model
 from sliderquant.adapters.shapes import check_group_size, decoder_shape
@@ -56,11 +57,17 @@ def sensitivity(config: SensitivityConfig) -> Report:
     Raises:
         InputError: If the model, the text or the device cannot be used.
     """
+    with memory_advice("lower --nsamples or --seqlen"):
+        return _measure_and_report(config)
+
+
+def _measure_and_report(config: SensitivityConfig) -> Report:
+    """Measure every block and write the report."""
     # The model, read block by block.
     builder = ReportBuilder("sliderquant", ("transformers", "tokenizers"))
     folder = run_folder(config.out, "sensitivity") / "run"
     device = resolve_device(config.device)
-    opened = open_model(config.model, device=device)
+    opened = open_model(model_directory(config.model), device=device)
     decoder = opened.decoder
     for linears in decoder_shape(decoder).kinds():
         check_group_size(linears, config.group_size)
