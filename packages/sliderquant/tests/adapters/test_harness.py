@@ -150,7 +150,7 @@ UNFIT = {
     CHOICE.replace("{{q}}", "{{1 // 0}}"): "zero",
     CHOICE.replace("{{q}}", "{{q.strip(1, 2)}}"): "strip",
     CHOICE.replace("test_split: test", "test_split: exam"): "exam",
-    CHOICE.replace("metric: acc", "metric: accurate"): "",
+    CHOICE.replace("metric: acc", "metric: accurate"): "accurate not found",
     CHOICE.replace("multiple_choice", "essay"): "essay",
     CHOICE.replace("doc_to_target: gold", "doc_to_target: 7"): "",
     CHOICE.replace("metric_list:", "metric_list: 3\nx:"): "",
@@ -168,7 +168,7 @@ def test_whatever_a_task_file_makes_the_harness_raise_is_one_line(text, loaded, 
     message = str(caught.value)
     assert message.startswith("lm-eval cannot run the task choice (")
     assert UNFIT[text] in message
-    assert message.endswith("); mend its file")
+    assert message.endswith("); mend its file or its data")
     assert "\n" not in message
 
 
@@ -230,3 +230,10 @@ def test_a_token_beyond_the_embedding_is_refused_in_tasks(name, loaded, tasks) -
 def test_tasks_are_found_in_the_home_folder(tasks, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tasks.parent))
     assert [task["task"] for task in read_tasks(["~/tasks"])] == ["choice", "rolling"]
+
+
+def test_damaged_data_are_named_by_the_cause(loaded, tasks) -> None:
+    (tasks / "questions.jsonl").write_text(json.dumps(QUESTIONS[0]) + "\n{broken\n")
+    with pytest.raises(InputError, match=r"the task choice \(.*JSON parse error.*; mend") as caught:
+        run_tasks(loaded.model, loaded.tokenizer, read_tasks([str(tasks / "choice.yaml")]))
+    assert "\n" not in str(caught.value)

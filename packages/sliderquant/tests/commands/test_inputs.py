@@ -1,6 +1,7 @@
 """Texts given to commands: what is read of them, and by which names reports and cards call them."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -49,9 +50,12 @@ def samples_of(folder, monkeypatch) -> Callable[..., torch.Tensor]:
     def calibrate(job):
         raise Enough(job.samples)
 
+    outs = (f"out {number}" for number in itertools.count())
+
     def samples(*calib: str) -> torch.Tensor:
+        config = QuantizeConfig(calib=calib, **settings(nsamples=64, out=next(outs)))
         with pytest.raises(Enough) as caught:
-            quantize_command.quantize(QuantizeConfig(calib=calib, **settings(nsamples=64)))
+            quantize_command.quantize(config)
         return caught.value.args[0]
 
     monkeypatch.setattr(quantize_command, "calibrate_saved", calibrate)

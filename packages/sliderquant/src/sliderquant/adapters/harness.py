@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effml_common.errors import InputError, NonFiniteError
+from effml_common.logging import warn
+from effml_common.parsing import one_line
 from sliderquant.adapters.files import quiet_transformers
 from sliderquant.adapters.reasons import reason_of
-from sliderquant.adapters.text import begin_tokens, check_tokens
+from sliderquant.adapters.text import check_tokens
 
 # Builders of the datasets library that read files and come with it.
 LOCAL_READERS = ("json", "csv", "parquet", "text", "arrow")
@@ -141,7 +143,7 @@ def run_tasks(
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has neither a bos nor an eos token; lm-eval needs one")
 
-    with _contained(), quiet_transformers(), tempfile.TemporaryDirectory() as cache:
+    with _contained() as errors, quiet_transformers(), tempfile.TemporaryDirectory() as cache:
         # Contexts and texts are encoded as the tokenizer does it by itself, with BOS where it puts
         # one: add_bos_token stays unset.
         host = _host_class()(
@@ -149,14 +151,16 @@ def run_tasks(
             tokenizer=tokenizer,
             batch_size=batch_size,
             max_length=max_length,
-            prefix_token_id=next(iter(begin_tokens(tokenizer)), None),
         )
 
         # Each task alone, so that a failure has a name.
         # The datasets library writes what it reads into a cache, which is thrown away here.
         return [
             _run_task(
-                host, {**t, "dataset_kwargs": {**t["dataset_kwargs"], "cache_dir": cache}}, limit
+                host,
+                {**t, "dataset_kwargs": {**t["dataset_kwargs"], "cache_dir": cache}},
+                limit,
+                errors,
             )
             for t in tasks
         ]
@@ -213,8 +217,10 @@ def _host_class() -> Any:
     return Host
 
 
-def _run_task(host: Any, task: Mapping[str, Any], limit: int | None) -> TaskScores:
-    """Run one task.
+def _run_task(
+    host: Any, task: Mapping[str, Any], limit: int | None, errors: list[str]
+) -> TaskScores:
+    """Run one task; ``errors`` are those that the harness logs meanwhile.
 
     Raises:
         InputError: If it does not fit its data, in whatever way.
@@ -233,14 +239,17 @@ def _run_task(host: Any, task: Mapping[str, Any], limit: int | None) -> TaskScor
             log_samples=False,
         )
         assert results is not None  # only other ranks get None
+        while errors:
+            warn(f"task {task['task']}: {errors.pop(0)}")
         return _scores(task["task"], results)
     except (InputError, NonFiniteError, MemoryError):
         raise
     except Exception as error:  # templates, loaders and metrics raise errors of many libraries
         if error is host.model_error:
             raise
+        reason = ": ".join([*errors, reason_of(error)])
         raise InputError(
-            f"lm-eval cannot run the task {task['task']} ({reason_of(error)}); mend its file"
+            f"lm-eval cannot run the task {task['task']} ({reason}); mend its file or its data"
         ) from error
 
 
@@ -263,9 +272,25 @@ def _scores(name: str, results: Mapping[str, Any]) -> TaskScores:
     )
 
 
+class _Collector(logging.Handler):
+    """Keeps the messages that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one message."""
+        self.messages.append(one_line(record.getMessage()))
+
+
 @contextmanager
-def _contained() -> Iterator[None]:
-    """Make the hub's client refuse every request, and the harness quiet and in one process."""
+def _contained() -> Iterator[list[str]]:
+    """Make the hub's client refuse every request, and the harness quiet and in one process.
+
+    Yields:
+        The errors that the harness logs, one after the other, instead of printing them.
+    """
     from huggingface_hub import constants
 
     # What is changed for the duration.
@@ -274,11 +299,14 @@ def _contained() -> Iterator[None]:
     processes = os.environ.get("DISABLE_MULTIPROC")
     constants.HF_HUB_OFFLINE = True
     logger.setLevel(logging.ERROR)
+    collector = _Collector()
+    logger.addHandler(collector)
     os.environ["DISABLE_MULTIPROC"] = "1"  # else its standard errors start a process per core
     try:
-        yield
+        yield collector.messages
     finally:
         constants.HF_HUB_OFFLINE = offline
         logger.setLevel(level)
+        logger.removeHandler(collector)
         if processes is None:
             del os.environ["DISABLE_MULTIPROC"]

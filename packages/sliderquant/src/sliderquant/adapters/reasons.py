@@ -10,7 +10,9 @@ REASON_LENGTH = 300  # characters of a library's own message that are repeated
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what a library's exception says on one line, with its class where it says a word or less.
+    """Return what an exception says on one line, and what the error says that caused it.
+
+    The class is added where the text is a word or less.
 
     Errors of several lines often begin with a heading and name the cause further down.
 
@@ -22,6 +24,8 @@ def reason_of(error: BaseException) -> str:
     text = one_line(error).rstrip(".;: ")
     if " " not in text:
         text = f"{type(error).__name__} {text}".rstrip()
+    cause = reason_of(error.__cause__) if error.__cause__ else ""
+    text = text if cause in text else f"{text}: {cause}"
     return text if len(text) <= REASON_LENGTH else f"{text[:REASON_LENGTH]} ..."
 
 
