@@ -12,15 +12,15 @@ from effml_common.cli import main
 from effml_common.report import Row
 from sliderquant import load
 from sliderquant.adapters.decoder import TransformersDecoder
-from sliderquant.adapters.shapes import decoder_shape
+from sliderquant.adapters.shapes import ShapeError, decoder_shape
 from sliderquant.adapters.simulation import fresh_learnables, simulated_logits
 from sliderquant.adapters.simulation import simulated_weights as simulate
 from sliderquant.cli import COMMANDS
 from sliderquant.commands import quantize as quantize_command
 from sliderquant.commands._job import Job
 from sliderquant.commands._measurements import result_row
-from sliderquant.commands.inspect import make_plan
-from sliderquant.config import SliderConfig
+from sliderquant.commands.inspect import inspect, make_plan
+from sliderquant.config import InspectConfig, SliderConfig
 from sliderquant.method import expert_rounding
 from sliderquant.method.activations import activation_format, fake_quantize_tokens
 from sliderquant.method.calibration import calibrate
@@ -313,3 +313,11 @@ def test_the_written_folder_computes_what_was_simulated(
     assert report["rows"][-1]["name"] == "compensated rounding"
     assert ours != nearest
     assert ours != full
+
+
+def test_a_group_size_that_only_a_later_block_forbids_is_refused_before_any_work(save) -> None:
+    """Block 0 is dense, with 64 inner features; the experts of the others have 16."""
+    source = save("qwen3_moe", **DENSE_FIRST, intermediate_size=64)
+    assert inspect(InspectConfig(model=str(source), group_size=16)).rounded_blocks == 3
+    with pytest.raises(ShapeError, match=r"group_size 32 .* mlp.experts.down_proj \(16 columns\)"):
+        inspect(InspectConfig(model=str(source), group_size=32))
