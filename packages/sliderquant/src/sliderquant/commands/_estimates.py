@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effml_common.device import synchronize
 from effml_common.logging import say, warn
-from sliderquant.commands._job import Job
+from sliderquant.commands._job import CalibrationJob
 from sliderquant.method.block_rounding import samples_per_forward
 from sliderquant.method.decoder import Decoder, run_blocks
 from sliderquant.method.error_compensation import REFINEMENT_PASSES, round_and_refine
@@ -28,7 +28,7 @@ WINDOW_PASSES = 4
 TIMED_COLUMNS, TIMED_INPUTS = 256, 1024
 
 
-def announce(job: Job) -> None:
+def announce(job: CalibrationJob) -> None:
     """Print the estimate of time, memory and disk."""
     config, plan, depth = job.config, job.plan, job.decoder.depth
 
@@ -47,14 +47,12 @@ def announce(job: Job) -> None:
     work = work or ["nothing to calibrate"]
     minutes = max(1, round(estimate_seconds(job) / 60))
     memory = sum((plan.memory_gib or {}).values())
-    disk = sum(path.stat().st_size for path in job.files) / 2**30
-    say(
-        f"{', '.join(work)}: about {minutes} min, {memory:.2f} GiB memory, {disk:.2f} GiB disk at most"
-    )
+    disk = f", {job.disk_bytes / 2**30:.2f} GiB disk at most" if job.disk_bytes else ""
+    say(f"{', '.join(work)}: about {minutes} min, {memory:.2f} GiB memory{disk}")
 
 
 @torch.no_grad()
-def estimate_seconds(job: Job) -> float:
+def estimate_seconds(job: CalibrationJob) -> float:
     """Return the seconds that a calibration will take on the decoder's device; block 0 is read."""
     decoder, samples, seconds = job.decoder, len(job.samples), 0.0
     decoder.hold([0])

@@ -21,7 +21,7 @@ from sliderquant.adapters.text import (
     read_tokens,
 )
 from sliderquant.commands.inspect import Plan, make_plan
-from sliderquant.config import FULL_BITS, QuantizeConfig
+from sliderquant.config import FULL_BITS, QuantizeConfig, SliderConfig
 from sliderquant.method.activations import ActivationFormat, activation_format
 from sliderquant.method.decoder import Decoder
 from sliderquant.method.learnables import BlockLearnables
@@ -31,40 +31,61 @@ Texts = Mapping[str, Sequence[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What one run works on.
+class CalibrationJob:
+    """What one calibration works on, wherever the model and the samples come from.
+
+    Attributes:
+        config: Settings of the method.
+        decoder: The model, whose weights are read block by block.
+        samples: Calibration samples, token ids [n, t].
+        plan: Windows, cost and memory.
+        weights: Storage format of the quantized weights.
+        activations: Rounding of activations, or ``None``.
+        learnables: One for each block, not trained yet.
+        cache: Where hidden states of the samples live.
+    """
+
+    config: SliderConfig
+    decoder: Decoder
+    samples: Tensor
+    plan: Plan
+    weights: WeightFormat
+    activations: ActivationFormat | None
+    learnables: Sequence[BlockLearnables]
+    cache: ActivationCache
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the result takes on disk at most."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(CalibrationJob):
+    """What one run of the command works on.
 
     Attributes:
         config: Settings of the command.
         opened: The model's folder: source of the weights, tokenizer and config.
-        decoder: The model, whose weights are read block by block.
         files: Its weight files.
-        samples: Calibration samples, token ids [n, t].
         texts: Chunks of the texts to measure on, by the metric's name.
         begin_note: What every sample and chunk starts with, in a line.
-        plan: Windows, cost and memory.
-        weights: Storage format of the quantized weights.
-        activations: Rounding of activations, or ``None``.
         bits_per_weight: Stored bits per quantized weight, scales in the checkpoint's type included.
-        learnables: One for each block, not trained yet.
-        cache: Where hidden states of the samples live.
         out: Folder of the result.
     """
 
     config: QuantizeConfig
     opened: StreamedModel
-    decoder: Decoder
     files: Sequence[Path]
-    samples: Tensor
     texts: Texts
     begin_note: str
-    plan: Plan
-    weights: WeightFormat
-    activations: ActivationFormat | None
     bits_per_weight: float
-    learnables: Sequence[BlockLearnables]
-    cache: ActivationCache
     out: Path
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the result takes on disk at most."""
+        return sum(path.stat().st_size for path in self.files)
 
 
 def prepare_job(

@@ -6,10 +6,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
 from safetensors import safe_open
+from torch import Tensor
 
 from effml_common.errors import InputError
 from sliderquant.adapters.formats import MARK
@@ -68,20 +71,13 @@ def history_section(config: QuantizeConfig, report: Mapping[str, Any], begin: st
     environment = report["environment"]
     libraries = {"python": environment["python"], "torch": environment["torch"]}
     libraries |= environment["libraries"]
-    settings = {field.name: getattr(config, field.name) for field in fields(SliderConfig)}
     data = file_hashes(config.calib)
-    windows = "[SliderQuant](https://arxiv.org/abs/2603.25284) windows"
-    way = {
-        "compensated": "Compensated rounding",
-        "combined": f"Compensated rounding and {windows} that trained its scales",
-        "slider": windows,
-    }[config.method]
 
     # The same in Markdown.
     lines = [
         HISTORY_TITLE,
         "",
-        f"{way}, {report['package']} {report['version']}: {describe_setting(config)}.",
+        f"{_way(config)}, {report['package']} {report['version']}: {describe_setting(config)}.",
         "",
         *_table(report["rows"]),
         "Calibration data:",
@@ -90,12 +86,55 @@ def history_section(config: QuantizeConfig, report: Mapping[str, Any], begin: st
         "",
         f"In calibration and measurement {_literal(begin)}.",
         "",
-        "Settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".",
+        _listing("Settings", _settings(config)),
         "",
-        "Libraries: " + ", ".join(f"{name} {number}" for name, number in libraries.items()) + ".",
+        _listing("Libraries", libraries),
         "",
     ]
     return "\n".join(lines)
+
+
+def history_in_memory(config: SliderConfig, tokens: Int[Tensor, "n t"]) -> str:
+    """Return the same part of the card for a model that was quantized on tokens in memory.
+
+    Args:
+        config: Settings of the method.
+        tokens: Calibration samples, int64 on the CPU.
+    """
+    names = ("sliderquant", "torch", "transformers", "tokenizers")
+    digest = hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+    lines = [
+        HISTORY_TITLE,
+        "",
+        f"{_way(config)}, in memory: {describe_setting(config)}.",
+        "",
+        f"Calibration data: {len(tokens)} samples of {tokens.shape[1]} token ids (sha256 `{digest}` of "
+        "their int64 values).",
+        "",
+        _listing("Settings", _settings(config)),
+        "",
+        _listing("Libraries", {name: version(name) for name in names}),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _way(config: SliderConfig) -> str:
+    """Return the method in words."""
+    windows = "[SliderQuant](https://arxiv.org/abs/2603.25284) windows"
+    return {
+        "compensated": "Compensated rounding",
+        "combined": f"Compensated rounding and {windows} that trained its scales",
+        "slider": windows,
+    }[config.method]
+
+
+def _settings(config: SliderConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(SliderConfig)}
+
+
+def _listing(title: str, values: Mapping[str, Any]) -> str:
+    return f"{title}: " + ", ".join(f"{name} {value}" for name, value in values.items()) + "."
 
 
 def _literal(text: str) -> str:
