@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from effml_common.errors import InputError
 from sliderquant.adapters.caches import ActivationCache
 from sliderquant.adapters.formats import check_expressible
 from sliderquant.adapters.model_folder import StreamedModel
+from sliderquant.adapters.released_parameters import released_learnables
 from sliderquant.adapters.shapes import decoder_shape
 from sliderquant.adapters.simulation import fresh_learnables, weight_format
 from sliderquant.adapters.text import (
@@ -37,11 +39,11 @@ class CalibrationJob:
     Attributes:
         config: Settings of the method.
         decoder: The model, whose weights are read block by block.
-        samples: Calibration samples, token ids [n, t].
+        samples: Calibration samples, token ids [n, t]; none where nothing is calibrated.
         plan: Windows, cost and memory.
         weights: Storage format of the quantized weights.
         activations: Rounding of activations, or ``None``.
-        learnables: One for each block, not trained yet.
+        learnables: One for each block, not trained yet, or with the parameters of a file.
         cache: Where hidden states of the samples live.
     """
 
@@ -98,7 +100,9 @@ def prepare_job(
     """
     # Tokens to calibrate on, and to measure on, as the tokenizer begins a text.
     begin = begin_tokens(opened.tokenizer)
-    samples = _read_samples(config, opened, begin)
+    samples = torch.empty(0, 0, dtype=torch.int64)
+    if config.parameters is None:
+        samples = _read_samples(config, opened, begin)
     seqlen = default_seqlen(opened.context)
     streams = {path: read_tokens([path], opened.tokenizer) for path in config.eval_text}
     texts = {
@@ -112,7 +116,10 @@ def prepare_job(
     activations = activation_format(config)
     weights = weight_format(config, opened.dtype)
     rounded = config.wbits != FULL_BITS
-    learnables = fresh_learnables(opened.decoder, config, opened.dtype)
+    if config.parameters is None:
+        learnables = fresh_learnables(opened.decoder, config, opened.dtype)
+    else:
+        learnables = released_learnables(config.parameters, opened.decoder, config, opened.dtype)
     formats = {
         f"model.layers.{block}.{name}": weights
         for block, learned in enumerate(learnables)

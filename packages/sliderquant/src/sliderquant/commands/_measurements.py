@@ -35,10 +35,11 @@ def reference_rows(job: Job) -> list[Row]:
 
 def result_row(job: Job) -> Row:
     """Return the calibrated model's row."""
+    trained = job.config.parameters is None
     way = {
         "compensated": "compensated rounding",
         "combined": f"compensated rounding + windows ({job.config.schedule})",
-        "slider": f"SliderQuant ({job.config.schedule})",
+        "slider": f"SliderQuant ({job.config.schedule if trained else 'released parameters'})",
     }[job.config.method]
     setting = describe_setting(job.config)
     measured = _measure(

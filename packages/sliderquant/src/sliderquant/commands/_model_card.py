@@ -71,7 +71,7 @@ def history_section(config: QuantizeConfig, report: Mapping[str, Any], begin: st
     environment = report["environment"]
     libraries = {"python": environment["python"], "torch": environment["torch"]}
     libraries |= environment["libraries"]
-    data = file_hashes(config.calib)
+    data = file_hashes([config.parameters] if config.parameters else config.calib)
 
     # The same in Markdown.
     lines = [
@@ -80,11 +80,11 @@ def history_section(config: QuantizeConfig, report: Mapping[str, Any], begin: st
         f"{_way(config)}, {report['package']} {report['version']}: {describe_setting(config)}.",
         "",
         *_table(report["rows"]),
-        "Calibration data:",
+        "Parameters of the released code:" if config.parameters else "Calibration data:",
         "",
         *(f"- `{name}` (sha256 `{digest}`)" for name, digest in data.items()),
         "",
-        f"In calibration and measurement {_literal(begin)}.",
+        f"In {'' if config.parameters else 'calibration and '}measurement {_literal(begin)}.",
         "",
         _listing("Settings", _settings(config)),
         "",

@@ -13,7 +13,7 @@ from effml_common import checkpoint
 from effml_common.errors import InputError
 from effml_common.files import atomic_write
 from effml_common.folders import check_same_settings
-from effml_common.logging import RunLog, rank, say
+from effml_common.logging import Progress, RunLog, rank, say
 from effml_common.parsing import dump_config
 from effml_common.stopping import StopSignal
 from sliderquant.adapters.processes import wait_for_all
@@ -67,6 +67,25 @@ def calibrate_saved(job: Job) -> None:
         )
 
 
+def write_with_parameters(job: Job) -> None:
+    """Write every block with the parameters that its learnables have; nothing is calibrated."""
+    # What is there of an interrupted run is not written again.
+    settings = {field.name: getattr(job.config, field.name) for field in fields(SliderConfig)}
+    write_block = block_writer(job, _fingerprint(job, settings))
+    run = job.out / "run"
+    if rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        atomic_write(run / "config.yaml", dump_config(job.config))
+
+    with StopSignal() as stop, Progress("writing blocks", job.decoder.depth) as bar:
+        for block in range(job.decoder.depth):
+            job.decoder.hold([block])
+            write_block(block)
+            bar.advance()
+            stop.check()
+    job.decoder.hold([])
+
+
 def _save_window(job: Job, settings: dict[str, Any], fingerprint: str, step: int) -> None:
     tensors = {
         f"{block}.{name}": value
@@ -86,7 +105,8 @@ def _fingerprint(job: Job, settings: dict[str, Any]) -> str:
     ]  # sums in another order end in other codes
     sha = hashlib.sha256(json.dumps([settings, libraries, machines], sort_keys=True).encode())
     sha.update(job.samples.numpy().tobytes())
-    for path in job.files:
+    parameters = [] if job.config.parameters is None else [Path(job.config.parameters)]
+    for path in (*job.files, *parameters):
         with path.open("rb") as file:
             sha.update(hashlib.file_digest(file, "sha256").digest())
     return sha.hexdigest()
