@@ -231,6 +231,8 @@ def test_the_packed_folder_computes_what_the_dense_one_does(case, tokens, tmp_pa
     card = (tmp_path / "dense/README.md").read_text()
     assert "Parameters of the released code:\n\n- `slider_parameters.pth` (sha256" in card
     assert "In measurement " in card
+    assert "lora_rank 4" in card
+    assert not any(word in card for word in ("seed", "epochs", "nsamples"))
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(case, monkeypatch, tmp_path) -> None:

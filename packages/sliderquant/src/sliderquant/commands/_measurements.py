@@ -7,7 +7,7 @@ from torch import Tensor
 
 from effml_common.report import Row
 from sliderquant.commands._job import Job
-from sliderquant.config import FULL_BITS, SliderConfig
+from sliderquant.config import FULL_BITS, QuantizeConfig, SliderConfig
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.metrics import PIECE, chunk_losses, perplexity_of
 from sliderquant.method.round_to_nearest import rtn_weights
@@ -95,4 +95,6 @@ def describe_setting(config: SliderConfig) -> str:
         words += " with Q, K, V" if config.quantize_attention else ""
     if config.rotate != "none":
         words += f", rotated ({config.rotate})"
+    if isinstance(config, QuantizeConfig) and config.parameters is not None:
+        return words  # trained elsewhere, with a seed that the file does not say
     return f"{words}, calibration seed {config.seed}"

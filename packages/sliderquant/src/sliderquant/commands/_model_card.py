@@ -19,6 +19,7 @@ from sliderquant.adapters.formats import MARK
 from sliderquant.adapters.shards import tensor_bytes
 from sliderquant.commands._measurements import describe_setting
 from sliderquant.config import QuantizeConfig, SliderConfig
+from sliderquant.method_config import TRAINING_SETTINGS
 
 HISTORY_TITLE = "## How it was made"
 _PACKED = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
@@ -130,7 +131,11 @@ def _way(config: SliderConfig) -> str:
 
 
 def _settings(config: SliderConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in fields(SliderConfig)}
+    """Return the settings of the method; of parameters that were trained elsewhere only the format."""
+    elsewhere = isinstance(config, QuantizeConfig) and config.parameters is not None
+    unknown = (*TRAINING_SETTINGS, "range_epochs", "lr_range", "seed") if elsewhere else ()
+    names = [field.name for field in fields(SliderConfig) if field.name not in unknown]
+    return {name: getattr(config, name) for name in names}
 
 
 def _listing(title: str, values: Mapping[str, Any]) -> str:
