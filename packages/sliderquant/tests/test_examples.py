@@ -125,3 +125,9 @@ def test_the_model_in_memory_has_four_bits_and_nearly_the_same_loss(run, folder,
         assert levels_per_group(weight, 64) <= 16
         assert not torch.equal(weight, full.self_attn.o_proj.weight)
         assert torch.equal(quantized.input_layernorm.weight, full.input_layernorm.weight)
+
+    # What it saved computes the same.
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "llama-w4-from-memory")
+    with torch.no_grad():
+        loss = float(saved(input_ids=names["held_out"], labels=names["held_out"]).loss)
+    assert loss == pytest.approx(names["after"], rel=1e-6)

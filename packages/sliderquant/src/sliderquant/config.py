@@ -12,7 +12,13 @@ from typing import Any, Literal
 from effml_common.device import DEVICE_HELP
 from effml_common.parsing import require, setting
 from sliderquant.method_config import FULL_BITS as FULL_BITS
-from sliderquant.method_config import GROUP_HELP, check, check_least
+from sliderquant.method_config import (
+    GROUP_HELP,
+    TRAINING_SETTINGS,
+    changed_settings,
+    check,
+    check_least,
+)
 from sliderquant.method_config import SliderConfig as SliderConfig
 from sliderquant.method_config import WindowConfig as WindowConfig
 
@@ -29,9 +35,15 @@ class QuantizeConfig(SliderConfig):
     """Quantize a local model directory and write a directory that transformers loads."""
 
     model: str = required_field("directory of a Hugging Face causal language model")
-    calib: tuple[str, ...] = required_field(
+    calib: tuple[str, ...] = setting(
+        (),
         "calibration files: text, or JSON (.jsonl, .json) with 'text' or chat 'messages', or data sets "
-        "(hf:NAME/CONFIG:SPLIT); use text like what the model will read"
+        "(hf:NAME/CONFIG:SPLIT); use text like what the model will read",
+    )
+    parameters: str | None = setting(
+        None,
+        "instead of calibrating, take the parameters of the authors' slider_parameters.pth; "
+        "with --method slider --no-sym",
     )
     out: str | None = setting(None, "folder to write; default runs/quantize-<time>")
     eval_text: tuple[str, ...] = setting(
@@ -54,7 +66,10 @@ class QuantizeConfig(SliderConfig):
 
     def __post_init__(self) -> None:
         SliderConfig.__post_init__(self)
-        require(len(self.calib) > 0, "calib names no file", "give one or more text files")
+        if self.parameters is None:
+            require(len(self.calib) > 0, "calib names no file", "give one or more text files")
+        else:
+            self._check_parameters()
         require(
             self.format != "pre-quant" or self.method == "slider",
             "compensated rounding leaves nothing for another quantizer to round",
@@ -67,6 +82,25 @@ class QuantizeConfig(SliderConfig):
             f"{self.format}",
             "add --format native",
         )
+
+    def _check_parameters(self) -> None:
+        """Refuse what does not go with parameters that were trained elsewhere."""
+        require(not self.calib, "parameters and calib were given", "leave one of them out")
+        require(
+            self.method == "slider", f"parameters are not of {self.method}", "add --method slider"
+        )
+        remedy = (
+            "add --no-sym: the released symmetric grid cannot be stored, its results are asymmetric"
+        )
+        require(not self.sym, "sym is true with parameters", remedy)
+        check(
+            self, "wbits", self.wbits != FULL_BITS, "give the bits for which parameters were made"
+        )
+        remedy = "give the model as it was rotated, without --rotate"
+        check(self, "rotate", self.rotate == "none", remedy)
+        changed = changed_settings(self, TRAINING_SETTINGS)
+        words = f"{', '.join(changed)}: nothing is trained with parameters"
+        require(not changed, words, "leave it out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ The symbols are those of the SliderQuant paper (arXiv 2603.25284): ``shallow`` a
 L_d, ``window`` and ``stride`` are s and i of the middle windows, ``gamma`` is the intra-layer ratio.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -21,6 +22,12 @@ SLIDER_SETTINGS = (
     *("lr_lora", "lr_lwc", "lr_scale", "lr_scale_by_batch", "lora_rank"),
 )
 COMBINED_SETTINGS = ("range_epochs", "lr_range")
+# Settings of slider that say how its parameters are trained, not what they are.
+TRAINING_SETTINGS = (
+    *WINDOW_SETTINGS,
+    *(name for name in SLIDER_SETTINGS if name not in ("lwc", "lora_rank")),
+    *("nsamples", "seqlen", "batch_size"),
+)
 # What each method does not have.
 FOREIGN_SETTINGS = {
     "compensated": {*WINDOW_SETTINGS, *SLIDER_SETTINGS, *COMBINED_SETTINGS},
@@ -39,6 +46,15 @@ def check_least(config: Any, least: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         check(config, name, value is None or value >= least, f"give {least} or more")
+
+
+def changed_settings(config: "SliderConfig", names: Collection[str]) -> list[str]:
+    """Return those of some settings of the method that are not at their defaults."""
+    return [
+        field.name
+        for field in fields(SliderConfig)
+        if field.name in names and getattr(config, field.name) != field.default
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +207,7 @@ class SliderConfig(WindowConfig):
 
     def _check_method(self) -> None:
         """Refuse what the chosen method does not do."""
-        changed = [f.name for f in fields(SliderConfig) if getattr(self, f.name) != f.default]
+        changed = changed_settings(self, [f.name for f in fields(SliderConfig)])
         given = [name for name in changed if name in FOREIGN_SETTINGS[self.method]]
         owners = [m for m, foreign in FOREIGN_SETTINGS.items() if not foreign.intersection(changed)]
         require(

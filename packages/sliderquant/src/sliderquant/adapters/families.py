@@ -345,6 +345,22 @@ def _query_key_site(
     return ScalingSite(name="q <-> k", size=heads.keys * entries, parameters=scaled)
 
 
+def untied_query_key_site(
+    config: PreTrainedConfig, shapes: Mapping[str, torch.Size]
+) -> ScalingSite:
+    """Return the place between queries and keys with an entry for each channel of a key head.
+
+    It is no place where scales cancel, unless rotary partners have equal ones and no norm follows: the
+    released code scales there all the same.
+    """
+    family, heads = family_of(config.model_type), _heads(config)
+    key_rows = heads.keys * heads.features
+    rows = (heads.queries * heads.features, key_rows, key_rows)
+    query, key, _ = _projections("self_attn.", family.qkv, rows)
+    channels = torch.arange(heads.features)
+    return _query_key_site(query, key, heads, channels, heads.features, shapes)
+
+
 def _head_norm_site(pairs: Tensor, entries: int, gain_offset: float) -> ScalingSite:
     """The norm per head would undo a scaling of the projections, so the gains take it."""
     scaled = tuple(

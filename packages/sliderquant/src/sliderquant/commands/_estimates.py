@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effml_common.device import synchronize
 from effml_common.logging import say, warn
-from sliderquant.commands._job import Job
+from sliderquant.commands._job import CalibrationJob
 from sliderquant.method.block_rounding import samples_per_forward
 from sliderquant.method.decoder import Decoder, run_blocks
 from sliderquant.method.error_compensation import REFINEMENT_PASSES, round_and_refine
@@ -39,7 +39,7 @@ WINDOW_PASSES = 4
 TIMED_COLUMNS, TIMED_INPUTS = 256, 1024
 
 
-def announce(job: Job) -> None:
+def announce(job: CalibrationJob) -> None:
     """Print the estimate of time, memory and disk."""
     config, plan, depth = job.config, job.plan, job.decoder.depth
 
@@ -58,14 +58,12 @@ def announce(job: Job) -> None:
     work = work or ["nothing to calibrate"]
     minutes = max(1, round(estimate_seconds(job) / 60))
     memory = sum((plan.memory_gib or {}).values())
-    disk = sum(path.stat().st_size for path in job.files) / 2**30
-    say(
-        f"{', '.join(work)}: about {minutes} min, {memory:.2f} GiB memory, {disk:.2f} GiB disk at most"
-    )
+    disk = f", {job.disk_bytes / 2**30:.2f} GiB disk at most" if job.disk_bytes else ""
+    say(f"{', '.join(work)}: about {minutes} min, {memory:.2f} GiB memory{disk}")
 
 
 @torch.no_grad()
-def estimate_seconds(job: Job) -> float:
+def estimate_seconds(job: CalibrationJob) -> float:
     """Return the seconds that a calibration will take on the decoder's device.
 
     One block of each kind is read and timed, with what enters block 0.
@@ -91,7 +89,7 @@ def _kinds_of_blocks(decoder: Decoder) -> dict[int, int]:
     return counts
 
 
-def _seconds_of_kind(job: Job, block: int) -> float:
+def _seconds_of_kind(job: CalibrationJob, block: int) -> float:
     """Return the seconds that a calibration spends on average on a block like this one."""
     decoder, samples, seconds = job.decoder, len(job.samples), 0.0
     if job.plan.rounded_blocks:
@@ -114,7 +112,9 @@ def _seconds_of_kind(job: Job, block: int) -> float:
     return seconds + WINDOW_PASSES * visits * job.config.window_epochs * passes
 
 
-def _seconds_of_block(job: Job, block: int, hidden: Float[Tensor, "n t h"], batches: int) -> float:
+def _seconds_of_block(
+    job: CalibrationJob, block: int, hidden: Float[Tensor, "n t h"], batches: int
+) -> float:
     """Return the seconds that compensated rounding of a block takes, from one batch of hidden states."""
     # Each layer group once in both models, as often as there are batches, and the way to the end.
     decoder, layout = job.decoder, job.decoder.layout(block)
@@ -147,7 +147,7 @@ def _seconds_of_block(job: Job, block: int, hidden: Float[Tensor, "n t h"], batc
 
 
 def _seconds_of_experts(
-    job: Job, block: int, runs: tuple[BlockRun, BlockRun], batches: int
+    job: CalibrationJob, block: int, runs: tuple[BlockRun, BlockRun], batches: int
 ) -> float:
     """Return the seconds that it takes to round all experts of a block, from one of them.
 

@@ -1,15 +1,18 @@
 """What one run of ``quantize`` works on: everything read, checked and planned, nothing written."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sliderquant.adapters.caches import ActivationCache
 from sliderquant.adapters.formats import check_expressible
 from sliderquant.adapters.input_files import InputFile, InputFiles
 from sliderquant.adapters.model_folder import StreamedModel
+from sliderquant.adapters.released_parameters import released_learnables
 from sliderquant.adapters.shapes import decoder_shape
 from sliderquant.adapters.simulation import fresh_learnables, weight_format
 from sliderquant.adapters.text import (
@@ -21,7 +24,7 @@ from sliderquant.adapters.text import (
     read_tokens,
 )
 from sliderquant.commands.inspect import Plan, make_plan
-from sliderquant.config import FULL_BITS, QuantizeConfig
+from sliderquant.config import FULL_BITS, QuantizeConfig, SliderConfig
 from sliderquant.method.activations import ActivationFormat, activation_format
 from sliderquant.method.decoder import Decoder
 from sliderquant.method.learnables import BlockLearnables
@@ -31,42 +34,64 @@ Texts = Mapping[str, Sequence[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What one run works on.
+class CalibrationJob:
+    """What one calibration works on, wherever the model and the samples come from.
+
+    Attributes:
+        config: Settings of the method.
+        decoder: The model, whose weights are read block by block.
+        samples: Calibration samples, token ids [n, t]; none where nothing is calibrated.
+        plan: Windows, cost and memory.
+        weights: Storage format of the quantized weights.
+        activations: Rounding of activations, or ``None``.
+        learnables: One for each block, not trained yet, or with the parameters of a file.
+        cache: Where hidden states of the samples live.
+    """
+
+    config: SliderConfig
+    decoder: Decoder
+    samples: Tensor
+    plan: Plan
+    weights: WeightFormat
+    activations: ActivationFormat | None
+    learnables: Sequence[BlockLearnables]
+    cache: ActivationCache
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the result takes on disk at most."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(CalibrationJob):
+    """What one run of the command works on.
 
     Attributes:
         config: Settings of the command.
         opened: The model's folder: source of the weights, tokenizer and config.
-        decoder: The model, whose weights are read block by block.
         files: Its weight files.
-        samples: Calibration samples, token ids [n, t].
-        calib_hashes: The sha256 of what was read of each calibration file, by its name.
+        calib_hashes: The sha256 of what was read of each calibration file, by its name; that of the
+            file of parameters if there is one.
         texts: Chunks of the texts to measure on, by the metric's name.
         begin_note: What every sample and chunk starts with, in a line.
-        plan: Windows, cost and memory.
-        weights: Storage format of the quantized weights.
-        activations: Rounding of activations, or ``None``.
         bits_per_weight: Stored bits per quantized weight, scales in the checkpoint's type included.
-        learnables: One for each block, not trained yet.
-        cache: Where hidden states of the samples live.
         out: Folder of the result.
     """
 
     config: QuantizeConfig
     opened: StreamedModel
-    decoder: Decoder
     files: Sequence[Path]
-    samples: Tensor
     calib_hashes: Mapping[str, str]
     texts: Texts
     begin_note: str
-    plan: Plan
-    weights: WeightFormat
-    activations: ActivationFormat | None
     bits_per_weight: float
-    learnables: Sequence[BlockLearnables]
-    cache: ActivationCache
     out: Path
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the result takes on disk at most."""
+        return sum(path.stat().st_size for path in self.files)
 
 
 def prepare_job(
@@ -84,9 +109,11 @@ def prepare_job(
 
     # Tokens to calibrate on, and to measure on, as the tokenizer begins a text.
     begin = begin_tokens(opened.tokenizer)
-    stream = read_tokens(calib, opened.tokenizer, opened.decoder.model)
-    seqlen = min(config.seqlen, opened.context)
-    samples = calibration_samples(stream, config.nsamples, seqlen, config.seed, begin)
+    samples = torch.empty(0, 0, dtype=torch.int64)
+    if config.parameters is None:
+        stream = read_tokens(calib, opened.tokenizer, opened.decoder.model)
+        seqlen = min(config.seqlen, opened.context)
+        samples = calibration_samples(stream, config.nsamples, seqlen, config.seed, begin)
     texts = {f"perplexity {file.name}": _eval_chunks(file, opened, begin) for file in eval_text}
 
     # Windows and formats follow from the settings and the shapes alone.
@@ -95,7 +122,10 @@ def prepare_job(
     activations = activation_format(config)
     weights = weight_format(config, opened.dtype)
     rounded = config.wbits != FULL_BITS
-    learnables = fresh_learnables(opened.decoder, config, opened.dtype)
+    if config.parameters is None:
+        learnables = fresh_learnables(opened.decoder, config, opened.dtype)
+    else:
+        learnables = released_learnables(config.parameters, opened.decoder, config, opened.dtype)
     formats = {
         f"model.layers.{block}.{name}": weights
         for block, learned in enumerate(learnables)
@@ -109,7 +139,7 @@ def prepare_job(
         decoder=opened.decoder,
         files=opened.source.files,
         samples=samples,
-        calib_hashes={file.name: file.sha256 for file in calib},
+        calib_hashes=_hashes(config, calib),
         texts=texts,
         begin_note=begin_note(begin, opened.tokenizer),
         plan=plan,
@@ -124,6 +154,14 @@ def prepare_job(
         cache=cache,
         out=out,
     )
+
+
+def _hashes(config: QuantizeConfig, calib: Sequence[InputFile]) -> dict[str, str]:
+    """Return the sha256 of the files that the result follows from, by their names."""
+    if config.parameters is None:
+        return {file.name: file.sha256 for file in calib}
+    with Path(config.parameters).open("rb") as file:
+        return {Path(config.parameters).name: hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _eval_chunks(file: InputFile, opened: StreamedModel, begin: Sequence[int]) -> list[Tensor]:

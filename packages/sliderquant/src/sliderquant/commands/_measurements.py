@@ -7,7 +7,7 @@ from torch import Tensor
 
 from effml_common.report import Row
 from sliderquant.commands._job import Job
-from sliderquant.config import FULL_BITS, SliderConfig
+from sliderquant.config import FULL_BITS, QuantizeConfig, SliderConfig
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.metrics import PIECE, chunk_losses, perplexity_of
 from sliderquant.method.round_to_nearest import rtn_weights
@@ -35,10 +35,11 @@ def reference_rows(job: Job) -> list[Row]:
 
 def result_row(job: Job) -> Row:
     """Return the calibrated model's row."""
+    trained = job.config.parameters is None
     way = {
         "compensated": "compensated rounding",
         "combined": f"compensated rounding + windows ({job.config.schedule})",
-        "slider": f"SliderQuant ({job.config.schedule})",
+        "slider": f"SliderQuant ({job.config.schedule if trained else 'released parameters'})",
     }[job.config.method]
     setting = describe_setting(job.config)
     measured = _measure(
@@ -94,4 +95,6 @@ def describe_setting(config: SliderConfig) -> str:
         words += " with Q, K, V" if config.quantize_attention else ""
     if config.rotate != "none":
         words += f", rotated ({config.rotate})"
+    if isinstance(config, QuantizeConfig) and config.parameters is not None:
+        return words  # trained elsewhere, with a seed that the file does not say
     return f"{words}, calibration seed {config.seed}"

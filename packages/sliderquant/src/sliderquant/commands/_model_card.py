@@ -1,14 +1,18 @@
 """The model card: a README.md beside the weights that says what they are and how to load them."""
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
 from safetensors import safe_open
+from torch import Tensor
 
 from effml_common.errors import InputError
 from sliderquant.adapters.formats import MARK
@@ -16,6 +20,7 @@ from sliderquant.adapters.gguf import FILE_NAME
 from sliderquant.adapters.weights import tensor_bytes, weight_files
 from sliderquant.commands._measurements import describe_setting
 from sliderquant.config import QuantizeConfig, SliderConfig
+from sliderquant.method_config import TRAINING_SETTINGS
 
 HISTORY_TITLE = "## How it was made"
 _PACKED = (
@@ -85,34 +90,74 @@ def history_section(
     environment = report["environment"]
     libraries = {"python": environment["python"], "torch": environment["torch"]}
     libraries |= environment["libraries"]
-    settings = {field.name: getattr(config, field.name) for field in fields(SliderConfig)}
-    windows = "[SliderQuant](https://arxiv.org/abs/2603.25284) windows"
-    way = {
-        "compensated": "Compensated rounding",
-        "combined": f"Compensated rounding and {windows} that trained its scales",
-        "slider": windows,
-    }[config.method]
 
     # The same in Markdown.
     lines = [
         HISTORY_TITLE,
         "",
-        f"{way}, {report['package']} {report['version']}: {describe_setting(config)}.",
+        f"{_way(config)}, {report['package']} {report['version']}: {describe_setting(config)}.",
         "",
         *([f"{part} was quantized; images cannot be read.", ""] if part else []),
         *_table(report["rows"]),
-        "Calibration data:",
+        "Parameters of the released code:" if config.parameters else "Calibration data:",
         "",
         *(f"- `{name}` (sha256 `{digest}`)" for name, digest in data.items()),
         "",
-        f"In calibration and measurement {_literal(begin)}.",
+        f"In {'' if config.parameters else 'calibration and '}measurement {_literal(begin)}.",
         "",
-        "Settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".",
+        _listing("Settings", _settings(config)),
         "",
-        "Libraries: " + ", ".join(f"{name} {number}" for name, number in libraries.items()) + ".",
+        _listing("Libraries", libraries),
         "",
     ]
     return "\n".join(lines)
+
+
+def history_in_memory(config: SliderConfig, tokens: Int[Tensor, "n t"]) -> str:
+    """Return the same part of the card for a model that was quantized on tokens in memory.
+
+    Args:
+        config: Settings of the method.
+        tokens: Calibration samples, int64 on the CPU.
+    """
+    names = ("sliderquant", "torch", "transformers", "tokenizers")
+    digest = hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+    lines = [
+        HISTORY_TITLE,
+        "",
+        f"{_way(config)}, in memory: {describe_setting(config)}.",
+        "",
+        f"Calibration data: {len(tokens)} samples of {tokens.shape[1]} token ids (sha256 `{digest}` of "
+        "their int64 values).",
+        "",
+        _listing("Settings", _settings(config)),
+        "",
+        _listing("Libraries", {name: version(name) for name in names}),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _way(config: SliderConfig) -> str:
+    """Return the method in words."""
+    windows = "[SliderQuant](https://arxiv.org/abs/2603.25284) windows"
+    return {
+        "compensated": "Compensated rounding",
+        "combined": f"Compensated rounding and {windows} that trained its scales",
+        "slider": windows,
+    }[config.method]
+
+
+def _settings(config: SliderConfig) -> dict[str, Any]:
+    """Return the settings of the method; of parameters that were trained elsewhere only the format."""
+    elsewhere = isinstance(config, QuantizeConfig) and config.parameters is not None
+    unknown = (*TRAINING_SETTINGS, "range_epochs", "lr_range", "seed") if elsewhere else ()
+    names = [field.name for field in fields(SliderConfig) if field.name not in unknown]
+    return {name: getattr(config, name) for name in names}
+
+
+def _listing(title: str, values: Mapping[str, Any]) -> str:
+    return f"{title}: " + ", ".join(f"{name} {value}" for name, value in values.items()) + "."
 
 
 def _literal(text: str) -> str:

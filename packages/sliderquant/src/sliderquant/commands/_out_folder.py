@@ -57,6 +57,8 @@ def run_identity(job: Job) -> dict[str, Any]:
     identity["calibration tokens (sha256)"] = hashlib.sha256(
         job.samples.numpy().tobytes()
     ).hexdigest()
+    if job.config.parameters is not None:
+        identity["parameters (sha256)"] = next(iter(job.calib_hashes.values()))
     identity |= {name: version(name) for name in ("sliderquant", "torch", "transformers")}
     identity |= {"processes": process_count(), "device": job.decoder.device.type}
     return jsonable(identity)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from effml_common import checkpoint
 from effml_common.files import atomic_write
-from effml_common.logging import RunLog, rank, say
+from effml_common.logging import Progress, RunLog, rank, say
 from effml_common.parsing import dump_config
 from effml_common.stopping import StopSignal
 from sliderquant.adapters.processes import wait_for_all
@@ -53,6 +53,24 @@ def calibrate_saved(job: Job) -> None:
             on_rare_experts=listener.on_rare_experts,
             cache=job.cache,
         )
+
+
+def write_with_parameters(job: Job) -> None:
+    """Write every block with the parameters that its learnables have; nothing is calibrated."""
+    write_block = block_writer(job)
+    run = job.out / "run"
+    if rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        atomic_write(run / "config.yaml", dump_config(job.config))
+
+    # What is there of an interrupted run is not written again.
+    with StopSignal() as stop, Progress("writing blocks", job.decoder.depth) as bar:
+        for block in range(job.decoder.depth):
+            job.decoder.hold([block])
+            write_block(block)
+            bar.advance()
+            stop.check()
+    job.decoder.hold([])
 
 
 def _save_window(job: Job, step: int) -> None:

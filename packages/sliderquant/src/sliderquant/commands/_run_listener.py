@@ -1,4 +1,4 @@
-"""What ``quantize`` does whenever an update, a window or a block is finished."""
+"""What is done and told whenever an update, a window or a block is finished."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 from effml_common.device import synchronize
 from effml_common.logging import Progress, RunLog, say, warn
 from effml_common.stopping import StopSignal
-from sliderquant.commands._job import Job
+from sliderquant.commands._job import CalibrationJob, Job
 from sliderquant.commands.inspect import Plan
 from sliderquant.method.layout import WEIGHT_SUFFIX
 from sliderquant.method.task import WindowResult
@@ -18,41 +18,19 @@ from sliderquant.method.task import WindowResult
 NAMED_EXPERTS = 16  # of those with too few tokens, in one warning
 
 
-class RunListener:
-    """What is done whenever an update, a window or a block is finished."""
+class CalibrationListener:
+    """What is told about a calibration, wherever its result goes."""
 
-    def __init__(
-        self,
-        job: Job,
-        write_block: Callable[[int], None],
-        save_window: Callable[[int], None],
-        log: RunLog,
-        bar: Progress,
-        stop: StopSignal,
-        clock: "WindowClock",
-    ) -> None:
-        self._job, self._write_block, self._save_window = job, write_block, save_window
-        self._log, self._bar, self._stop, self._clock = log, bar, stop, clock
+    def __init__(self, job: CalibrationJob, bar: Progress, clock: "WindowClock") -> None:
+        self._job, self._bar, self._clock = job, bar, clock
 
     def on_update(self, loss: float) -> None:
-        """Advance the bar; stop if asked, because the last finished window is saved."""
+        """Advance the bar."""
         self._bar.advance(loss=f"{loss:.3g}")
-        self._stop.check()
-
-    def on_block(self, block: int) -> None:
-        """Write a final block; where all blocks are rounded, its codes may be needed to measure."""
-        self._write_block(block)
-        if not self._job.texts:
-            self._job.learnables[block].forget_codes()
 
     def on_rounded(self, block: int, strengths: Mapping[tuple[str, ...], float | None]) -> None:
-        """Log how far each layer group makes up for the errors of the layers before; stop if asked."""
-        named = {names[0].removesuffix(WEIGHT_SUFFIX): value for names, value in strengths.items()}
-        # Windows count their own steps, and a run that is continued in them rounds again.
-        if not self._job.plan.windows:
-            self._log.log(block + 1, {f"strength {name}": value for name, value in named.items()})
+        """Advance the bar; warn about layers that were never active."""
         self._bar.advance(self._job.plan.rounding_steps)
-        self._stop.check()
         self._clock.restart()
         for names, strength in strengths.items():
             if strength is None:
@@ -62,11 +40,7 @@ class RunListener:
                 )
 
     def on_window(self, result: WindowResult) -> None:
-        """Save a finished window."""
-        # Logged first: a resumed run drops lines that no checkpoint covers.
-        metrics = asdict(result)
-        self._log.log(metrics.pop("step"), metrics)
-        self._save_window(result.step)
+        """Say how a window went."""
         self._clock.tell(result)
 
     def on_experts(self, block: int, counts: Tensor) -> None:
@@ -88,6 +62,52 @@ class RunListener:
             f"block {block}: too few tokens for experts {', '.join(named[:NAMED_EXPERTS])}{more}; "
             f"with fewer than {least} they are rounded for the tokens of all experts; give more text"
         )
+
+
+class RunListener(CalibrationListener):
+    """What the command does besides, whenever an update, a window or a block is finished."""
+
+    def __init__(
+        self,
+        job: Job,
+        write_block: Callable[[int], None],
+        save_window: Callable[[int], None],
+        log: RunLog,
+        bar: Progress,
+        stop: StopSignal,
+        clock: "WindowClock",
+    ) -> None:
+        super().__init__(job, bar, clock)
+        self._texts, self._write_block, self._save_window = job.texts, write_block, save_window
+        self._log, self._stop = log, stop
+
+    def on_update(self, loss: float) -> None:
+        """Advance the bar; stop if asked, because the last finished window is saved."""
+        super().on_update(loss)
+        self._stop.check()
+
+    def on_block(self, block: int) -> None:
+        """Write a final block; where all blocks are rounded, its codes may be needed to measure."""
+        self._write_block(block)
+        if not self._texts:
+            self._job.learnables[block].forget_codes()
+
+    def on_rounded(self, block: int, strengths: Mapping[tuple[str, ...], float | None]) -> None:
+        """Log how far each layer group makes up for the errors of the layers before; stop if asked."""
+        named = {names[0].removesuffix(WEIGHT_SUFFIX): value for names, value in strengths.items()}
+        # Windows count their own steps, and a run that is continued in them rounds again.
+        if not self._job.plan.windows:
+            self._log.log(block + 1, {f"strength {name}": value for name, value in named.items()})
+        super().on_rounded(block, strengths)
+        self._stop.check()
+
+    def on_window(self, result: WindowResult) -> None:
+        """Save a finished window."""
+        # Logged first: a resumed run drops lines that no checkpoint covers.
+        metrics = asdict(result)
+        self._log.log(metrics.pop("step"), metrics)
+        self._save_window(result.step)
+        super().on_window(result)
 
 
 class WindowClock:

@@ -15,7 +15,7 @@ from sliderquant.adapters.model_folder import open_model
 from sliderquant.adapters.processes import process_group, started_processes
 from sliderquant.commands._block_writer import publish
 from sliderquant.commands._estimates import announce
-from sliderquant.commands._job import prepare_job
+from sliderquant.commands._job import Job, prepare_job
 from sliderquant.commands._measurements import reference_rows, result_row
 from sliderquant.commands._model_card import history_section, model_card
 from sliderquant.commands._out_folder import (
@@ -24,7 +24,7 @@ from sliderquant.commands._out_folder import (
     finished_report,
     run_identity,
 )
-from sliderquant.commands._resumable import calibrate_saved
+from sliderquant.commands._resumable import calibrate_saved, write_with_parameters
 from sliderquant.config import QuantizeConfig
 
 MEMORY_REMEDY = "lower --batch-size, --nsamples or --seqlen, or add --cache disk"
@@ -78,19 +78,21 @@ def _quantize_into(out: Path, config: QuantizeConfig, builder: ReportBuilder) ->
             return earlier
         if job.plan.lean:
             return_large_blocks()
-        say(job.begin_note)
-        announce(job)
+        _announce(job)
 
         # Calibrate; blocks are written as they become final, and published once they are measured.
         rows = reference_rows(job)
-        calibrate_saved(job)
+        make_result = calibrate_saved if config.parameters is None else write_with_parameters
+        make_result(job)
         rows.append(result_row(job))
         publish(job)
 
     # The figures are known only after the weights are written.
     files = sorted(path.name for path in out.iterdir() if path.is_file())
     notes = [f"stored as {config.format}; bits per weight counts the packed size", job.begin_note]
-    if config.method == "slider":
+    if config.parameters is not None:
+        notes.insert(0, f"nothing was calibrated: parameters of {Path(config.parameters).name}")
+    elif config.method == "slider":
         notes.insert(0, f"intra_order={config.intra_order}, {INTRA_ORDERS[config.intra_order]}")
     report = builder.build(rows, device=str(device), seeds=[config.seed], notes=notes, files=files)
     document = report.to_json()
@@ -104,6 +106,16 @@ def _quantize_into(out: Path, config: QuantizeConfig, builder: ReportBuilder) ->
     loader = "sliderquant.load" if config.format == "native" else "from_pretrained of transformers"
     say(f"wrote {out}; load it with {loader}")
     return report
+
+
+def _announce(job: Job) -> None:
+    """Say what will be done, on what, and how long it will take."""
+    if job.config.parameters is None:
+        say(job.begin_note)
+        announce(job)
+    else:
+        name = Path(job.config.parameters).name
+        say(f"nothing is calibrated: {job.decoder.depth} blocks get the parameters of {name}")
 
 
 def _check_processes(config: QuantizeConfig) -> None:
