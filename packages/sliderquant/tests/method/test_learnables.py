@@ -9,6 +9,7 @@ from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.simulation import fresh_learnables
 from sliderquant.config import SliderConfig
 from sliderquant.method import learnables
+from sliderquant.method import pieces as pieces_module
 from sliderquant.method.layout import (
     COLUMNS,
     ROWS,
@@ -240,9 +241,9 @@ def test_simulation_in_pieces_has_the_same_values_and_gradients(
     shape, ratio, is_accelerator, limit, pieces, monkeypatch
 ) -> None:
     name = "ACCELERATOR_WEIGHTS_PER_PIECE" if is_accelerator else "WEIGHTS_PER_PIECE"
-    monkeypatch.setattr(learnables, name, limit)
-    monkeypatch.setattr(learnables, "is_accelerator", lambda device: is_accelerator)
-    assert len(learnables._pieces(shape, torch.device("cpu"))) == pieces[len(shape)]
+    monkeypatch.setattr(pieces_module, name, limit)
+    monkeypatch.setattr(pieces_module, "is_accelerator", lambda device: is_accelerator)
+    assert len(pieces_module.row_pieces(shape, torch.device("cpu"))) == pieces[len(shape)]
     generator = torch.Generator().manual_seed(0)
     linear = learnables.LinearLearnables(shape, fmt(), 2, generator).double()
     with torch.no_grad():

@@ -107,6 +107,8 @@ def describe_activations(activations: ActivationFormat | None) -> dict[str, Any]
         "bits": activations.bits,
         "sym": activations.sym,
         "attention": activations.attention,
+        # Absent where there are none, as in models of earlier versions.
+        **({"exact_inputs": exact} if (exact := sorted(activations.exact_inputs)) else {}),
     }
 
 

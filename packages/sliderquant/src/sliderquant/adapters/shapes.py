@@ -21,7 +21,8 @@ class ModelShape:
     Attributes:
         layers: Decoder blocks.
         hidden: Width of the hidden state.
-        linears: Shape [out, in] or [experts, out, in] of each quantized weight of a block, by name.
+        linears: Shape [out, in] or [experts, out, in] of each quantized weight of block 0, by name.
+        blocks: The same for every block.
         embedding: Weights of the embedding.
         context: Longest sequence, in tokens.
     """
@@ -29,6 +30,7 @@ class ModelShape:
     layers: int
     hidden: int
     linears: dict[str, tuple[int, ...]]
+    blocks: tuple[dict[str, tuple[int, ...]], ...]
     embedding: int
     context: int
 
@@ -49,12 +51,16 @@ def model_shape(directory: str) -> ModelShape:
 def decoder_shape(decoder: "TransformersDecoder") -> ModelShape:
     """Return the sizes of a model; its parameters may be on the meta device."""
     config = decoder.model.config
-    shapes = decoder.shapes(0)
+    blocks = []
+    for block in range(decoder.depth):
+        shapes = decoder.shapes(block)
+        blocks.append({name: tuple(shapes[name]) for name in decoder.layout(block).linears})
     embedding: Any = decoder.model.get_input_embeddings()
     return ModelShape(
         layers=decoder.depth,
         hidden=config.hidden_size,
-        linears={name: tuple(shapes[name]) for name in decoder.layout(0).linears},
+        linears=blocks[0],
+        blocks=tuple(blocks),
         embedding=embedding.weight.numel(),
         context=config.max_position_embeddings,
     )
@@ -64,7 +70,7 @@ def check_linears(linears: dict[str, tuple[int, ...]], config: SliderConfig) -> 
     """Refuse settings that some weight of a block does not allow.
 
     Args:
-        linears: Shape of each quantized weight, by name; fused experts have three axes.
+        linears: Shape of each weight that is rounded, by name; fused experts have three axes.
         config: Method and storage format.
 
     Raises:
@@ -72,7 +78,8 @@ def check_linears(linears: dict[str, tuple[int, ...]], config: SliderConfig) -> 
         ShapeError: If the group size does not divide some layer.
     """
     fused = [name for name, shape in linears.items() if len(shape) > 2]
-    if fused and config.method != "slider" and config.wbits != FULL_BITS:
+    rounds = config.wbits != FULL_BITS or config.has_mixed_bits
+    if fused and config.method != "slider" and rounds:
         raise ConfigError(
             f"fused experts ({', '.join(fused)}) cannot be rounded with compensation; "
             "add --method slider"

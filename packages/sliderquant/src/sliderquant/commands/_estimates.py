@@ -1,6 +1,7 @@
 """How long a calibration will take, from small pieces of it that are timed before it starts."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -40,7 +41,7 @@ def announce(job: Job) -> None:
         )
 
     # One line that says what it will cost.
-    work = [f"{depth} blocks to round"] if plan.rounded_blocks else []
+    work = [f"{plan.rounded_blocks} blocks to round"] if plan.rounded_blocks else []
     if plan.windows:
         stages = f" x {plan.stages} stages" if plan.stages > 1 else ""
         work.append(f"{len(plan.windows)} windows{stages}, {plan.updates} updates")
@@ -62,8 +63,8 @@ def estimate_seconds(job: Job) -> float:
         if job.plan.rounded_blocks:
             size = min(samples, samples_per_forward(decoder, job.config, job.samples.shape[1]))
             hidden = decoder.block_inputs(job.samples[:size])
-            of_block = _seconds_of_block(decoder, hidden, job.weights, -(-samples // size))
-            seconds = decoder.depth * of_block / process_count()
+            of_block = _seconds_of_block(decoder, hidden, usual_format(job), -(-samples // size))
+            seconds = job.plan.rounded_blocks * of_block / process_count()
         if not job.plan.windows:
             return seconds
 
@@ -78,6 +79,13 @@ def estimate_seconds(job: Job) -> float:
         return seconds + WINDOW_PASSES * job.plan.block_visits * job.config.window_epochs * passes
     finally:
         decoder.hold([])
+
+
+def usual_format(job: Job) -> WeightFormat:
+    """Return the storage format of most layers."""
+    return Counter(fmt for of_block in job.formats for fmt in of_block.values()).most_common(1)[0][
+        0
+    ]
 
 
 def _seconds_of_block(

@@ -56,19 +56,23 @@ def file_hashes(paths: Sequence[str]) -> dict[str, str]:
     return hashes
 
 
-def history_section(config: QuantizeConfig, report: Mapping[str, Any], begin: str) -> str:
+def history_section(
+    config: QuantizeConfig, report: Mapping[str, Any], begin: str, bits: str = ""
+) -> str:
     """Return the part of the card that stays the same in every format: how the model was made.
 
     Args:
         config: Settings of the run that quantized the model.
         report: Of that run, as JSON; its rows are the figures.
         begin: What every sample and chunk starts with, see ``begin_note``.
+        bits: How many layers have how many bits, if they differ.
     """
     # What ran, with what, on what.
     environment = report["environment"]
     libraries = {"python": environment["python"], "torch": environment["torch"]}
     libraries |= environment["libraries"]
     settings = {field.name: getattr(config, field.name) for field in fields(SliderConfig)}
+    settings |= {name: " ".join(settings[name]) or "none" for name in ("bits_for", "ignore")}
     data = file_hashes(config.calib)
     windows = "[SliderQuant](https://arxiv.org/abs/2603.25284) windows"
     way = {
@@ -83,6 +87,7 @@ def history_section(config: QuantizeConfig, report: Mapping[str, Any], begin: st
         "",
         f"{way}, {report['package']} {report['version']}: {describe_setting(config)}.",
         "",
+        *([f"Bits: {_literal(bits)}.", ""] if bits else []),
         *_table(report["rows"]),
         "Calibration data:",
         "",
@@ -90,7 +95,7 @@ def history_section(config: QuantizeConfig, report: Mapping[str, Any], begin: st
         "",
         f"In calibration and measurement {_literal(begin)}.",
         "",
-        "Settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".",
+        "Settings: " + ", ".join(f"{k} {_literal(str(v))}" for k, v in settings.items()) + ".",
         "",
         "Libraries: " + ", ".join(f"{name} {number}" for name, number in libraries.items()) + ".",
         "",

@@ -1,15 +1,25 @@
 """What a calibration will do and need, known before it starts: the ``inspect`` command."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.table import Table
 
+from sliderquant.adapters.layer_bits import (
+    BlockFormats,
+    block_formats,
+    layer_bits,
+    mean_bits_per_weight,
+)
 from sliderquant.adapters.shapes import ModelShape, check_linears, model_shape
 from sliderquant.config import FULL_BITS, InspectConfig, SliderConfig
 from sliderquant.method.window_training import RECOMPUTE_ABOVE
 from sliderquant.method.windows import block_visits, make_windows
+
+PLANNED_DTYPE = torch.bfloat16  # of scales and of layers that are left out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +86,15 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
         ConfigError: If the windows do not fit.
     """
     # Windows and updates follow from the number of blocks.
-    idle = config.wbits == FULL_BITS and not config.scales_channels
-    windows = [] if idle or config.method == "compensated" else make_windows(layers, config)
+    is_rounded = [config.wbits != FULL_BITS] * layers
+    if shape is not None:
+        is_rounded = [
+            set(bits.values()) != {FULL_BITS} for bits in layer_bits(config, shape.blocks)
+        ]
+    trained = [block for block in range(layers) if is_rounded[block] or config.only_scales]
+    windows = []
+    if trained and config.method != "compensated":
+        windows = [w for w in make_windows(layers, config) if not set(trained).isdisjoint(w)]
     batches = -(-config.nsamples // config.batch_size)
     updates = config.stages * len(windows) * (config.window_epochs // config.stages) * batches
 
@@ -89,17 +106,18 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
     bits = memory = None
     lean = False
     if shape is not None:
-        bits = _bits_per_weight(config, shape)
+        formats = _planned_formats(config, shape)
+        bits = mean_bits_per_weight(shape.blocks, formats, PLANNED_DTYPE)
         largest = max(map(len, windows), default=1)
         lean = largest * sum(map(math.prod, shape.linears.values())) > RECOMPUTE_ABOVE
-        memory = _memory(config, shape, largest, lean, layers)
+        memory = _memory(config, shape, largest, lean, formats)
 
     return Plan(
         windows=windows,
         block_visits=visits,
         stages=config.stages,
         updates=updates,
-        rounded_blocks=0 if idle or config.method == "slider" else layers,
+        rounded_blocks=0 if config.method == "slider" else sum(is_rounded),
         rounding_steps=rounding_steps,
         bits_per_weight=bits,
         memory_gib=memory,
@@ -107,20 +125,17 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
     )
 
 
-def _bits_per_weight(config: SliderConfig, shape: ModelShape) -> float:
-    """Codes plus 16-bit scales, plus zero points where asymmetric, averaged over a block."""
-    if config.wbits == FULL_BITS:
-        return float(FULL_BITS)
-    side = 16 + (0 if config.sym else config.wbits)
-    stored = sum(
-        math.prod(weight) * (config.wbits + side / (config.group_size or weight[-1]))
-        for weight in shape.linears.values()
-    )
-    return stored / sum(map(math.prod, shape.linears.values()))
+def _planned_formats(config: SliderConfig, shape: ModelShape) -> list[BlockFormats]:
+    """Return the formats of every block's linear weights, with scales in 16 bits."""
+    return [block_formats(config, b, PLANNED_DTYPE) for b in layer_bits(config, shape.blocks)]
 
 
 def _memory(
-    config: SliderConfig, shape: ModelShape, largest_window: int, lean: bool, layers: int
+    config: SliderConfig,
+    shape: ModelShape,
+    largest_window: int,
+    lean: bool,
+    formats: Sequence[BlockFormats],
 ) -> dict[str, float]:
     """Return the parts of the peak, in float32: with rounding and windows, those of the larger one."""
     phases = []
@@ -134,9 +149,15 @@ def _memory(
     weights = sum(math.prod(weight) for weight in shape.linears.values())
     if config.method == "combined":
         parts["codes of the window"] = 2 * largest_window * weights / 2**30
-    if config.method != "slider" and config.wbits != FULL_BITS:
+    codes = sum(
+        fmt.bits / 8 * math.prod(shapes[name])
+        for shapes, of_block in zip(shape.blocks, formats, strict=True)
+        for name, fmt in of_block.items()
+        if fmt.bits != FULL_BITS
+    )
+    if config.method != "slider" and codes:
         condition = " (with eval text)" if config.method == "compensated" else ""
-        parts[f"codes of all blocks{condition}"] = config.wbits / 8 * layers * weights / 2**30
+        parts[f"codes of all blocks{condition}"] = codes / 2**30
     parts["embedding, as it is and as it is written"] = 2 * 4 / 2**30 * shape.embedding
     return parts
 
@@ -194,5 +215,8 @@ def inspect(config: InspectConfig) -> Plan:
         assert config.layers is not None  # checked by the config
         return make_plan(config, None, config.layers)
     shape = model_shape(config.model)
-    check_linears(shape.linears, config)
+    for linears, bits in zip(shape.blocks, layer_bits(config, shape.blocks), strict=True):
+        kept = config.has_mixed_bits  # layers that are left out fit any group size
+        rounded = {n: s for n, s in linears.items() if not (kept and bits[n] == FULL_BITS)}
+        check_linears(rounded, config)
     return make_plan(config, shape, shape.layers)

@@ -16,6 +16,11 @@ ROWS, COLUMNS = -2, -1  # axes of a linear weight: its outputs, its inputs
 WEIGHT_SUFFIX = ".weight"  # what a linear layer's name lacks of the name of its weight
 
 
+def layer_name(block: int, weight: str) -> str:
+    """Return how messages and patterns call a layer, such as "layers.0.mlp.down_proj"."""
+    return f"layers.{block}.{weight.removesuffix(WEIGHT_SUFFIX)}"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScaledParameter:
     """What the channel scaling at one site does to one parameter.
