@@ -108,6 +108,7 @@ def prepare_job(
     learnables = fresh_learnables(opened.decoder, config, opened.dtype)
     activations = rounding_of_inputs(config, learnables)
     formats = [learned.rounded_formats() for learned in learnables]
+    mean_bits = mean_bits_per_weight(shape.blocks, formats, opened.dtype)
     _check_storage(config, opened.decoder, bits, formats, activations)
     return Job(
         config=config,
@@ -119,9 +120,11 @@ def prepare_job(
         begin_note=begin_note(begin, opened.tokenizer),
         plan=plan,
         formats=formats,
-        bits=describe_bits(bits) if config.has_mixed_bits else "",
+        bits=f"{describe_bits(bits)}; {mean_bits:.3f} bits per weight"
+        if config.has_mixed_bits
+        else "",
         activations=activations,
-        bits_per_weight=mean_bits_per_weight(shape.blocks, formats, opened.dtype),
+        bits_per_weight=mean_bits,
         learnables=learnables,
         cache=cache,
         out=out,

@@ -167,7 +167,7 @@ def model_card(directory: str | Path, base: str, history: str) -> str:
         bits = 16 / ratio
         lines += [
             f"- Quantized layers: {size['linears'] / 1e6:.1f} MB, {bits:.3f} bits per weight with "
-            f"scales, 1/{ratio:.2f} of 16-bit; embeddings, norms and head are in {config['dtype']}"
+            f"scales, 1/{ratio:.2f} of 16-bit; everything else is in {config['dtype']}"
         ]
     return "\n".join([*lines, "", "## How to load it", "", _loading(config, written), history])
 

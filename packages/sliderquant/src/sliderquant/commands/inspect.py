@@ -11,6 +11,7 @@ from rich.table import Table
 from sliderquant.adapters.layer_bits import (
     BlockFormats,
     block_formats,
+    describe_bits,
     layer_bits,
     mean_bits_per_weight,
 )
@@ -33,7 +34,8 @@ class Plan:
         rounded_blocks: Blocks that are rounded in closed form, before any window.
         updates: Optimizer updates in all.
         rounding_steps: Updates that take about as long as it takes to round one block.
-        bits_per_weight: Stored bits per quantized weight, scales included; needs a model.
+        bits_per_weight: Stored bits per linear weight, scales included; needs a model.
+        layer_bits: How many layers have how many bits, where they differ.
         memory_gib: Peak memory by part, GiB; needs a model.
         lean: Whether blocks are computed again in the backward pass to save memory.
     """
@@ -45,6 +47,7 @@ class Plan:
     rounded_blocks: int
     rounding_steps: int = 1
     bits_per_weight: float | None = None
+    layer_bits: str | None = None
     memory_gib: dict[str, float] | None = None
     lean: bool = False
 
@@ -69,6 +72,8 @@ class Plan:
         table.add_row("optimizer updates", str(self.updates))
         if self.bits_per_weight is not None:
             table.add_row("bits per quantized weight", f"{self.bits_per_weight:.3f}")
+        if self.layer_bits is not None:
+            table.add_row("bits of layers", self.layer_bits)
         for part, size in (self.memory_gib or {}).items():
             table.add_row(f"memory: {part}", f"{size:.2f} GiB")
         return table
@@ -85,16 +90,16 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
     Raises:
         ConfigError: If the windows do not fit.
     """
-    # Windows and updates follow from the number of blocks.
-    is_rounded = [config.wbits != FULL_BITS] * layers
-    if shape is not None:
-        is_rounded = [
-            set(bits.values()) != {FULL_BITS} for bits in layer_bits(config, shape.blocks)
-        ]
+    # Blocks in which nothing is rounded need no window of their own.
+    all_bits = [] if shape is None else layer_bits(config, shape.blocks)
+    is_rounded = [set(of_block.values()) != {FULL_BITS} for of_block in all_bits]
+    is_rounded = is_rounded or [config.wbits != FULL_BITS] * layers
     trained = [block for block in range(layers) if is_rounded[block] or config.only_scales]
     windows = []
     if trained and config.method != "compensated":
         windows = [w for w in make_windows(layers, config) if not set(trained).isdisjoint(w)]
+
+    # Updates follow from the windows.
     batches = -(-config.nsamples // config.batch_size)
     updates = config.stages * len(windows) * (config.window_epochs // config.stages) * batches
 
@@ -106,7 +111,7 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
     bits = memory = None
     lean = False
     if shape is not None:
-        formats = _planned_formats(config, shape)
+        formats = [block_formats(config, of_block, PLANNED_DTYPE) for of_block in all_bits]
         bits = mean_bits_per_weight(shape.blocks, formats, PLANNED_DTYPE)
         largest = max(map(len, windows), default=1)
         lean = largest * sum(map(math.prod, shape.linears.values())) > RECOMPUTE_ABOVE
@@ -120,14 +125,10 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
         rounded_blocks=0 if config.method == "slider" else sum(is_rounded),
         rounding_steps=rounding_steps,
         bits_per_weight=bits,
+        layer_bits=describe_bits(all_bits) if config.has_mixed_bits else None,
         memory_gib=memory,
         lean=lean,
     )
-
-
-def _planned_formats(config: SliderConfig, shape: ModelShape) -> list[BlockFormats]:
-    """Return the formats of every block's linear weights, with scales in 16 bits."""
-    return [block_formats(config, b, PLANNED_DTYPE) for b in layer_bits(config, shape.blocks)]
 
 
 def _memory(
