@@ -62,7 +62,10 @@ def test_without_patterns_all_layers_have_the_same_bits() -> None:
         ({"ignore": ("lm_head",)}, "lm_head is never rounded; leave it out"),
         ({"bits_for": ("model.lm_head.weight=8",)}, "lm_head is never rounded; leave it out"),
         ({"ignore": ("down_prj",)}, "ignore has 'down_prj', which fits no layer; use .* down_proj"),
-        ({"bits_for": ("layers.5=8",)}, r"bits_for has 'layers.5', .* use names such as layers.5.\*"),
+        (
+            {"bits_for": ("layers.5=8",)},
+            r"bits_for has 'layers.5', .* use names such as layers.5.\*",
+        ),
         ({"ignore": ("????",)}, "use names such as q_proj, k_proj, down_proj"),
     ],
 )
@@ -115,7 +118,9 @@ def test_description_names_what_differs_from_most_layers() -> None:
 
 def test_servers_are_warned_of_where_fused_layers_differ(capsys) -> None:
     groups = [[LayerGroup((Q, K), None), LayerGroup((DOWN,), None)]] * 12
-    check_servable(layer_bits(SliderConfig(bits_for=("layers.3.*=8", "down_proj=2")), BLOCKS), groups)
+    check_servable(
+        layer_bits(SliderConfig(bits_for=("layers.3.*=8", "down_proj=2")), BLOCKS), groups
+    )
     assert capsys.readouterr().err == ""
     check_servable(layer_bits(SliderConfig(ignore=("layers.[34].*q_proj",)), BLOCKS), groups)
     (line,) = capsys.readouterr().err.splitlines()
