@@ -16,7 +16,7 @@ from effml_common.cli import main
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.files import load_model
 from sliderquant.adapters.simulation import fresh_learnables, simulated_logits, simulated_weights
-from sliderquant.adapters.text import calibration_samples, encode, read_documents
+from sliderquant.adapters.text import calibration_samples, read_tokens
 from sliderquant.cli import COMMANDS
 from sliderquant.config import SliderConfig
 from sliderquant.method.calibration import calibrate, rounding_of_inputs
@@ -80,7 +80,7 @@ def calibrated(model_directory: Path, text_file: Path, config: SliderConfig):
     """Calibrate the model in memory; returns decoder, learnables and the model itself."""
     loaded = load_model(model_directory)
     decoder = TransformersDecoder(loaded.model)
-    stream = encode(loaded.tokenizer, read_documents([str(text_file)]))
+    stream = read_tokens([str(text_file)], loaded.tokenizer)
     samples = calibration_samples(stream, config.nsamples, config.seqlen, config.seed)
     learnables = fresh_learnables(decoder, config, torch.float32)
     windows = [] if config.method == "compensated" else make_windows(decoder.depth, config)
@@ -192,7 +192,7 @@ def test_both_models_pass_through_layers_that_are_left_out(
     config = SliderConfig(**{**SETTINGS, "bits_for": (), "ignore": ignore, "abits": abits})
     loaded = load_model(model_directory)
     decoder = TransformersDecoder(loaded.model)
-    stream = encode(loaded.tokenizer, read_documents([str(text_file)]))
+    stream = read_tokens([str(text_file)], loaded.tokenizer)
     samples = calibration_samples(stream, 8, 64, config.seed)
     learnables = fresh_learnables(decoder, config, torch.float32)
     kept = {}
