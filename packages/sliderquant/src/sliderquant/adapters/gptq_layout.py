@@ -1,9 +1,10 @@
 """The layout of GPTQ checkpoints, which vLLM and many other programs read.
 
-For b bits a layer holds ``qweight`` int32 [in b / 32, out], codes packed along the input, ``qzeros`` int32
-[groups, out b / 32], ``scales`` float16 [groups, out] and ``g_idx`` int32 [in], the group of each column.
-Codes and zero points are unsigned. Symmetric weights have the zero point 2^(b-1); the first version of the
-layout ("gptq") stores it minus one, the second ("gptq_v2") as it is. Source: AutoGPTQ and GPTQModel.
+For b bits a layer holds ``qweight`` int32 [in b / 32, out], codes packed along the input, ``qzeros``
+int32 [groups, out b / 32], ``scales`` float16 [groups, out] and ``g_idx`` int32 [in], the group of each
+column. Codes and zero points are unsigned. Symmetric weights have the zero point 2^(b-1); the first
+version of the layout ("gptq") stores it minus one, the second ("gptq_v2") as it is. Source: AutoGPTQ and
+GPTQModel.
 """
 
 from collections.abc import Mapping
@@ -40,13 +41,13 @@ def check_gptq(weights: Mapping[str, WeightFormat], linears: int) -> None:
     formats = list(weights.values())
     if len({(fmt.bits, fmt.group_size, fmt.sym) for fmt in formats}) != 1 or len(formats) < linears:
         raise ConfigError(
-            "the gptq layout has one format for all layers, and this model has several or leaves some as "
-            "they are; export it to compressed-tensors"
+            "the gptq layout has one format for all layers, and this model has several or leaves some "
+            "as they are; export it to compressed-tensors"
         )
     if formats[0].bits not in GPTQ_BITS:
         raise ConfigError(
-            f"the gptq layout is written for 2, 4 and 8 bits, and this model has {formats[0].bits}; export "
-            "it to compressed-tensors"
+            f"the gptq layout is written for 2, 4 and 8 bits, and this model has {formats[0].bits}; "
+            "export it to compressed-tensors"
         )
 
 
@@ -73,8 +74,8 @@ def gptq_tensors(weight: QuantizedWeight, name: str) -> dict[str, Shaped[Tensor,
     rows, columns = weight.codes.shape
     if rows * fmt.bits % WORD_BITS or columns * fmt.bits % WORD_BITS:
         raise InputError(
-            f"{name} is {rows} x {columns}, which {fmt.bits}-bit codes of the gptq layout do not fill into "
-            "whole words; export it to compressed-tensors"
+            f"{name} is {rows} x {columns}, which {fmt.bits}-bit codes of the gptq layout do not fill "
+            "into whole words; export it to compressed-tensors"
         )
     scales = weight.scale.T.to(torch.float16).contiguous()
     if not torch.equal(scales.T.to(weight.scale.dtype), weight.scale):

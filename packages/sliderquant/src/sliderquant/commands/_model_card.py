@@ -66,7 +66,11 @@ def _quantized_entries(directory: Path) -> tuple[int, int]:
 
 
 def history_section(
-    config: QuantizeConfig, report: Mapping[str, Any], begin: str, data: Mapping[str, str]
+    config: QuantizeConfig,
+    report: Mapping[str, Any],
+    begin: str,
+    data: Mapping[str, str],
+    bits: str = "",
 ) -> str:
     """Return the part of the card that stays the same in every format: how the model was made.
 
@@ -75,12 +79,14 @@ def history_section(
         report: Of that run, as JSON; its rows are the figures.
         begin: What every sample and chunk starts with, see ``begin_note``.
         data: The sha256 of what was read of each calibration file, by its name.
+        bits: How many layers have how many bits, if they differ.
     """
     # What ran, with what, on what.
     environment = report["environment"]
     libraries = {"python": environment["python"], "torch": environment["torch"]}
     libraries |= environment["libraries"]
     settings = {field.name: getattr(config, field.name) for field in fields(SliderConfig)}
+    settings |= {name: " ".join(settings[name]) or "none" for name in ("bits_for", "ignore")}
     windows = "[SliderQuant](https://arxiv.org/abs/2603.25284) windows"
     way = {
         "compensated": "Compensated rounding",
@@ -94,6 +100,7 @@ def history_section(
         "",
         f"{way}, {report['package']} {report['version']}: {describe_setting(config)}.",
         "",
+        *([f"Bits: {_literal(bits)}.", ""] if bits else []),
         *_table(report["rows"]),
         "Calibration data:",
         "",
@@ -101,7 +108,7 @@ def history_section(
         "",
         f"In calibration and measurement {_literal(begin)}.",
         "",
-        "Settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".",
+        "Settings: " + ", ".join(f"{k} {_literal(str(v))}" for k, v in settings.items()) + ".",
         "",
         "Libraries: " + ", ".join(f"{name} {number}" for name, number in libraries.items()) + ".",
         "",
@@ -173,7 +180,7 @@ def model_card(directory: str | Path, base: str, history: str) -> str:
         bits = 16 / ratio
         lines += [
             f"- Quantized layers: {size['linears'] / 1e6:.1f} MB, {bits:.3f} bits per weight with "
-            f"scales, 1/{ratio:.2f} of 16-bit; embeddings, norms and head are in {config['dtype']}"
+            f"scales, 1/{ratio:.2f} of 16-bit; everything else is in {config['dtype']}"
         ]
     return "\n".join([*lines, "", "## How to load it", "", _loading(config, written), history])
 

@@ -53,10 +53,13 @@ def quantize(config: QuantizeConfig) -> Report:
             trust_remote_code=config.trust_remote_code,
         )
         job = prepare_job(config, opened, cache, out)
+        config = job.config  # a report of sensitivity has become bits of layers
         opened.source.check_finite()
         if job.plan.lean:
             return_large_blocks()
         say(job.begin_note)
+        if job.bits:
+            say(job.bits)
         announce(job)
 
         # Calibrate; blocks are written as they become final.
@@ -69,11 +72,12 @@ def quantize(config: QuantizeConfig) -> Report:
     notes = [f"stored as {config.format}; bits per weight counts the packed size", job.begin_note]
     if config.method == "slider":
         notes.insert(0, f"intra_order={config.intra_order}, {INTRA_ORDERS[config.intra_order]}")
+    notes += [job.bits] if job.bits else []
     report = builder.build(rows, device=str(device), seeds=[config.seed], notes=notes, files=files)
     document = report.to_json()
     write_report(report, out / "run")
     if rank() == 0:
-        history = history_section(config, document, job.begin_note, job.calib_hashes)
+        history = history_section(config, document, job.begin_note, job.calib_hashes, job.bits)
         card = model_card(out, Path(config.model).name, history)
         atomic_write(out / "README.md", card)
     loader = "sliderquant.load" if config.format == "native" else "from_pretrained of transformers"
