@@ -23,6 +23,8 @@ COMMANDS = (
             "sliderquant quantize models/llama --calib notes.txt --out models/llama-w4",
             "sliderquant quantize models/llama --wbits 2 --group-size 64 --no-sym "
             "--calib chats.jsonl --eval-text held_out.txt --out models/llama-w2",
+            "sliderquant quantize models/llama --calib notes.txt --bits-for 'layers.0.*=8' "
+            "--ignore 'layers.31.*' --out models/llama-mixed",
         ),
     ),
     Command(

@@ -13,8 +13,10 @@ from effml_common.device import DEVICE_HELP
 from effml_common.parsing import require, setting
 from sliderquant.method_config import FULL_BITS as FULL_BITS
 from sliderquant.method_config import (
+    GGUF_LAYER_REMEDY,
     GROUP_HELP,
     TRAINING_SETTINGS,
+    WEIGHT_BITS,
     changed_settings,
     check,
     check_least,
@@ -59,6 +61,13 @@ class QuantizeConfig(SliderConfig):
         "(dequantized), pre-quant (calibrated but not rounded, for another quantizer)",
     )
     container_bits: int | None = setting(None, CONTAINER_HELP)
+    sensitivity: str | None = setting(
+        None,
+        "report of the sensitivity command, or its folder: what stands out gets sensitive_bits",
+    )
+    sensitive_bits: int | None = setting(
+        None, "bits of the layers that stand out in that report; bits_for and ignore win over it"
+    )
     cache: Literal["memory", "disk"] = setting(
         "memory", "where hidden states of the calibration samples live; disk is memory-mapped"
     )
@@ -82,6 +91,25 @@ class QuantizeConfig(SliderConfig):
             f"{self.format}",
             "add --format native",
         )
+        self._check_sensitivity()
+
+    def _check_sensitivity(self) -> None:
+        """Refuse a report without bits, bits without a report, and bits that no format stores."""
+        require(
+            self.sensitivity is None or self.sensitive_bits is not None,
+            f"sensitivity is {self.sensitivity}, and nothing says how many bits",
+            "add --sensitive-bits, such as 8",
+        )
+        require(
+            self.sensitivity is not None or self.sensitive_bits is None,
+            f"sensitive_bits is {self.sensitive_bits}, and no report says which layers",
+            "add --sensitivity with a report",
+        )
+        stored = self.sensitive_bits in (None, *WEIGHT_BITS)
+        check(self, "sensitive_bits", stored, "give 2 to 8, or 16 for weights as they are")
+        if self.for_ == "gguf" and self.sensitive_bits is not None:
+            exact = self.fits_gguf(self.sensitive_bits)
+            check(self, "sensitive_bits", exact, GGUF_LAYER_REMEDY)
 
     def _check_parameters(self) -> None:
         """Refuse what does not go with parameters that were trained elsewhere."""
@@ -95,6 +123,10 @@ class QuantizeConfig(SliderConfig):
         require(not self.sym, "sym is true with parameters", remedy)
         check(
             self, "wbits", self.wbits != FULL_BITS, "give the bits for which parameters were made"
+        )
+        mixed = self.has_mixed_bits or self.sensitivity is not None
+        require(
+            not mixed, "parameters have the same bits in all layers", "leave out bits of layers"
         )
         remedy = "give the model as it was rotated, without --rotate"
         check(self, "rotate", self.rotate == "none", remedy)
@@ -224,6 +256,11 @@ class InspectConfig(SliderConfig):
             (self.model is None) != (self.layers is None),
             "inspect needs either a model directory or a number of layers",
             "give --model DIR or --layers N",
+        )
+        require(
+            self.model is not None or not self.has_mixed_bits,
+            "bits_for and ignore name layers, and a number of layers has no names",
+            "give --model DIR",
         )
         check_least(self, 1, "layers")
 

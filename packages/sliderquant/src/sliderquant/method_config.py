@@ -12,9 +12,11 @@ from effml_common.parsing import require, setting
 
 SCHEDULES = ("slider", "fixed", "block")
 FULL_BITS = 16
+WEIGHT_BITS = (*range(2, 9), FULL_BITS)
 GROUP_HELP = "input columns that share a scale; none for one scale per output row"
 DEFAULT_GROUP = 128
 GGUF_GROUP = 32  # columns of a block of llama.cpp
+GGUF_LAYER_REMEDY = "give 4, 8 with --sym, or 16, because GGUF stores these exactly"
 # Settings of windows, of what the method slider trains in them, and of what combined trains.
 WINDOW_SETTINGS = ("schedule", "shallow", "deep", "window", "stride", "target_input")
 SLIDER_SETTINGS = (
@@ -34,6 +36,19 @@ FOREIGN_SETTINGS = {
     "combined": {*SLIDER_SETTINGS},
     "slider": {*COMBINED_SETTINGS},
 }
+
+
+def split_bits(entry: str) -> tuple[str, int]:
+    """Return the pattern and the bits of an entry such as "layers.0.*=8".
+
+    Raises:
+        ConfigError: If it is no pattern with bits that a weight can have.
+    """
+    pattern, _, bits = entry.rpartition("=")
+    known = bool(pattern) and bits in map(str, WEIGHT_BITS)
+    remedy = "give PATTERN=BITS with 2 to 8 bits, or 16 to leave layers as they are"
+    require(known, f"bits_for has {entry!r}", remedy)
+    return pattern, int(bits)
 
 
 def check(config: Any, name: str, holds: bool, remedy: str) -> None:
@@ -111,6 +126,14 @@ class SliderConfig(WindowConfig):
         "any",
         "who computes with the codes: gguf (llama.cpp) has scales in float16; any: nobody special",
     )
+    bits_for: tuple[str, ...] = setting(
+        (),
+        "other bits for some layers, such as 'layers.0.*=8' 'down_proj=8'; a shell pattern fits a "
+        "layer's name (layers.0.mlp.down_proj), or its end behind any dot; the last that fits counts",
+    )
+    ignore: tuple[str, ...] = setting(
+        (), "layers that are not rounded, by patterns as in bits_for, which they win over"
+    )
     gamma: float = setting(0.5, "intra-layer ratio: 0.5 rounds half of every row first; 1: all")
     intra_order: Literal["network", "window"] = setting(
         "network",
@@ -161,8 +184,12 @@ class SliderConfig(WindowConfig):
 
     def _check_format(self) -> None:
         """Refuse bits and groups that no format stores."""
-        weights, activations = (*range(2, 9), FULL_BITS), (4, 6, 8, FULL_BITS)
-        check(self, "wbits", self.wbits in weights, "give 2 to 8, or 16 for weights as they are")
+        activations = (4, 6, 8, FULL_BITS)
+        kept = "give 2 to 8, or 16 for weights as they are"
+        check(self, "wbits", self.wbits in WEIGHT_BITS, kept)
+        for entry in self.bits_for:
+            split_bits(entry)
+        require("" not in self.ignore, "ignore has an empty pattern", "give names of layers")
         check(self, "abits", self.abits in activations, "give 4, 6 or 8, or 16 to round none")
         require(
             not self.quantize_attention or self.abits < FULL_BITS,
@@ -181,9 +208,13 @@ class SliderConfig(WindowConfig):
 
     def _check_gguf(self) -> None:
         """Refuse what a GGUF file cannot hold without loss."""
-        exact = self.wbits == 4 or (self.wbits == 8 and self.sym)
+        # With 16 bits for the others, the layers of bits_for are all that is rounded.
+        exact = self.fits_gguf(self.wbits) and (self.wbits != FULL_BITS or bool(self.bits_for))
         remedy = "give 4, or 8 with --sym, because GGUF stores these exactly"
         check(self, "wbits", exact, remedy)
+        for entry in self.bits_for:
+            fits = self.fits_gguf(split_bits(entry)[1])
+            require(fits, f"bits_for has {entry!r}, and --for is gguf", GGUF_LAYER_REMEDY)
         divides = self.columns_per_scale is not None and self.columns_per_scale % GGUF_GROUP == 0
         check(self, "group_size", divides, f"give {GGUF_GROUP} or a multiple of it for gguf")
         check(
@@ -216,10 +247,19 @@ class SliderConfig(WindowConfig):
             f"add --method {' or '.join(owners)}, or leave it out" if owners else "leave it out",
         )
         require(
+            self.wbits != FULL_BITS or bool(self.bits_for) or not self.ignore,
+            "ignore leaves layers out, and with wbits 16 and no bits_for none is rounded",
+            "set wbits or bits_for",
+        )
+        require(
             self.method == "slider" or not self.only_scales,
             "with wbits 16 compensated rounding has nothing to round",
             "set wbits, or add --method slider to train channel scales alone",
         )
+
+    def fits_gguf(self, bits: int) -> bool:
+        """Return whether a GGUF file holds weights of so many bits without loss."""
+        return bits in (4, FULL_BITS) or (bits == 8 and self.sym)
 
     @property
     def columns_per_scale(self) -> int | None:
@@ -235,7 +275,12 @@ class SliderConfig(WindowConfig):
     @property
     def only_scales(self) -> bool:
         """Whether channel scales are all that there is to choose."""
-        return self.wbits == FULL_BITS and self.scales_channels
+        return self.wbits == FULL_BITS and not self.bits_for and self.scales_channels
+
+    @property
+    def has_mixed_bits(self) -> bool:
+        """Whether layers are asked to differ in their bits."""
+        return bool(self.bits_for or self.ignore)
 
     @property
     def stages(self) -> int:

@@ -14,10 +14,13 @@ from effml_common.errors import InputError
 from sliderquant.adapters.gguf import GGUF_FAMILIES, Parameter, check_gguf, write_gguf
 from sliderquant.adapters.gguf_blocks import gguf_kind, gguf_weight
 from sliderquant.adapters.gguf_tokenizer import SPLITTING_RULES, add_tokenizer
+from sliderquant.adapters.layer_bits import block_formats, layer_bits
 from sliderquant.cli import COMMANDS
+from sliderquant.config import SliderConfig
 from sliderquant.method.quantizer import WeightFormat, quantize_weight, simulate_scale
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 384, "num_hidden_layers": 6}
+NATIVE = ["--format", "native"]
 PERIOD = [*["sliding_attention"] * 5, "full_attention"]
 FAMILY_CHANGES = {
     "llama": {},
@@ -296,6 +299,44 @@ def test_a_model_quantized_for_gguf_keeps_every_weight(
     run("export", native, "--format", "gguf", "--out", out, code=2)
 
 
+@pytest.mark.parametrize("method", ["compensated", "combined"])
+def test_layers_with_bits_of_their_own_keep_every_weight(
+    method, model_directory, text_file, tmp_path, capsys
+) -> None:
+    native, out = tmp_path / "native", tmp_path / "gguf"
+    run(
+        "quantize", model_directory, "--calib", text_file, "--for", "gguf", "--format", "native",
+        "--bits-for", "layers.0.*=8", "--ignore", "layers.1.mlp.*", "--method", method,
+        "--nsamples", 8, "--seqlen", 64, "--out", native,
+    )  # fmt: skip
+    weights = json.loads((native / "config.json").read_text())["quantization_config"]["weights"]
+    for name, entry in weights.items():
+        bits = 8 if name.startswith("model.layers.0.") else 4
+        expected = {"bits": bits, "group_size": 32, "sym": True, "float16_digits": 11}
+        assert entry == expected, name
+    capsys.readouterr()
+    run("export", native, "--format", "gguf", "--out", out, "--json")
+    cost = json.loads(capsys.readouterr().out)["cost"]
+    assert cost == {"changed": 0.0, "largest": 0.0, "perplexity": {}}
+
+    # A place of its own for every format, and what is left out as it is.
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(out / "model.gguf").tensors}
+    for name, kind in kinds.items():
+        if name.startswith("blk.") and "norm" not in name:
+            kept = name.startswith("blk.1.ffn")
+            quantized = "Q8_0" if name.startswith("blk.0.") else "Q4_0"
+            assert kind == ("F32" if kept else quantized), name
+
+
+def test_digits_of_a_scale_are_those_of_the_layers_own_bits() -> None:
+    config = SliderConfig(for_="gguf", wbits=16, sym=False, bits_for=("down_proj=4",))
+    (bits,) = layer_bits(config, [("mlp.down_proj.weight", "mlp.up_proj.weight")])
+    formats = block_formats(config, bits, torch.bfloat16)
+    assert formats["mlp.down_proj.weight"] == float16_format(4, 32, sym=False)
+    assert formats["mlp.up_proj.weight"].float16_digits is None
+    assert formats["mlp.up_proj.weight"].bits == 16
+
+
 def test_another_model_says_what_float16_costs(
     model_directory, text_file, held_out_file, tmp_path, capsys
 ) -> None:
@@ -323,6 +364,12 @@ def test_another_model_says_what_float16_costs(
         (["--abits", 8], "abits is 8; leave it at 16"),
         (["--wbits", 8, "--no-sym"], "wbits is 8; give 4, or 8 with --sym"),
         (["--format", "dense"], "add --format native"),
+        (["--bits-for", "q_proj=5"], "bits_for has 'q_proj=5', and --for is gguf; give 4, 8 with"),
+        (["--no-sym", "--bits-for", "q_proj=8"], "bits_for has 'q_proj=8', and --for is gguf"),
+        (
+            [*NATIVE, "--sensitivity", "s", "--sensitive-bits", 6],
+            "sensitive_bits is 6; give 4, 8 with",
+        ),
     ],
 )
 def test_what_gguf_cannot_hold_is_refused_before_work(words, message, tmp_path, capsys) -> None:

@@ -33,6 +33,7 @@ from sliderquant.method.ridge import factorize
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 DENSE_FIRST = {"mlp_only_layers": [0]}
+MIXED = ["--bits-for", "layers.0.*=8", "experts.down_proj=3", "layers.2.*.gate_up_proj=5"]
 
 
 def settings(**changes) -> SliderConfig:
@@ -276,6 +277,58 @@ def test_every_block_of_a_partly_dense_model_is_rounded_and_planned_for(
     assert codes == pytest.approx(3 / 8 * total / 2**30)
 
 
+def test_each_weight_of_the_experts_has_bits_of_its_own(tiny) -> None:
+    config = settings(
+        bits_for=("layers.0.*=8", "experts.down_proj=2"), ignore=("layers.1.*.gate_up_proj",)
+    )
+    told = {}
+    decoder, learnables = calibrated(
+        tiny("qwen3_moe"), random_tokens(4), config, on_rounded=told.__setitem__
+    )
+    assert list(told) == [0, 1, 2]
+    for block, bits in enumerate([(8, 2), (None, 2), (3, 2)]):
+        for name, expected in zip((GATE_UP, DOWN), bits, strict=True):
+            result = learnables[block].linear(name).closed_form
+            if expected is None:
+                assert result is None
+                simulated = learnables[block](decoder.tensors(block))[name]
+                assert torch.equal(simulated, decoder.tensors(block)[name])
+                continue
+            assert result.fmt.bits == expected
+            assert 2 ** (expected - 1) < len(result.codes.unique()) <= 2**expected
+
+    # More bits are closer to what the weights are.
+    errors = [
+        (learnables[block].linear(GATE_UP).closed_form.dequantize() - weight).square().mean()
+        for block in (0, 2)
+        for weight in [decoder.tensors(block)[GATE_UP]]
+    ]
+    assert errors[0] < 0.01 * errors[1]
+
+
+@pytest.mark.parametrize(
+    "ignore",
+    [("experts.*",), ("self_attn.*",), ("gate_up_proj",), ("experts.down_proj",), ("layers.1.*",)],
+)
+def test_both_models_pass_through_experts_and_layers_that_are_left_out(ignore, tiny) -> None:
+    config, tokens, kept = settings(ignore=ignore), random_tokens(4), {}
+
+    def cache(name, hidden):
+        kept[name] = hidden.clone()
+        return kept[name]
+
+    decoder, learnables = calibrated(tiny("qwen3_moe"), tokens, config, cache=cache)
+    weights = simulate(decoder, learnables)
+    exact = simulated = decoder.block_inputs(tokens)
+    with torch.no_grad():
+        for block in range(decoder.depth):
+            exact = decoder.run_block(block, exact)
+            simulated = decoder.run_block(block, simulated, weights[block])
+    assert (simulated - exact).abs().max() > 1e-3
+    torch.testing.assert_close(kept["x_fp"], exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kept["x_q"], simulated, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("architecture", "changes", "words"),
     [
@@ -283,6 +336,10 @@ def test_every_block_of_a_partly_dense_model_is_rounded_and_planned_for(
         ("mixtral", {}, ["--wbits", 4]),
         ("qwen3_moe", DENSE_FIRST, ["--wbits", 3, "--no-sym", "--format", "native"]),
         ("qwen3_moe", {}, ["--wbits", 4, "--abits", 8, "--format", "native"]),
+        ("qwen3_moe", {}, [*MIXED, "--ignore", "layers.1.*.gate_up_proj", "--format", "native"]),
+        ("qwen3_moe", {}, ["--bits-for", "self_attn.*=8", "layers.0.self_attn.*=3"]),
+        ("qwen3_moe", DENSE_FIRST, ["--ignore", "experts.*", "--format", "native"]),
+        ("mixtral", {}, ["--ignore", "self_attn.*", "layers.1.*", "--format", "native"]),
     ],
 )
 def test_the_written_folder_computes_what_was_simulated(
@@ -321,3 +378,19 @@ def test_a_group_size_that_only_a_later_block_forbids_is_refused_before_any_work
     assert inspect(InspectConfig(model=str(source), group_size=16)).rounded_blocks == 3
     with pytest.raises(ShapeError, match=r"group_size 32 .* mlp.experts.down_proj \(16 columns\)"):
         inspect(InspectConfig(model=str(source), group_size=32))
+
+
+def test_compressed_tensors_takes_no_experts_that_are_left_out(save, tmp_path, capsys) -> None:
+    source, text, native = save("qwen3_moe"), tmp_path / "text.txt", tmp_path / "native"
+    line = ["quantize", source, "--calib", text, "--group-size", 8, "--nsamples", 4, "--seqlen", 32]
+    lines = [
+        ([*line, "--ignore", "experts.*", "--out", tmp_path / "o"], 2),
+        ([*line, "--ignore", "layers.1.*.down_proj", "--out", tmp_path / "o"], 2),
+        ([*line, "--ignore", "experts.*", "--format", "native", "--out", native], 0),
+        (["export", native, "--out", tmp_path / "o"], 2),
+    ]
+    for words, code in lines:
+        assert main("sliderquant", "sliderquant", COMMANDS, list(map(str, words))) == code
+        said = capsys.readouterr().err
+        assert ("give experts bits, or use --format native" in said) == (code == 2)
+    assert not (tmp_path / "o").exists()

@@ -9,6 +9,7 @@ from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.simulation import fresh_learnables
 from sliderquant.config import SliderConfig
 from sliderquant.method import learnables
+from sliderquant.method import pieces as pieces_module
 from sliderquant.method.layout import (
     COLUMNS,
     ROWS,
@@ -192,6 +193,24 @@ def test_scales_of_rounded_weights_are_simulated_and_stored_alike(pair, dtype, p
         assert torch.equal(value, weight.dequantize().float())
 
 
+def test_a_lean_block_simulates_and_trains_what_another_one_does(pair) -> None:
+    weights = {name: pair[1][name] for name in ("up", "down")}
+    formats = {"up": fmt(bits=8), "down": fmt(bits=16)}
+    results = []
+    for recompute in (False, True):
+        learnables = BlockLearnables(
+            weights, fmt(), 2, torch.Generator().manual_seed(1), formats=formats
+        )
+        learnables.recompute = recompute
+        values = learnables(weights)
+        sum(value.square().sum() for value in values.values()).backward()
+        results.append((values, learnables.linear("up").upper.grad))
+    (plain, gradient), (lean, lean_gradient) = results
+    assert all(torch.equal(plain[name], lean[name]) for name in weights)
+    assert torch.equal(lean["down"], weights["down"])
+    torch.testing.assert_close(lean_gradient, gradient)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradient_of_a_scale_is_that_of_levels_times_scale(pair, recompute) -> None:
     weights = {name: pair[1][name] for name in ("up", "down")}
@@ -240,9 +259,9 @@ def test_simulation_in_pieces_has_the_same_values_and_gradients(
     shape, ratio, is_accelerator, limit, pieces, monkeypatch
 ) -> None:
     name = "ACCELERATOR_WEIGHTS_PER_PIECE" if is_accelerator else "WEIGHTS_PER_PIECE"
-    monkeypatch.setattr(learnables, name, limit)
-    monkeypatch.setattr(learnables, "is_accelerator", lambda device: is_accelerator)
-    assert len(learnables._pieces(shape, torch.device("cpu"))) == pieces[len(shape)]
+    monkeypatch.setattr(pieces_module, name, limit)
+    monkeypatch.setattr(pieces_module, "is_accelerator", lambda device: is_accelerator)
+    assert len(pieces_module.row_pieces(shape, torch.device("cpu"))) == pieces[len(shape)]
     generator = torch.Generator().manual_seed(0)
     linear = learnables.LinearLearnables(shape, fmt(), 2, generator).double()
     with torch.no_grad():

@@ -219,7 +219,7 @@ class TransformersDecoder:
             parameters = self.tensors(block) | parameters
         if activations is None:
             return functional_call(module, parameters, (hidden, *args), kwargs)
-        with ActivationRounding([module], self.model.config, activations):
+        with ActivationRounding([module], self.model.config, activations, first=block):
             return functional_call(module, parameters, (hidden, *args), kwargs)
 
     def inputs_inside(

@@ -31,6 +31,7 @@ def check_expressible(
     format: ExportFormat,  # noqa: A002 - the word of the command line
     weights: Mapping[str, WeightFormat],
     activations: ActivationFormat | None,
+    plain: Iterable[str] = (),
 ) -> None:
     """Refuse what nobody could load, and warn about what is lost, before any work is done.
 
@@ -38,6 +39,7 @@ def check_expressible(
         format: Of the export.
         weights: Formats of the quantized parameters, by their full names.
         activations: Rounding of activations.
+        plain: Parameters that are not quantized, by their full names.
 
     Raises:
         ConfigError: Naming what can be done instead.
@@ -52,6 +54,12 @@ def check_expressible(
         raise ConfigError(
             "compressed-tensors has no float16 scales beside weights of another type; use "
             "--format native, and export that with --format gguf"
+        )
+    left_out = [name for name in plain if name.endswith((GATE_UP_EXPERTS, DOWN_EXPERTS))]
+    if weights and left_out:
+        raise ConfigError(
+            "transformers takes all experts of compressed-tensors for packed, and "
+            f"{left_out[0]} is not; give experts bits, or use --format native"
         )
     if activations is not None:
         _check_activations(activations, bool(experts))
@@ -146,6 +154,8 @@ def describe_activations(activations: ActivationFormat | None) -> dict[str, Any]
         "bits": activations.bits,
         "sym": activations.sym,
         "attention": activations.attention,
+        # Absent where there are none, as in models of earlier versions.
+        **({"exact_inputs": exact} if (exact := sorted(activations.exact_inputs)) else {}),
     }
 
 

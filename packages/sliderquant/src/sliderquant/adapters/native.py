@@ -107,7 +107,10 @@ def native_formats(
             name: described_format(entry, dtype) for name, entry in quantization["weights"].items()
         }
         rounding = quantization["activations"]
-        return formats, None if rounding is None else ActivationFormat(**rounding)
+        if rounding is None:
+            return formats, None
+        exact = frozenset(rounding.get("exact_inputs", ()))
+        return formats, ActivationFormat(**{**rounding, "exact_inputs": exact})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{directory}/config.json does not say how its weights are packed ({error}); export again"

@@ -31,10 +31,15 @@ class ActivationRounding:
         blocks: Decoder blocks, or modules that hold them.
         config: The model's config; its attention and experts functions are exchanged.
         fmt: Grid.
+        first: Number of the first block.
     """
 
     def __init__(
-        self, blocks: Iterable[nn.Module], config: PreTrainedConfig, fmt: ActivationFormat
+        self,
+        blocks: Iterable[nn.Module],
+        config: PreTrainedConfig,
+        fmt: ActivationFormat,
+        first: int = 0,
     ) -> None:
         # What ``remove`` puts back.
         self._config = config
@@ -43,9 +48,9 @@ class ActivationRounding:
         self._token = _active.set(fmt)
         self._hooks = [
             module.register_forward_pre_hook(partial(_round_input, fmt))
-            for block in blocks
-            for module in block.modules()
-            if isinstance(module, nn.Linear | PackedLinear)
+            for number, block in enumerate(blocks, start=first)
+            for name, module in block.named_modules(prefix=f"layers.{number}")
+            if isinstance(module, nn.Linear | PackedLinear) and name not in fmt.exact_inputs
         ]
 
         # Attention and experts are functions that the config names.

@@ -91,7 +91,7 @@ def check_linears(linears: dict[str, tuple[int, ...]], config: SliderConfig) -> 
     """Refuse settings that some weight of a block does not allow.
 
     Args:
-        linears: Shape of each quantized weight, by name; fused experts have three axes.
+        linears: Shape of each weight that is rounded, by name; fused experts have three axes.
         config: Method and storage format.
 
     Raises:

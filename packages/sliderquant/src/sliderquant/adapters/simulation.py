@@ -1,39 +1,25 @@
 """The quantized model before it is stored: simulated parameters, logits, perplexities, codes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sliderquant.adapters.layer_bits import block_formats, layer_bits
+from sliderquant.adapters.layer_bits import weight_format as weight_format
 from sliderquant.adapters.shapes import check_linears
-from sliderquant.config import SliderConfig
+from sliderquant.config import FULL_BITS, SliderConfig
 from sliderquant.method.activations import ActivationFormat
 from sliderquant.method.decoder import Decoder
+from sliderquant.method.layout import COLUMNS, ScalingSite
 from sliderquant.method.learnables import BlockLearnables
-from sliderquant.method.quantizer import WeightFormat
 from sliderquant.method.sampling import seeded
 
-FLOAT16_DIGITS = 11  # binary digits of a float16 number
 BlockWeights = Sequence[dict[str, Tensor]]
 # Parameters of a block to use instead of the model's own; ``None`` for the model's own.
 Replacement = Callable[[int], dict[str, Tensor] | None]
-
-
-def weight_format(config: SliderConfig, dtype: torch.dtype) -> WeightFormat:
-    """Return the storage format that ``config`` asks for, in a model whose weights have ``dtype``."""
-    # llama.cpp multiplies float16 scales and, in asymmetric blocks, adds a float16 minimum z D.
-    digits = None
-    if config.for_ == "gguf":
-        digits = FLOAT16_DIGITS - (0 if config.sym else config.wbits)
-    return WeightFormat(
-        bits=config.wbits,
-        group_size=config.columns_per_scale,
-        sym=config.sym,
-        dtype=dtype if digits is None else torch.float32,
-        float16_digits=digits,
-    )
 
 
 def fresh_learnables(
@@ -45,30 +31,40 @@ def fresh_learnables(
     corrections and clipping of all blocks stay in the host's memory.
 
     Raises:
-        ConfigError: If compensated rounding is asked for and the model has fused experts.
+        ConfigError: If a pattern of the settings fits no layer.
         ShapeError: If the group size does not divide some layer.
     """
     fmt = weight_format(config, dtype)
+    bits = layer_bits(config, [decoder.layout(block).linears for block in range(decoder.depth)])
     learnables = []
     for block in range(decoder.depth):
         # The shapes say all that is needed, so no weight is read.
         layout = decoder.layout(block)
         shapes = decoder.shapes(block)
         linears = {name: tuple(shapes[name]) for name in layout.linears}
-        check_linears(linears, config)
+        formats = block_formats(config, bits[block], dtype) if config.has_mixed_bits else {}
+        ignored = {name for name, own in formats.items() if own.bits == FULL_BITS}
+        check_linears({n: shape for n, shape in linears.items() if n not in ignored}, config)
         weights = {name: torch.empty(shape, device="meta") for name, shape in linears.items()}
 
         # The initial values depend on seed and block alone.
         sites = layout.sites if config.scales_channels else ()
+        sites = [site for site in sites if _serves_rounding(site, ignored)]
         generator = seeded((config.seed, block))
         block_learnables = BlockLearnables(
-            weights, fmt, config.lora_rank, generator, sites, config.lwc
+            weights, fmt, config.lora_rank, generator, sites, config.lwc, formats=formats
         )
         compensated = config.method == "compensated"
         trained = block_learnables.factors if compensated else block_learnables
         trained.to(decoder.device)
         learnables.append(block_learnables)
     return learnables
+
+
+def _serves_rounding(site: ScalingSite, ignored: Collection[str]) -> bool:
+    """Return whether a scaling helps a weight that is rounded: one that reads it, if any does."""
+    changed = [p for p in site.parameters if p.axis == COLUMNS] or site.parameters
+    return not ignored or any(parameter.name not in ignored for parameter in changed)
 
 
 @torch.no_grad()

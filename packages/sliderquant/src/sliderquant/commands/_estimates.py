@@ -1,7 +1,7 @@
 """How long a calibration will take, from small pieces of it that are timed before it starts."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from effml_common.device import synchronize
 from effml_common.logging import say, warn
 from sliderquant.commands._job import CalibrationJob
 from sliderquant.method.block_rounding import samples_per_forward
-from sliderquant.method.decoder import Decoder, run_blocks
+from sliderquant.method.decoder import run_blocks
 from sliderquant.method.error_compensation import REFINEMENT_PASSES, round_and_refine
 from sliderquant.method.expert_rounding import (
     collect_expert_moments,
@@ -51,7 +51,7 @@ def announce(job: CalibrationJob) -> None:
         )
 
     # One line that says what it will cost.
-    work = [f"{depth} blocks to round"] if plan.rounded_blocks else []
+    work = [f"{plan.rounded_blocks} blocks to round"] if plan.rounded_blocks else []
     if plan.windows:
         stages = f" x {plan.stages} stages" if plan.stages > 1 else ""
         work.append(f"{len(plan.windows)} windows{stages}, {plan.updates} updates")
@@ -70,7 +70,7 @@ def estimate_seconds(job: CalibrationJob) -> float:
     """
     seconds = 0.0
     try:
-        for block, count in _kinds_of_blocks(job.decoder).items():
+        for block, count in _kinds_of_blocks(job).items():
             job.decoder.hold([block])
             seconds += count * _seconds_of_kind(job, block)
     finally:
@@ -78,13 +78,16 @@ def estimate_seconds(job: CalibrationJob) -> float:
     return seconds
 
 
-def _kinds_of_blocks(decoder: Decoder) -> dict[int, int]:
-    """Return the first block of each kind, and how many blocks have the same parameters."""
+def _kinds_of_blocks(job: CalibrationJob) -> dict[int, int]:
+    """Return the first block of each kind, and how many blocks are like it.
+
+    They have the same parameters, and the same ones are rounded; bits make no difference to speak of.
+    """
     firsts: dict[tuple[object, ...], int] = {}
     counts: dict[int, int] = {}
-    for block in range(decoder.depth):
-        kind = tuple(sorted(decoder.shapes(block).items()))
-        first = firsts.setdefault(kind, block)
+    for block in range(job.decoder.depth):
+        shapes = tuple(sorted(job.decoder.shapes(block).items()))
+        first = firsts.setdefault((shapes, frozenset(job.formats[block])), block)
         counts[first] = counts.get(first, 0) + 1
     return counts
 
@@ -92,7 +95,7 @@ def _kinds_of_blocks(decoder: Decoder) -> dict[int, int]:
 def _seconds_of_kind(job: CalibrationJob, block: int) -> float:
     """Return the seconds that a calibration spends on average on a block like this one."""
     decoder, samples, seconds = job.decoder, len(job.samples), 0.0
-    if job.plan.rounded_blocks:
+    if job.plan.rounded_blocks and job.formats[block]:
         size = min(samples, samples_per_forward(decoder, job.config, job.samples.shape[1]))
         hidden = decoder.block_inputs(job.samples[:size])
         of_block = _seconds_of_block(job, block, hidden, -(-samples // size))
@@ -128,15 +131,16 @@ def _seconds_of_block(
     ]
     split = replace(split_samples(len(hidden), len(hidden)), fitted=len(hidden), held_out=False)
 
-    experts, groups, seconds = expert_weights(layout), layer_groups(layout), 0.0
+    ignored, seconds = job.learnables[block].ignored, 0.0
+    experts, groups = expert_weights(layout, ignored), layer_groups(layout, ignored)
     for group in groups:
         begin = time.perf_counter()
         is_last = group is groups[-1] and not experts
         collect_moments(decoder, block, group, (runs[0], runs[1]), split, relay=is_last)
         synchronize(decoder.device)
         seconds += batches * (time.perf_counter() - begin)
-        weights = [decoder.tensors(block)[name] for name in group.weights]
-        seconds += _seconds_of_group(weights, job.weights)
+        weights = {name: decoder.tensors(block)[name] for name in group.weights}
+        seconds += _seconds_of_group(weights, job.formats[block])
     if experts:
         seconds += _seconds_of_experts(job, block, (runs[0], runs[1]), batches)
 
@@ -153,8 +157,9 @@ def _seconds_of_experts(
 
     Their moments are collected as often as memory asks for it, from one batch.
     """
-    tensors = job.decoder.tensors(block)
-    weights = {name: tensors[name] for name in expert_weights(job.decoder.layout(block))}
+    tensors, ignored = job.decoder.tensors(block), job.learnables[block].ignored
+    names = expert_weights(job.decoder.layout(block), ignored)
+    weights = {name: tensors[name] for name in names}
 
     # As many tokens as all batches have: how many experts lack some depends on it.
     begin = time.perf_counter()
@@ -167,13 +172,23 @@ def _seconds_of_experts(
     synchronize(job.decoder.device)
     seconds = batches * (time.perf_counter() - begin)
 
-    for weight in weights.values():
-        seconds += len(weight) * _seconds_of_group([weight[0]], job.weights)
+    for name, weight in weights.items():
+        seconds += len(weight) * _seconds_of_layers([weight[0]], job.formats[block][name])
     return seconds
 
 
-def _seconds_of_group(weights: Sequence[Float[Tensor, "out in"]], fmt: WeightFormat) -> float:
-    """Return the seconds that it takes to round layers that read one input, from some of its columns."""
+def _seconds_of_group(
+    weights: Mapping[str, Float[Tensor, "out in"]], formats: Mapping[str, WeightFormat]
+) -> float:
+    """Return the seconds that it takes to round layers that read one input, format by format."""
+    by_format: dict[WeightFormat, list[Tensor]] = {}
+    for name, weight in weights.items():
+        by_format.setdefault(formats[name], []).append(weight)
+    return sum(_seconds_of_layers(layers, fmt) for fmt, layers in by_format.items())
+
+
+def _seconds_of_layers(weights: Sequence[Float[Tensor, "out in"]], fmt: WeightFormat) -> float:
+    """Return the seconds that it takes to round layers of one format, from some of their columns."""
     outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
     device = weights[0].device
 

@@ -2,19 +2,27 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from effml_common.logging import warn
 from sliderquant.adapters.caches import ActivationCache
 from sliderquant.adapters.formats import check_expressible
 from sliderquant.adapters.input_files import InputFile, InputFiles
+from sliderquant.adapters.layer_bits import (
+    BlockBits,
+    check_servable,
+    describe_bits,
+    layer_bits,
+    mean_bits_per_weight,
+)
 from sliderquant.adapters.model_folder import StreamedModel
 from sliderquant.adapters.released_parameters import released_learnables
-from sliderquant.adapters.shapes import decoder_shape
-from sliderquant.adapters.simulation import fresh_learnables, weight_format
+from sliderquant.adapters.shapes import ModelShape, decoder_shape
+from sliderquant.adapters.simulation import fresh_learnables
 from sliderquant.adapters.text import (
     begin_note,
     begin_tokens,
@@ -23,10 +31,13 @@ from sliderquant.adapters.text import (
     default_seqlen,
     read_tokens,
 )
+from sliderquant.commands._sensitive_layers import bits_for, read_outstanding
 from sliderquant.commands.inspect import Plan, make_plan
-from sliderquant.config import FULL_BITS, QuantizeConfig, SliderConfig
-from sliderquant.method.activations import ActivationFormat, activation_format
+from sliderquant.config import QuantizeConfig, SliderConfig
+from sliderquant.method.activations import ActivationFormat
+from sliderquant.method.calibration import rounding_of_inputs
 from sliderquant.method.decoder import Decoder
+from sliderquant.method.layout import layer_groups
 from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.quantizer import WeightFormat
 
@@ -42,7 +53,7 @@ class CalibrationJob:
         decoder: The model, whose weights are read block by block.
         samples: Calibration samples, token ids [n, t]; none where nothing is calibrated.
         plan: Windows, cost and memory.
-        weights: Storage format of the quantized weights.
+        formats: Storage formats of the weights that are rounded, by name, for each block.
         activations: Rounding of activations, or ``None``.
         learnables: One for each block, not trained yet, or with the parameters of a file.
         cache: Where hidden states of the samples live.
@@ -52,7 +63,7 @@ class CalibrationJob:
     decoder: Decoder
     samples: Tensor
     plan: Plan
-    weights: WeightFormat
+    formats: Sequence[Mapping[str, WeightFormat]]
     activations: ActivationFormat | None
     learnables: Sequence[BlockLearnables]
     cache: ActivationCache
@@ -75,7 +86,8 @@ class Job(CalibrationJob):
             file of parameters if there is one.
         texts: Chunks of the texts to measure on, by the metric's name.
         begin_note: What every sample and chunk starts with, in a line.
-        bits_per_weight: Stored bits per quantized weight, scales in the checkpoint's type included.
+        bits: How many layers have how many bits, in a line; empty where all have the same.
+        bits_per_weight: Stored bits per linear weight, scales in the checkpoint's type included.
         out: Folder of the result.
     """
 
@@ -85,6 +97,7 @@ class Job(CalibrationJob):
     calib_hashes: Mapping[str, str]
     texts: Texts
     begin_note: str
+    bits: str
     bits_per_weight: float
     out: Path
 
@@ -102,6 +115,11 @@ def prepare_job(
     Raises:
         InputError: If text, settings and model do not fit one another.
     """
+    # Bits of single layers, also those that a report asks for.
+    shape = decoder_shape(opened.decoder)
+    config = _with_sensitive_layers(config, shape)
+    bits = layer_bits(config, shape.blocks)
+
     # Each file is opened once, also one that both settings name.
     inputs = InputFiles()
     calib = inputs.read(config.calib, "calib", beside=config.eval_text)
@@ -117,22 +135,15 @@ def prepare_job(
     texts = {f"perplexity {file.name}": _eval_chunks(file, opened, begin) for file in eval_text}
 
     # Windows and formats follow from the settings and the shapes alone.
-    shape = decoder_shape(opened.decoder)
     plan = make_plan(config, shape, shape.layers)
-    activations = activation_format(config)
-    weights = weight_format(config, opened.dtype)
-    rounded = config.wbits != FULL_BITS
     if config.parameters is None:
         learnables = fresh_learnables(opened.decoder, config, opened.dtype)
     else:
         learnables = released_learnables(config.parameters, opened.decoder, config, opened.dtype)
-    formats = {
-        f"model.layers.{block}.{name}": weights
-        for block, learned in enumerate(learnables)
-        for name in learned.names
-        if rounded
-    }
-    check_expressible(config.format, formats, activations)
+    activations = rounding_of_inputs(config, learnables)
+    formats = [learned.rounded_formats() for learned in learnables]
+    mean_bits = mean_bits_per_weight(shape.blocks, formats, opened.dtype)
+    _check_storage(config, opened.decoder, bits, formats, activations)
     return Job(
         config=config,
         opened=opened,
@@ -143,13 +154,12 @@ def prepare_job(
         texts=texts,
         begin_note=begin_note(begin, opened.tokenizer),
         plan=plan,
-        weights=weights,
+        formats=formats,
+        bits=f"{describe_bits(bits)}; {mean_bits:.3f} bits per weight"
+        if config.has_mixed_bits
+        else "",
         activations=activations,
-        bits_per_weight=(
-            weights.mean_bits_per_weight(shape.linears.values())
-            if rounded
-            else 8.0 * opened.dtype.itemsize
-        ),
+        bits_per_weight=mean_bits,
         learnables=learnables,
         cache=cache,
         out=out,
@@ -162,6 +172,44 @@ def _hashes(config: QuantizeConfig, calib: Sequence[InputFile]) -> dict[str, str
         return {file.name: file.sha256 for file in calib}
     with Path(config.parameters).open("rb") as file:
         return {Path(config.parameters).name: hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _with_sensitive_layers(config: QuantizeConfig, shape: ModelShape) -> QuantizeConfig:
+    """Return the settings with what a report of ``sensitivity`` asks for among ``bits_for``."""
+    if config.sensitivity is None or config.sensitive_bits is None:
+        return config
+    sensitive = read_outstanding(config.sensitivity, [tuple(names) for names in shape.blocks])
+    if not sensitive:
+        warn(f"{config.sensitivity}: nothing stands out, so all layers have {config.wbits} bits")
+    entries = bits_for(sensitive, config.sensitive_bits)
+    return replace(
+        config, sensitivity=None, sensitive_bits=None, bits_for=(*entries, *config.bits_for)
+    )
+
+
+def _check_storage(
+    config: QuantizeConfig,
+    decoder: Decoder,
+    bits: Sequence[BlockBits],
+    formats: Sequence[Mapping[str, WeightFormat]],
+    activations: ActivationFormat | None,
+) -> None:
+    """Refuse what the format of the result cannot express, and warn about what servers do not load."""
+    names = {
+        f"model.layers.{block}.{name}": fmt
+        for block, of_block in enumerate(formats)
+        for name, fmt in of_block.items()
+    }
+    plain = [
+        f"model.layers.{block}.{name}"
+        for block, of_block in enumerate(bits)
+        for name in of_block
+        if name not in formats[block]
+    ]
+    check_expressible(config.format, names, activations, plain)
+    if config.format == "compressed-tensors":
+        groups = [layer_groups(decoder.layout(block)) for block in range(decoder.depth)]
+        check_servable(bits, groups)
 
 
 def _eval_chunks(file: InputFile, opened: StreamedModel, begin: Sequence[int]) -> list[Tensor]:

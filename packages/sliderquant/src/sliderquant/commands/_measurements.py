@@ -25,9 +25,9 @@ def reference_rows(job: Job) -> list[Row]:
     dtype, setting = job.opened.dtype, describe_setting(job.config)
     full = _measure(job, lambda block: {}, None)
     rows = [_row("full precision", str(dtype), full, 8.0 * dtype.itemsize)]
-    if job.config.wbits != FULL_BITS:
+    if any(job.formats):
         nearest = _measure(
-            job, lambda block: rtn_weights(job.decoder, block, job.weights), job.activations
+            job, lambda block: rtn_weights(job.decoder, block, job.formats[block]), job.activations
         )
         rows.append(_row("round-to-nearest", setting, nearest, job.bits_per_weight))
     return rows
@@ -89,7 +89,8 @@ def _row(name: str, setting: str, perplexities: dict[str, float], bits: float) -
 def describe_setting(config: SliderConfig) -> str:
     """Return format, rotation and seed in a few words, such as "W4 g128 sym, calibration seed 2"."""
     groups = f"g{config.group_size}" if config.columns_per_scale else "per row"
-    words = f"W{config.wbits} {groups} {'sym' if config.sym else 'asym'}"
+    bits = f"W{config.wbits} mixed" if config.has_mixed_bits else f"W{config.wbits}"
+    words = f"{bits} {groups} {'sym' if config.sym else 'asym'}"
     if config.abits != FULL_BITS:
         words += f", A{config.abits} per token {'sym' if config.act_sym else 'asym'}"
         words += " with Q, K, V" if config.quantize_attention else ""

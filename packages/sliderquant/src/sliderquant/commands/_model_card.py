@@ -76,6 +76,7 @@ def history_section(
     begin: str,
     data: Mapping[str, str],
     part: str | None = None,
+    bits: str = "",
 ) -> str:
     """Return the part of the card that stays the same in every format: how the model was made.
 
@@ -85,6 +86,7 @@ def history_section(
         begin: What every sample and chunk starts with, see ``begin_note``.
         data: The sha256 of what was read of each calibration file, by its name.
         part: What of the original was quantized, if not all of it.
+        bits: How many layers have how many bits, if they differ.
     """
     # What ran, with what, on what.
     environment = report["environment"]
@@ -98,6 +100,7 @@ def history_section(
         f"{_way(config)}, {report['package']} {report['version']}: {describe_setting(config)}.",
         "",
         *([f"{part} was quantized; images cannot be read.", ""] if part else []),
+        *([f"Bits: {_literal(bits)}.", ""] if bits else []),
         *_table(report["rows"]),
         "Parameters of the released code:" if config.parameters else "Calibration data:",
         "",
@@ -153,11 +156,17 @@ def _settings(config: SliderConfig) -> dict[str, Any]:
     elsewhere = isinstance(config, QuantizeConfig) and config.parameters is not None
     unknown = (*TRAINING_SETTINGS, "range_epochs", "lr_range", "seed") if elsewhere else ()
     names = [field.name for field in fields(SliderConfig) if field.name not in unknown]
-    return {name: getattr(config, name) for name in names}
+    settings = {name: getattr(config, name) for name in names}
+    patterns = {name: " ".join(settings[name]) or "none" for name in ("bits_for", "ignore")}
+    return settings | patterns
 
 
 def _listing(title: str, values: Mapping[str, Any]) -> str:
-    return f"{title}: " + ", ".join(f"{name} {value}" for name, value in values.items()) + "."
+    return (
+        f"{title}: "
+        + ", ".join(f"{name} {_literal(str(value))}" for name, value in values.items())
+        + "."
+    )
 
 
 def _literal(text: str) -> str:
@@ -224,7 +233,7 @@ def model_card(directory: str | Path, base: str, history: str) -> str:
         bits = 16 / ratio
         lines += [
             f"- Quantized layers: {size['linears'] / 1e6:.1f} MB, {bits:.3f} bits per weight with "
-            f"scales, 1/{ratio:.2f} of 16-bit; embeddings, norms and head are in {config['dtype']}"
+            f"scales, 1/{ratio:.2f} of 16-bit; everything else is in {config['dtype']}"
         ]
     return "\n".join([*lines, "", "## How to load it", "", _loading(config, written), history])
 

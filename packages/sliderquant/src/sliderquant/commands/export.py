@@ -85,7 +85,8 @@ def export(config: ExportConfig) -> ExportResult:
             "quantize with --format native, and export from that"
         )
     formats, activations = native_formats(source, raw)
-    check_expressible(config.format, formats, activations)
+    plain = [layer for layer in native_layers(source) if layer not in formats]
+    check_expressible(config.format, formats, activations, plain)
     if config.format == "gptq":
         layers = [layer.removesuffix(".weight") for layer in native_layers(source)]
         check_gptq(formats, sum(layer.endswith("_proj") for layer in layers))

@@ -1,16 +1,27 @@
 """What a calibration will do and need, known before it starts: the ``inspect`` command."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.table import Table
 
+from sliderquant.adapters.layer_bits import (
+    BlockFormats,
+    block_formats,
+    describe_bits,
+    layer_bits,
+    mean_bits_per_weight,
+)
 from sliderquant.adapters.shapes import ModelShape, check_linears, model_shape
 from sliderquant.config import FULL_BITS, InspectConfig, SliderConfig
 from sliderquant.method.expert_rounding import expert_passes
 from sliderquant.method.window_training import RECOMPUTE_ABOVE
 from sliderquant.method.windows import block_visits, make_windows
+
+PLANNED_DTYPE = torch.bfloat16  # of scales and of layers that are left out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +35,8 @@ class Plan:
         rounded_blocks: Blocks that are rounded in closed form, before any window.
         updates: Optimizer updates in all.
         rounding_steps: Updates that take about as long as it takes to round one block.
-        bits_per_weight: Stored bits per quantized weight, scales included; needs a model.
+        bits_per_weight: Stored bits per linear weight, scales included; needs a model.
+        layer_bits: How many layers have how many bits, where they differ.
         memory_gib: Peak memory by part, GiB; needs a model.
         lean: Whether blocks are computed again in the backward pass to save memory.
     """
@@ -36,6 +48,7 @@ class Plan:
     rounded_blocks: int
     rounding_steps: int = 1
     bits_per_weight: float | None = None
+    layer_bits: str | None = None
     memory_gib: dict[str, float] | None = None
     lean: bool = False
 
@@ -60,6 +73,8 @@ class Plan:
         table.add_row("optimizer updates", str(self.updates))
         if self.bits_per_weight is not None:
             table.add_row("bits per quantized weight", f"{self.bits_per_weight:.3f}")
+        if self.layer_bits is not None:
+            table.add_row("bits of layers", self.layer_bits)
         for part, size in (self.memory_gib or {}).items():
             table.add_row(f"memory: {part}", f"{size:.2f} GiB")
         return table
@@ -76,9 +91,16 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
     Raises:
         ConfigError: If the windows do not fit.
     """
-    # Windows and updates follow from the number of blocks.
-    idle = config.wbits == FULL_BITS and not config.scales_channels
-    windows = [] if idle or config.method == "compensated" else make_windows(layers, config)
+    # Blocks in which nothing is rounded need no window of their own.
+    all_bits = [] if shape is None else layer_bits(config, shape.blocks)
+    is_rounded = [set(of_block.values()) != {FULL_BITS} for of_block in all_bits]
+    is_rounded = is_rounded or [config.wbits != FULL_BITS] * layers
+    trained = [block for block in range(layers) if is_rounded[block] or config.only_scales]
+    windows = []
+    if trained and config.method != "compensated":
+        windows = [w for w in make_windows(layers, config) if not set(trained).isdisjoint(w)]
+
+    # Updates follow from the windows.
     batches = -(-config.nsamples // config.batch_size)
     updates = config.stages * len(windows) * (config.window_epochs // config.stages) * batches
 
@@ -90,19 +112,21 @@ def make_plan(config: SliderConfig, shape: ModelShape | None, layers: int) -> Pl
     bits = memory = None
     lean = False
     if shape is not None:
-        bits = _bits_per_weight(config, shape)
+        formats = [block_formats(config, of_block, PLANNED_DTYPE) for of_block in all_bits]
+        bits = mean_bits_per_weight(shape.blocks, formats, PLANNED_DTYPE)
         largest = _largest_window(windows, shape)
         lean = sum(shape.weights()[block] for block in largest) > RECOMPUTE_ABOVE
-        memory = _memory(config, shape, largest, lean)
+        memory = _memory(config, shape, largest, lean, formats)
 
     return Plan(
         windows=windows,
         block_visits=visits,
         stages=config.stages,
         updates=updates,
-        rounded_blocks=0 if idle or config.method == "slider" else layers,
+        rounded_blocks=0 if config.method == "slider" else sum(is_rounded),
         rounding_steps=rounding_steps,
         bits_per_weight=bits,
+        layer_bits=describe_bits(all_bits) if config.has_mixed_bits else None,
         memory_gib=memory,
         lean=lean,
     )
@@ -115,27 +139,25 @@ def _largest_window(windows: list[list[int]], shape: ModelShape) -> list[int]:
     return max(candidates, key=lambda window: sum(weights[block] for block in window))
 
 
-def _bits_per_weight(config: SliderConfig, shape: ModelShape) -> float:
-    """Codes plus 16-bit scales, plus zero points where asymmetric, averaged over all blocks."""
-    if config.wbits == FULL_BITS:
-        return float(FULL_BITS)
-    side = 16 + (0 if config.sym else config.wbits)
-    stored = sum(
-        math.prod(weight) * (config.wbits + side / (config.columns_per_scale or weight[-1]))
-        for weight in shape.linears.values()
-    )
-    return stored / sum(shape.weights())
-
-
 def _memory(
-    config: SliderConfig, shape: ModelShape, largest_window: list[int], lean: bool
+    config: SliderConfig,
+    shape: ModelShape,
+    largest_window: list[int],
+    lean: bool,
+    formats: Sequence[BlockFormats],
 ) -> dict[str, float]:
     """Return the parts of the peak, in float32: with rounding and windows, those of the larger one."""
+    rounded = [
+        (shapes[name], fmt)
+        for shapes, of_block in zip(shape.blocks, formats, strict=True)
+        for name, fmt in of_block.items()
+        if fmt.bits != FULL_BITS
+    ]
     phases = []
     if config.method != "compensated":
         phases.append(_memory_of_windows(config, shape, largest_window, lean))
     if config.method != "slider":
-        phases.append(_memory_of_rounding(config, shape))
+        phases.append(_memory_of_rounding(config, shape, [weight for weight, _ in rounded]))
 
     # Codes stay for what comes behind the rounding; the embedding is in memory at the start and the end.
     parts = max(phases, key=lambda phase: sum(phase.values()))
@@ -143,9 +165,10 @@ def _memory(
     if config.method == "combined":
         of_window = sum(weights[block] for block in largest_window)
         parts["codes of the window"] = 2 * of_window / 2**30
-    if config.method != "slider" and config.wbits != FULL_BITS:
+    codes = sum(fmt.bits / 8 * math.prod(weight) for weight, fmt in rounded)
+    if config.method != "slider" and codes:
         condition = " (with eval text)" if config.method == "compensated" else ""
-        parts[f"codes of all blocks{condition}"] = config.wbits / 8 * sum(weights) / 2**30
+        parts[f"codes of all blocks{condition}"] = codes / 2**30
     parts["embedding, as it is and as it is written"] = 2 * 4 / 2**30 * shape.embedding
     return parts
 
@@ -169,17 +192,25 @@ def _memory_of_windows(
     }
 
 
-def _memory_of_rounding(config: SliderConfig, shape: ModelShape) -> dict[str, float]:
-    """What compensated rounding holds: one block, and what it takes to round its largest layer."""
+def _memory_of_rounding(
+    config: SliderConfig, shape: ModelShape, weights: Sequence[tuple[int, ...]]
+) -> dict[str, float]:
+    """What compensated rounding holds: one block, and what it takes to round its largest layer.
+
+    Args:
+        config: How many tokens there are.
+        shape: Sizes of the model.
+        weights: Shapes of the weights that are rounded.
+    """
     of_block = max(shape.weights())
     # The block once more as it is rounded, eight tensors of the size of the largest layer or expert, and
     # two copies of the codes and one of the values of all experts.
-    solved = [weight[-2:] for weight in shape.linears.values()]
-    fused = [weight for weight in shape.linears.values() if len(weight) > 2]
-    rounded = 4 * (of_block + 8 * max(map(math.prod, solved)))
+    solved = [weight[-2:] for weight in weights]
+    fused = [weight for weight in weights if len(weight) > 2]
+    rounded = 4 * (of_block + 8 * max(map(math.prod, solved), default=0))
     rounded += 8 * max(map(math.prod, fused), default=0)
     # X^T X, a reordered copy, its factor and X^T E in float64; X^T X of many experts.
-    moments = 4 * 8 * max(columns**2 for _, columns in solved)
+    moments = 4 * 8 * max((columns**2 for _, columns in solved), default=0)
     moments += max(
         (8 * columns**2 * len(expert_passes(n, columns)[0]) for n, _, columns in fused), default=0
     )
@@ -212,6 +243,8 @@ def inspect(config: InspectConfig) -> Plan:
     from sliderquant.adapters.hub import model_directory
 
     shape = model_shape(model_directory(config.model, weights=False))
-    for linears in shape.kinds():
-        check_linears(linears, config)
+    for linears, bits in zip(shape.blocks, layer_bits(config, shape.blocks), strict=True):
+        kept = config.has_mixed_bits  # layers that are left out fit any group size
+        rounded = {n: s for n, s in linears.items() if not (kept and bits[n] == FULL_BITS)}
+        check_linears(rounded, config)
     return make_plan(config, shape, shape.layers)

@@ -69,6 +69,7 @@ def _quantize_into(out: Path, config: QuantizeConfig, builder: ReportBuilder) ->
             trust_remote_code=config.trust_remote_code,
         )
         job = prepare_job(config, opened, cache, out)
+        config = job.config  # a report of sensitivity has become bits of layers
         opened.source.check_finite()
 
         # The folder belongs to one model, one text and one set of settings.
@@ -94,13 +95,15 @@ def _quantize_into(out: Path, config: QuantizeConfig, builder: ReportBuilder) ->
         notes.insert(0, f"nothing was calibrated: parameters of {Path(config.parameters).name}")
     elif config.method == "slider":
         notes.insert(0, f"intra_order={config.intra_order}, {INTRA_ORDERS[config.intra_order]}")
+    notes += [job.bits] if job.bits else []
     report = builder.build(rows, device=str(device), seeds=[config.seed], notes=notes, files=files)
     document = report.to_json()
     write_report(report, out / "run")
     if rank() == 0:
         part = opened.base_type and f"Only the language part of the {opened.base_type} model"
-        hashes = job.calib_hashes
-        history = history_section(config, document, job.begin_note, hashes, part)
+        history = history_section(
+            config, document, job.begin_note, job.calib_hashes, part, job.bits
+        )
         card = model_card(out, model_name(config.model), history)
         atomic_write(out / "README.md", card)
     loader = "sliderquant.load" if config.format == "native" else "from_pretrained of transformers"
@@ -110,6 +113,8 @@ def _quantize_into(out: Path, config: QuantizeConfig, builder: ReportBuilder) ->
 
 def _announce(job: Job) -> None:
     """Say what will be done, on what, and how long it will take."""
+    if job.bits:
+        say(job.bits)
     if job.config.parameters is None:
         say(job.begin_note)
         announce(job)

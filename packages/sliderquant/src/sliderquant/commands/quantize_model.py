@@ -22,7 +22,7 @@ from sliderquant.adapters.model_in_memory import open_in_memory, stored_config, 
 from sliderquant.adapters.model_writer import ModelWriter
 from sliderquant.adapters.rounding import ActivationRounding
 from sliderquant.adapters.shapes import decoder_shape
-from sliderquant.adapters.simulation import fresh_learnables, weight_format
+from sliderquant.adapters.simulation import fresh_learnables
 from sliderquant.adapters.streaming import EMBEDDING, HEAD, NORM
 from sliderquant.adapters.text import SCARCE_TOKENS
 from sliderquant.commands._estimates import announce
@@ -31,8 +31,8 @@ from sliderquant.commands._model_card import history_in_memory, model_card
 from sliderquant.commands._run_listener import CalibrationListener, WindowClock
 from sliderquant.commands.inspect import make_plan
 from sliderquant.config import SliderConfig
-from sliderquant.method.activations import ActivationFormat, activation_format
-from sliderquant.method.calibration import calibrate
+from sliderquant.method.activations import ActivationFormat
+from sliderquant.method.calibration import calibrate, rounding_of_inputs
 from sliderquant.method.packing import PackedCodes
 from sliderquant.method.quantizer import QuantizedWeight
 
@@ -191,14 +191,15 @@ def quantize_model(
 
     # Plan, as for a folder.
     shape = decoder_shape(decoder)
+    learnables = fresh_learnables(decoder, config, dtype)
     job = CalibrationJob(
         config=config,
         decoder=decoder,
         samples=samples,
         plan=make_plan(config, shape, shape.layers),
-        weights=weight_format(config, dtype),
-        activations=activation_format(config),
-        learnables=fresh_learnables(decoder, config, dtype),
+        formats=[learned.rounded_formats() for learned in learnables],
+        activations=rounding_of_inputs(config, learnables),
+        learnables=learnables,
         cache=ActivationCache(None),
     )
     if samples.numel() < SCARCE_TOKENS:
@@ -247,6 +248,7 @@ def _calibrated_blocks(job: CalibrationJob) -> list[StoredBlock]:
             on_block=keep,
             on_experts=listener.on_experts,
             on_rounded=listener.on_rounded,
+            on_rare_experts=listener.on_rare_experts,
             cache=job.cache,
         )
     job.decoder.hold([])

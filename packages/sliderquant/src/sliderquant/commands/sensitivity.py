@@ -25,10 +25,15 @@ from sliderquant.adapters.input_files import InputFiles
 from sliderquant.adapters.model_folder import open_model
 from sliderquant.adapters.shapes import check_group_size, decoder_shape
 from sliderquant.adapters.text import begin_note, begin_tokens, chunks, read_tokens
+from sliderquant.commands._sensitive_layers import (
+    ADVISED_BITS,
+    OUTSTANDING,
+    bits_for,
+    outstanding,
+    row_setting,
+)
 from sliderquant.config import SensitivityConfig
 from sliderquant.method.quantizer import WeightFormat, fake_quantize
-
-OUTSTANDING = 2.0  # times the median: worth more bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,23 +100,23 @@ def _measure_and_report(config: SensitivityConfig) -> Report:
     # Table, advice and picture.
     folder.mkdir(parents=True, exist_ok=True)
     figures = _draw(folder, damages, config)
+    notes = advice(damages, config.metric) if config.mode == "single" else []
+    if notes and "--bits-for" in notes[-1]:
+        say(
+            f"quantize can read this report: --sensitivity {folder.parent} "
+            f"--sensitive-bits {ADVISED_BITS}"
+        )
     return builder.write(
         folder,
         [
-            Row(d.name, _setting(config), {"ppl": [d.ppl], "kl": [d.kl], "mse": [d.mse]})
+            Row(d.name, row_setting(config), {"ppl": [d.ppl], "kl": [d.kl], "mse": [d.mse]})
             for d in damages
         ],
         device=str(device),
         figures=figures,
         files=[f"run/{path.name}" for path in figures],
-        notes=[note, *(advice(damages, config.metric) if config.mode == "single" else ())],
+        notes=[note, *notes],
     )
-
-
-def _setting(config: SensitivityConfig) -> str:
-    groups = f"g{config.group_size}" if config.group_size else "per row"
-    grid = "sym" if config.sym else "asym"
-    return f"W{config.wbits} {groups} {grid}, round-to-nearest, {config.mode}"
 
 
 def _variants(
@@ -231,21 +236,23 @@ def _cross_entropy(log_p: Float[Tensor, "t v"], tokens: Int[Tensor, " t"]) -> fl
 
 
 def advice(damages: Sequence[Damage], metric: str) -> list[str]:
-    """Return what to make of it: who stands out, and how much the two ends carry."""
+    """Return what to make of it: who stands out, how much the two ends carry, what to tell quantize."""
     values = {damage.name: max(getattr(damage, metric), 0.0) for damage in damages}
     ranked = sorted(values, key=lambda name: -values[name])
-    median = sorted(values.values())[len(values) // 2]
     total = sum(values.values())
     notes = [f"by {metric}, most sensitive first: {', '.join(ranked[:5])}"]
-    outstanding = [name for name in ranked if values[name] > OUTSTANDING * median > 0]
-    if outstanding:
+    sensitive = outstanding(values)
+    if sensitive:
         notes.append(
-            f"more than {OUTSTANDING:g} times the median, keep at more bits: {', '.join(outstanding)}"
+            f"more than {OUTSTANDING:g} times the median, keep at more bits: {', '.join(sensitive)}"
         )
     ends = [name for name in values if name.split(" ")[1] in (*_ends(values),)]
     if total > 0:
         share = sum(values[name] for name in ends) / total
         notes.append(f"first and last block: {100 * share:.0f} % of the summed {metric}")
+    if sensitive:
+        entries = " ".join(f"'{entry}'" for entry in bits_for(sensitive, ADVISED_BITS))
+        notes.append(f"for quantize: --bits-for {entries}")
     return notes
 
 

@@ -23,12 +23,14 @@ class ActivationFormat:
         sym: Signed grid around zero, the one servers run; asymmetric follows the paper.
         attention: Also round queries, keys and values after the rotary embedding.
         ratio: Share of leading features that is rounded, the intra-layer ratio, in (0, 1].
+        exact_inputs: Layers whose inputs stay as they are, by names such as "layers.0.mlp.down_proj".
     """
 
     bits: int
     sym: bool
     attention: bool = False
     ratio: float = 1.0
+    exact_inputs: frozenset[str] = frozenset()
 
 
 def activation_format(config: SliderConfig) -> ActivationFormat | None:

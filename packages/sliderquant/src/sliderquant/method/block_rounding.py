@@ -10,6 +10,7 @@ computes gate and up projection once more behind their rounding.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,7 @@ from sliderquant.method.layout import (
 from sliderquant.method.moments import (
     BLOCK_OUTPUT,
     BlockRun,
+    GroupMoments,
     SampleSplit,
     collect_moments,
     run_inside,
@@ -36,7 +38,12 @@ from sliderquant.method.moments import (
 )
 from sliderquant.method.parallel import own_samples, process_count
 from sliderquant.method.precision import stream_dtype
-from sliderquant.method.quantizer import quantize_weight, simulate_storage
+from sliderquant.method.quantizer import (
+    QuantizedWeight,
+    WeightFormat,
+    quantize_weight,
+    simulate_storage,
+)
 from sliderquant.method.smoothing import set_smoothing_factors_
 from sliderquant.method.task import CalibrationTask
 
@@ -116,8 +123,10 @@ def round_block_(
     )
 
     # Each group sees the inputs that the groups before it produce once they are rounded.
+    # Layers that are ignored only take part in the passes.
     layout = decoder.layout(block)
-    groups, has_experts = layer_groups(layout), bool(expert_weights(layout))
+    groups = layer_groups(layout, learnables.ignored)
+    has_experts = bool(expert_weights(layout, learnables.ignored))
     strengths: dict[tuple[str, ...], float | None] = {}
     for group in groups:
         is_last = group is groups[-1] and not has_experts
@@ -126,12 +135,16 @@ def round_block_(
         )
     if has_experts:
         strengths |= round_experts_(task, block, (exact, quantized), split.batch_size)
-    task.listeners.on_rounded(block, strengths)
+    is_rounded = has_experts or bool(groups)
+    if is_rounded:
+        task.listeners.on_rounded(block, strengths)
 
     # The quantized model moves on behind the block; the other one did so with the last group.
-    for begin in range(0, len(x_q), split.batch_size):
-        samples = slice(begin, begin + split.batch_size)
-        x_q[samples] = run_inside(decoder, block, quantized, samples, [BLOCK_OUTPUT])[BLOCK_OUTPUT]
+    for run in [quantized] if is_rounded else [exact, quantized]:
+        for begin in range(0, len(run.hidden), split.batch_size):
+            samples = slice(begin, begin + split.batch_size)
+            outputs = run_inside(decoder, block, run, samples, [BLOCK_OUTPUT])
+            run.hidden[samples] = outputs[BLOCK_OUTPUT]
 
 
 def _round_group_(
@@ -160,15 +173,15 @@ def _round_group_(
 
     # Without any activity no code is better than another.
     strength = None
+    outputs = [len(exact.tensors[name]) for name in linears]
     if activity == 0:
         rounded = [quantize_weight(exact.tensors[n].float(), linears[n].fmt) for n in linears]
     else:
-        # One solution for all layers of the group; the moments, as large as H, are not needed after it.
         strength = wait_for(moments.strength)
-        target, curvature = corrected_weight(moments)
+        formats = [linear.fmt for linear in linears.values()]
+        parts = _parts_by_format(moments, formats, outputs)
         del moments
-        outputs = [len(exact.tensors[name]) for name in linears]
-        rounded = round_layers(target, curvature, outputs, linears[group.weights[0]].fmt)
+        rounded = _round_parts(parts, formats, outputs)
 
     # From here on the quantized model computes with what was rounded.
     for (name, linear), weight in zip(linears.items(), rounded, strict=True):
@@ -176,6 +189,43 @@ def _round_group_(
         dtype = stream_dtype(task.decoder.device, exact.tensors[name].dtype)
         quantized.tensors[name] = weight.dequantize().to(dtype)
     return strength
+
+
+def _parts_by_format(
+    moments: GroupMoments, formats: Sequence[WeightFormat], outputs: Sequence[int]
+) -> list[tuple[list[int], GroupMoments]]:
+    """Return which layers of a group share a format, and their part of the moments."""
+    rows = torch.arange(len(moments.weight)).split(list(outputs))
+    parts = []
+    for fmt in dict.fromkeys(formats):
+        layers = [layer for layer, own in enumerate(formats) if own == fmt]
+        of_layers = torch.cat([rows[layer] for layer in layers])
+        is_all = len(layers) == len(formats)
+        parts.append((layers, moments if is_all else moments.of_rows(of_layers)))
+    return parts
+
+
+def _round_parts(
+    parts: list[tuple[list[int], GroupMoments]],
+    formats: Sequence[WeightFormat],
+    outputs: Sequence[int],
+) -> list[QuantizedWeight]:
+    """Return the layers of a group, rounded for their input.
+
+    Args:
+        parts: From ``_parts_by_format``; it is empty afterwards.
+        formats: Storage format of each layer.
+        outputs: Rows of each layer's weight.
+    """
+    rounded: dict[int, QuantizedWeight] = {}
+    while parts:
+        # One solution for all layers; the moments, as large as H, are not needed after it.
+        layers, moments = parts.pop()
+        target, curvature = corrected_weight(moments)
+        del moments
+        rows, fmt = [outputs[layer] for layer in layers], formats[layers[0]]
+        rounded.update(zip(layers, round_layers(target, curvature, rows, fmt), strict=True))
+    return [rounded[layer] for layer in range(len(formats))]
 
 
 def wait_for(value: Float[Tensor, ""]) -> float:

@@ -14,9 +14,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sliderquant.config import SliderConfig
-from sliderquant.method.activations import activation_format
+from sliderquant.method.activations import ActivationFormat, activation_format
 from sliderquant.method.block_rounding import round_blocks_
 from sliderquant.method.decoder import Decoder, HiddenStateCache
+from sliderquant.method.layout import layer_name
 from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.task import CalibrationTask, Listeners, WindowResult
 from sliderquant.method.window_passes import train_windows
@@ -45,6 +46,19 @@ METHODS: dict[str, Callable[[CalibrationTask], None]] = {
     "combined": round_and_train_scales,
     "slider": train_windows,
 }
+
+
+def rounding_of_inputs(
+    config: SliderConfig, learnables: Sequence[BlockLearnables]
+) -> ActivationFormat | None:
+    """Return how activations are rounded in the end; layers that are ignored read exact ones."""
+    fmt = activation_format(config)
+    exact = frozenset(
+        layer_name(block, name)
+        for block, of_block in enumerate(learnables)
+        for name in of_block.ignored
+    )
+    return None if fmt is None else replace(fmt, exact_inputs=exact)
 
 
 def calibrate(
@@ -132,7 +146,7 @@ def calibrate(
         windows=windows,
         learnables=learnables,
         config=config,
-        activations=activation_format(config),
+        activations=rounding_of_inputs(config, learnables),
         listeners=listeners,
         cache=cache,
         done=done,

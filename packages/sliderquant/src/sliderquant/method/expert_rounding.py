@@ -70,6 +70,8 @@ def round_experts_(
 ) -> dict[tuple[str, ...], None]:
     """Round the fused experts of a block, in place, and lead the full-precision model to its end.
 
+    Weights that are ignored stay as they are; each of the others has a format of its own.
+
     Args:
         task: Model, learnables and whom to tell; the ``closed_form`` of the experts is set.
         block: Number of the block.
@@ -85,7 +87,8 @@ def round_experts_(
         NonFiniteError: If the inputs of an expert are not finite.
     """
     exact, _ = runs
-    names = expert_weights(task.decoder.layout(block))
+    learnables = task.learnables[block]
+    names = expert_weights(task.decoder.layout(block), learnables.ignored)
     experts = reach_experts_(task.decoder, block, runs, batch_size)
 
     # Say which experts have too few tokens of their own to be rounded for them.
@@ -97,7 +100,7 @@ def round_experts_(
     # Gate and up first: the down projections read what the rounded ones give.
     idle: dict[tuple[str, ...], None] = {}
     for name in names:
-        linear = task.learnables[block].linear(name)
+        linear = learnables.linear(name)
         rounded, unread = _round_weight(experts, name, exact.tensors[name], linear.fmt)
         if unread:
             idle[tuple(f"{name}[{expert}]" for expert in unread)] = None

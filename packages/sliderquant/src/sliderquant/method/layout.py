@@ -4,7 +4,7 @@ A block is a mapping from parameter names to tensors. Linear weights are [out, i
 [experts, out, in]; biases, norm gains and router weights stand beside them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,11 @@ from torch import Tensor
 SMALLEST_FACTOR = 1e-2  # |alpha| is kept at this or above, with its sign
 ROWS, COLUMNS = -2, -1  # axes of a linear weight: its outputs, its inputs
 WEIGHT_SUFFIX = ".weight"  # what a linear layer's name lacks of the name of its weight
+
+
+def layer_name(block: int, weight: str) -> str:
+    """Return how messages and patterns call a layer, such as "layers.0.mlp.down_proj"."""
+    return f"layers.{block}.{weight.removesuffix(WEIGHT_SUFFIX)}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,8 +100,10 @@ class LayerGroup:
     begins_mlp: str | None = None
 
 
-def layer_groups(layout: BlockLayout) -> list[LayerGroup]:
+def layer_groups(layout: BlockLayout, ignored: Collection[str] = ()) -> list[LayerGroup]:
     """Return the linear layers of a block in computing order; fused experts are left out.
+
+    Layers that are ignored are in no group, and a group has at least one layer.
 
     The layers that read a norm come before the layer that writes to the residual stream. The writer aims
     at the stream itself, unless a norm stands between them (Gemma): then it aims at its own output.
@@ -118,6 +125,7 @@ def layer_groups(layout: BlockLayout) -> list[LayerGroup]:
 
     # Routers are not quantized, and fused experts have no weight of a linear layer.
     quantized = {name for name in layout.linears if name.endswith(WEIGHT_SUFFIX)}
+    quantized -= set(ignored)
     of_linears = [
         replace(group, weights=tuple(name for name in group.weights if name in quantized))
         for group in groups
@@ -125,9 +133,10 @@ def layer_groups(layout: BlockLayout) -> list[LayerGroup]:
     return [group for group in of_linears if group.weights]
 
 
-def expert_weights(layout: BlockLayout) -> tuple[str, ...]:
+def expert_weights(layout: BlockLayout, ignored: Collection[str] = ()) -> tuple[str, ...]:
     """Return the weights of fused experts in computing order: gate and up, down; none if it is dense."""
-    return tuple(name for name in layout.linears if not name.endswith(WEIGHT_SUFFIX))
+    experts = (name for name in layout.linears if not name.endswith(WEIGHT_SUFFIX))
+    return tuple(name for name in experts if name not in ignored)
 
 
 def mlp_norm(layout: BlockLayout) -> str:

@@ -9,6 +9,7 @@ leading axis [experts] on all of them. Of weights that are rounded already, the 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from sliderquant.method.layout import ScalingSite, scale_channels
 from sliderquant.method.packing import PackedCodes
-from sliderquant.method.precision import is_accelerator, product_dtype, without_autocast
+from sliderquant.method.pieces import row_pieces, views_of_piece
+from sliderquant.method.precision import product_dtype, without_autocast
 from sliderquant.method.quantizer import (
     INITIAL_LOGIT,
     QuantizedWeight,
@@ -30,10 +32,6 @@ from sliderquant.method.quantizer import (
 )
 
 UNQUANTIZED_BITS = 16
-# Weights that are simulated at a time where memory is short. A processor's piece stays in its cache; an
-# accelerator, which pays for each operation, takes a layer at once and only the largest in parts.
-WEIGHTS_PER_PIECE = 2**17
-ACCELERATOR_WEIGHTS_PER_PIECE = 2**27
 OPEN_LOGIT = 50.0  # its sigmoid is exactly one in float32: no clipping
 
 
@@ -95,15 +93,20 @@ class LinearLearnables(nn.Module):
         if isinstance(self._closed_form, PackedCodes):
             self._closed_form = self._closed_form.unpack(device)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the weight is not rounded at all."""
+        return self.fmt.bits == UNQUANTIZED_BITS
+
     def add_correction(self, weight: Float[Tensor, "*experts out in"]) -> Tensor:
         """Return W~ = W + B A / r in float32; W itself if the format keeps full precision."""
-        if self.fmt.bits == UNQUANTIZED_BITS:
+        if self.is_exact:
             return weight
         return _add_low_rank(weight, self.lora_a, self.lora_b)
 
     def forward(self, weight: Float[Tensor, "*experts out in"], ratio: float = 1.0) -> Tensor:
         """Return the simulated weight at intra-layer ratio ``ratio``, in float32."""
-        if self.fmt.bits == UNQUANTIZED_BITS:
+        if self.is_exact:
             return weight
         if (rounded := self._closed_form) is not None:
             # Packed codes go to the device as they are: they are the smallest there.
@@ -128,7 +131,7 @@ class LinearLearnables(nn.Module):
 
     def forward_in_pieces(self, weight: Float[Tensor, "*experts out in"], ratio: float) -> Tensor:
         """Return what ``forward`` does, keeping nothing of the weight's size for the backward pass."""
-        if self.fmt.bits == UNQUANTIZED_BITS:
+        if self.is_exact:
             return weight
         trained = (self.lora_a, self.lora_b, self.upper, self.lower)
         return _SimulationInPieces.apply(self.fmt, ratio, weight, *trained)
@@ -146,20 +149,20 @@ class _SimulationInPieces(torch.autograd.Function):
         ctx.fmt, ctx.ratio = fmt, ratio
         ctx.save_for_backward(*tensors)
         weight = tensors[0]
-        pieces = _pieces(weight.shape, weight.device)
+        pieces = row_pieces(weight.shape, weight.device)
         if len(pieces) == 1:
             return _simulate_piece(fmt, ratio, *tensors).to(weight.dtype)
 
         result = torch.empty_like(weight)
         for index in pieces:
-            result[index] = _simulate_piece(fmt, ratio, *_views_of_piece(tensors, index))
+            result[index] = _simulate_piece(fmt, ratio, *views_of_piece(tensors, index))
         return result
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         # One gradient for the weight, A, B, u and l, where it is asked for.
         tensors = ctx.saved_tensors
-        pieces = _pieces(tensors[0].shape, tensors[0].device)
+        pieces = row_pieces(tensors[0].shape, tensors[0].device)
         if len(pieces) == 1:
             return (None, None, *_gradients_of_piece(ctx, tensors, outputs[0]))
         gradients = [
@@ -169,8 +172,8 @@ class _SimulationInPieces(torch.autograd.Function):
 
         # Add the gradients of the pieces up; A belongs to all pieces of an expert.
         for index in pieces:
-            of_piece = _gradients_of_piece(ctx, _views_of_piece(tensors, index), outputs[0][index])
-            for total, gradient in zip(_views_of_piece(gradients, index), of_piece, strict=True):
+            of_piece = _gradients_of_piece(ctx, views_of_piece(tensors, index), outputs[0][index])
+            for total, gradient in zip(views_of_piece(gradients, index), of_piece, strict=True):
                 if gradient is not None:
                     total += gradient
         return (None, None, *gradients)
@@ -187,32 +190,6 @@ def _gradients_of_piece(ctx: Any, tensors: Sequence[Tensor], output: Tensor) -> 
     leaves = [view for view in views if view.requires_grad]
     gradients = iter(torch.autograd.grad(piece, leaves, output))
     return [next(gradients) if view.requires_grad else None for view in views]
-
-
-def _pieces(shape: Sequence[int], device: torch.device) -> list[tuple[Any, ...]]:
-    """Return the indices of a weight's pieces: blocks of rows; on an accelerator also of experts."""
-    *experts, rows, columns = shape
-    if is_accelerator(device) and experts:
-        at_once = max(1, ACCELERATOR_WEIGHTS_PER_PIECE // (rows * columns))
-        return [
-            (slice(first, first + at_once), slice(None)) for first in range(0, experts[0], at_once)
-        ]
-
-    limit = ACCELERATOR_WEIGHTS_PER_PIECE if is_accelerator(device) else WEIGHTS_PER_PIECE
-    at_once = max(1, limit // columns)
-    blocks = [slice(first, first + at_once) for first in range(0, rows, at_once)]
-    if not experts:
-        return [(block,) for block in blocks]
-    return [(expert, block) for expert in range(experts[0]) for block in blocks]
-
-
-def _views_of_piece(tensors: Sequence[Tensor | None], index: tuple[Any, ...]) -> list[Any]:
-    """Return the views of (weight, A, B, u, l) that belong to a piece; all rows of an expert share A."""
-    experts = index[:-1]
-    return [
-        None if tensor is None else tensor[experts] if position == 1 else tensor[index]
-        for position, tensor in enumerate(tensors)
-    ]
 
 
 def _simulate_piece(
@@ -243,11 +220,12 @@ class BlockLearnables(nn.Module):
 
     Args:
         weights: The block's linear weights by parameter name; only their shapes are read.
-        fmt: Storage format.
+        fmt: Storage format; its type is also that of gains and biases.
         rank: Rank of the correction.
         generator: Source of the initial values.
         sites: Channel scalings to train; alpha starts at one.
         clipping: Train the clipping range; else it is open and stays so.
+        formats: Storage formats of weights that differ; those of 16 bits are stored as they are.
     """
 
     def __init__(
@@ -258,6 +236,8 @@ class BlockLearnables(nn.Module):
         generator: torch.Generator,
         sites: Sequence[ScalingSite] = (),
         clipping: bool = True,
+        *,
+        formats: Mapping[str, WeightFormat] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.fmt = fmt
@@ -266,8 +246,10 @@ class BlockLearnables(nn.Module):
         # Of each linear layer: its correction and its clipping range.
         self.names = tuple(weights)
         self.linears: Any = nn.ModuleList(
-            LinearLearnables(weight.shape, fmt, rank, generator) for weight in weights.values()
+            LinearLearnables(weight.shape, formats.get(name, fmt), rank, generator)
+            for name, weight in weights.items()
         )
+        self.ignored = frozenset(n for n, f in formats.items() if f.bits == UNQUANTIZED_BITS)
         if not clipping:
             for linear in self.linears:
                 nn.init.constant_(linear.upper, OPEN_LOGIT)
@@ -295,7 +277,8 @@ class BlockLearnables(nn.Module):
         # Scaled gains and biases are stored in the checkpoint's type; simulate that too.
         simulated = {name: simulate_storage(value, self.fmt) for name, value in scaled.items()}
         for name, linear in zip(self.names, self.linears, strict=True):
-            weight = scaled.get(name, tensors[name])
+            # A weight that is stored as it is reads back in the checkpoint's type.
+            weight = (simulated if name in self.ignored else scaled).get(name, tensors[name])
             if self.recompute and torch.is_grad_enabled() and not linear.is_rounded:
                 value = linear.forward_in_pieces(weight, ratio)
             else:
@@ -328,18 +311,23 @@ class BlockLearnables(nn.Module):
         """
         stored: dict[str, Tensor | QuantizedWeight] = {}
         for name, value in (dict(tensors) | self.merge(tensors)).items():
-            if rounded and name in self.names and self.fmt.bits != UNQUANTIZED_BITS:
-                linear = self.linear(name)
-                stored[name] = linear.rescaled() or quantize_weight(
-                    value, self.fmt, linear.upper, linear.lower
-                )
-            else:
+            linear = self.linear(name) if rounded and name in self.names else None
+            if linear is None or linear.is_exact:
                 stored[name] = value.to(self.fmt.dtype)
+            else:
+                stored[name] = linear.rescaled() or quantize_weight(
+                    value, linear.fmt, linear.upper, linear.lower
+                )
         return stored
 
     def linear(self, name: str) -> LinearLearnables:
         """Return what is trained for one weight."""
         return self.linears[self.names.index(name)]
+
+    def rounded_formats(self) -> dict[str, WeightFormat]:
+        """Return the storage formats of the weights that are rounded, by name."""
+        pairs = zip(self.names, self.linears, strict=True)
+        return {name: linear.fmt for name, linear in pairs if not linear.is_exact}
 
     def pack_codes(self) -> None:
         """Keep the codes of weights that were solved in closed form packed, in main memory."""
@@ -381,11 +369,11 @@ class BlockLearnables(nn.Module):
             return [{"params": rounded, "lr": lr_range}]
 
         groups = []
-        if self.fmt.bits != UNQUANTIZED_BITS:
-            lora = [p for linear in self.linears for p in (linear.lora_a, linear.lora_b)]
+        if corrected := [linear for linear in self.linears if not linear.is_exact]:
+            lora = [p for linear in corrected for p in (linear.lora_a, linear.lora_b)]
             groups.append({"params": lora, "lr": lr_lora})
             if self.clipping:
-                logits = [p for linear in self.linears for p in (linear.upper, linear.lower)]
+                logits = [p for linear in corrected for p in (linear.upper, linear.lower)]
                 groups.append({"params": logits, "lr": lr_lwc})
         if self.sites:
             groups.append({"params": list(self.factors), "lr": lr_scale})

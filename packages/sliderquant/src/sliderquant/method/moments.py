@@ -9,10 +9,10 @@ float32, batch by batch, and summed in float64.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sliderquant.method.activations import ActivationFormat, fake_quantize_tokens
@@ -94,6 +94,12 @@ class GroupMoments:
     def activity(self) -> Float[Tensor, ""]:
         """Return the sum of the squared inputs: 0 if the layers read nothing, NaN or infinity if bad."""
         return self.second.diagonal().sum()
+
+    def of_rows(self, rows: Int[Tensor, " r"]) -> "GroupMoments":
+        """Return the moments of some rows of the weights."""
+        rows = rows.to(self.weight.device)
+        cross = self.cross if self.through_weight else self.cross[:, rows]
+        return replace(self, weight=self.weight[rows], cross=cross)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
