@@ -40,7 +40,7 @@ from sliderquant.config import ExportConfig
 from sliderquant.method.metrics import perplexity
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from serve_env import python_of
+from serve_env import python_of  # pyright: ignore[reportMissingImports]
 
 PROG = "python -m benchmarks.sliderquant.servers"
 RESULTS = "benchmarks/sliderquant/results/sliderquant-servers.json"

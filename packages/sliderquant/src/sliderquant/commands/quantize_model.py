@@ -60,11 +60,12 @@ class QuantizedModel:
         dtype: torch.dtype,
         original: Mapping[str, Any],
         history: str,
+        activations: ActivationFormat | None,
     ) -> None:
         self.model, self.config = model, config
         self._blocks, self._dtype, self._original = blocks, dtype, original
         self._history, self._identity = history, secrets.token_hex()
-        self._activations: ActivationFormat | None = activation_format(config)
+        self._activations = activations
 
         self.rounding: ActivationRounding | None = None
         if self._activations is not None:
@@ -212,7 +213,7 @@ def quantize_model(
     rounded = any(isinstance(value, PackedCodes) for value in blocks[0].values())
     setattr(model.config, MARK, {"format": "dense", "rounded": rounded})
     history = history_in_memory(config, samples)
-    return QuantizedModel(model, config, blocks, dtype, original, history)
+    return QuantizedModel(model, config, blocks, dtype, original, history, job.activations)
 
 
 def _with_sizes(config: SliderConfig, samples: Int[Tensor, "n t"]) -> SliderConfig:
