@@ -65,6 +65,7 @@ SILENT = Listeners(
     on_block=lambda block: None,
     on_experts=lambda block, counts: None,
     on_rounded=lambda block, strengths: None,
+    on_rare_experts=lambda block, counts, least: None,
 )
 
 

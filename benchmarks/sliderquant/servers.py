@@ -261,7 +261,7 @@ def ask_server(case: Case, folder: Path, request: Mapping[str, Any]) -> dict[str
     question.write_text(json.dumps(request), encoding="utf-8")
     script = Path(__file__).with_name(SERVERS[case.server])
     done = subprocess.run(
-        [python_of(case.server), script, file, question],
+        [python_of(case.server), "-P", script, file, question],  # this folder shadows modules
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -12,7 +12,7 @@ import numpy as np
 
 
 def main(model_file: str, request_file: str) -> None:
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     chunks, length = request["chunks"], len(request["chunks"][0])

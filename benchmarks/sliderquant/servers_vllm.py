@@ -18,7 +18,7 @@ os.environ |= {
 
 
 def main(folder: str, request_file: str) -> None:
-    import vllm
+    import vllm  # pyright: ignore[reportMissingImports]
 
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     answer = {"version": vllm.__version__, "loads": False}
@@ -30,7 +30,7 @@ def main(folder: str, request_file: str) -> None:
 
 
 def measure(folder, request, answer) -> None:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
     # One token of a prompt is left off: vLLM wants room for one more.
     prompts = [{"prompt_token_ids": chunk[:-1]} for chunk in request["chunks"]]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sliderquant
 from effml_common.errors import ConfigError, InputError
 from sliderquant import QuantizeConfig, SliderConfig, quantize, quantize_model
+from sliderquant.adapters.files import load_model
 from sliderquant.adapters.text import begin_tokens, calibration_samples, read_tokens
 from sliderquant.commands import quantize_model as module
 
@@ -26,8 +27,9 @@ METHODS = {
 
 def samples_of(folder: Path, text: Path) -> tuple[Tensor, object]:
     """Return the samples that the command draws, and the tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    stream = read_tokens([str(text)], tokenizer)
+    loaded = load_model(folder)
+    tokenizer = loaded.tokenizer
+    stream = read_tokens([str(text)], tokenizer, loaded.model)
     count, length = SETTINGS["nsamples"], SETTINGS["seqlen"]
     return calibration_samples(stream, count, length, 2, begin_tokens(tokenizer)), tokenizer
 

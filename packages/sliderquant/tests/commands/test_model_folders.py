@@ -50,7 +50,7 @@ def quantize(directory: Path, out: Path, *more: object, text: Path | None = None
 
 def perplexity_in_transformers(model, directory: Path, text: Path) -> float:
     """Perplexity of a model that transformers has loaded, without this package's loaders."""
-    tokens = read_tokens([str(text)], load_any(directory).tokenizer)
+    tokens = read_tokens([str(text)], load_any(directory).tokenizer, model)
     return perplexity(model_logits(model.eval()), chunks(tokens, 64))
 
 
