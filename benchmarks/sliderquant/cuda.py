@@ -21,7 +21,7 @@ from benchmarks.hot_paths import HotPath, Kit, Step
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.simulation import model_logits
 from sliderquant.config import SliderConfig
-from sliderquant.method import learnables, window_training
+from sliderquant.method import pieces, window_training
 from sliderquant.method.block_rounding import round_block_, samples_per_forward
 from sliderquant.method.learnables import BlockLearnables
 from sliderquant.method.metrics import perplexity
@@ -174,7 +174,7 @@ def as_on_a_card(kit: Kit) -> Iterator[None]:
     with (
         mock.patch.object(window_training, "forward_precision") as forward_precision,
         mock.patch.object(window_training, "is_accelerator", return_value=True),
-        mock.patch.object(learnables, "is_accelerator", return_value=True),
+        mock.patch.object(pieces, "is_accelerator", return_value=True),
     ):
         forward_precision.side_effect = lambda device: kit.autocast()
         yield

@@ -1,5 +1,6 @@
 """The ``quantize`` command: model directory in, quantized model directory out."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from effml_common.errors import InputError, memory_advice
@@ -7,7 +8,7 @@ from effml_common.files import atomic_write
 from effml_common.folders import run_folder
 from effml_common.locking import locked_folder
 from effml_common.logging import rank, say
-from effml_common.report import Report, ReportBuilder, write_report
+from effml_common.report import Report, ReportBuilder, Row, write_report
 from sliderquant.adapters.caches import ActivationCache
 from sliderquant.adapters.heap import return_large_blocks
 from sliderquant.adapters.hub import model_directory, model_name
@@ -88,26 +89,33 @@ def _quantize_into(out: Path, config: QuantizeConfig, builder: ReportBuilder) ->
         rows.append(result_row(job))
         publish(job)
 
-    # The figures are known only after the weights are written.
-    files = sorted(path.name for path in out.iterdir() if path.is_file())
+    report = _write_report(job, rows, builder, str(device))
+    loader = "sliderquant.load" if config.format == "native" else "from_pretrained of transformers"
+    say(f"wrote {out}; load it with {loader}")
+    return report
+
+
+def _write_report(job: Job, rows: Sequence[Row], builder: ReportBuilder, device: str) -> Report:
+    """Write the report and the model card; their figures are known once the weights are written."""
+    # What was done, in a line each.
+    config = job.config
     notes = [f"stored as {config.format}; bits per weight counts the packed size", job.begin_note]
     if config.parameters is not None:
         notes.insert(0, f"nothing was calibrated: parameters of {Path(config.parameters).name}")
     elif config.method == "slider":
         notes.insert(0, f"intra_order={config.intra_order}, {INTRA_ORDERS[config.intra_order]}")
     notes += [job.bits] if job.bits else []
-    report = builder.build(rows, device=str(device), seeds=[config.seed], notes=notes, files=files)
-    document = report.to_json()
-    write_report(report, out / "run")
+
+    files = sorted(path.name for path in job.out.iterdir() if path.is_file())
+    report = builder.build(rows, device=device, seeds=[config.seed], notes=notes, files=files)
+    write_report(report, job.out / "run")
     if rank() == 0:
-        part = opened.base_type and f"Only the language part of the {opened.base_type} model"
+        original = job.opened.base_type
+        part = original and f"Only the language part of the {original} model"
         history = history_section(
-            config, document, job.begin_note, job.calib_hashes, part, job.bits
+            config, report.to_json(), job.begin_note, job.calib_hashes, part, job.bits
         )
-        card = model_card(out, model_name(config.model), history)
-        atomic_write(out / "README.md", card)
-    loader = "sliderquant.load" if config.format == "native" else "from_pretrained of transformers"
-    say(f"wrote {out}; load it with {loader}")
+        atomic_write(job.out / "README.md", model_card(job.out, model_name(config.model), history))
     return report
 
 
