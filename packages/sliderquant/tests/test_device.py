@@ -268,17 +268,18 @@ def test_the_estimate_of_a_block_is_within_a_factor_of_two_and_a_half(name, tiny
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(decoder.model.config.vocab_size, (24, 128), generator=generator)
     fmt = WeightFormat(bits=4, group_size=8, sym=True, dtype=torch.float32)
+    learnables = fresh_learnables(decoder, config, torch.float32)
     job = SimpleNamespace(
         config=config,
         decoder=decoder,
         samples=tokens,
+        learnables=learnables,
         plan=make_plan(config, decoder_shape(decoder), decoder.depth),
         formats=[
             dict.fromkeys(decoder.layout(block).linears, fmt) for block in range(decoder.depth)
         ],
     )
     expected = estimates.estimate_seconds(job)
-    learnables = fresh_learnables(decoder, config, torch.float32)
     begin = time.perf_counter()
     calibrate(decoder, tokens, [], learnables, config)
     taken = time.perf_counter() - begin
