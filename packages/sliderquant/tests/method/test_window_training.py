@@ -8,7 +8,7 @@ import torch
 from sliderquant.adapters.decoder import TransformersDecoder
 from sliderquant.adapters.simulation import fresh_learnables, simulated_logits, simulated_weights
 from sliderquant.config import SliderConfig
-from sliderquant.method import learnables as learnables_module
+from sliderquant.method import pieces as pieces_module
 from sliderquant.method import window_passes, window_training
 from sliderquant.method.calibration import calibrate
 from sliderquant.method.decoder import run_blocks
@@ -28,7 +28,7 @@ SETTINGS |= {"batch_size": 2, "epochs": 4, "lr_lora": 1e-3}
 def card_layout(monkeypatch) -> None:
     """The CPU takes whole weights, keeps them in the forward pass, and reads losses late."""
     monkeypatch.setattr(window_training, "RECOMPUTE_ABOVE", 0)
-    for module in (window_training, learnables_module):
+    for module in (window_training, pieces_module):
         monkeypatch.setattr(module, "is_accelerator", lambda device: True)
 
 
