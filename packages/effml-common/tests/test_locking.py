@@ -47,9 +47,14 @@ def test_nothing_stays_but_what_the_run_wrote(tmp_path) -> None:
 
 def test_only_the_first_process_of_several_locks(tmp_path, monkeypatch) -> None:
     with locked_folder(tmp_path):
-        monkeypatch.setenv("RANK", "1")
-        with locked_folder(tmp_path):
+        with pytest.raises(InputError, match="is in use"), locked_folder(tmp_path):
             pass
+        monkeypatch.setenv("RANK", "1")
+        entered = False
+        with locked_folder(tmp_path):
+            entered = True
+        assert entered
+        assert (tmp_path / LOCK).exists()  # the first process's, which the second one left alone
         monkeypatch.delenv("RANK")
 
 

@@ -24,6 +24,14 @@ def native_layers(directory: Path) -> dict[str, dict[str, Path]]:
     return layers
 
 
+def parameter_name(layer: str, formats: Mapping[str, WeightFormat]) -> str:
+    """Return the name in transformers of what ``native_layers`` calls ``layer``.
+
+    Packed tensors are called after the layer; fused experts are parameters without a layer.
+    """
+    return next((name for name in (layer, f"{layer}.weight") if name in formats), layer)
+
+
 def read_parameter(
     layer: str, files: Mapping[str, Path], fmt: WeightFormat | None
 ) -> QuantizedWeight | Tensor:

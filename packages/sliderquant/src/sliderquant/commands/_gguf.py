@@ -1,27 +1,25 @@
 """A native folder as a file for llama.cpp, and what the file's float16 scales cost."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
 
 from effml_common.errors import InputError
 from effml_common.logging import Progress, say, warn
-from sliderquant.adapters.files import LoadedModel
 from sliderquant.adapters.gguf import FILE_NAME, Parameter, check_gguf, write_gguf
 from sliderquant.adapters.gguf_blocks import GgufWeight, gguf_weight
 from sliderquant.adapters.input_files import InputFiles
 from sliderquant.adapters.loading import load_any
 from sliderquant.adapters.native import base_config
-from sliderquant.adapters.native_parameters import native_layers, read_parameter
+from sliderquant.adapters.native_parameters import native_layers, parameter_name, read_parameter
+from sliderquant.commands.bench import unpack_layers_
 from sliderquant.commands.eval import text_perplexity
 from sliderquant.config import ExportConfig
-from sliderquant.method.packed import PackedLinear
-from sliderquant.method.packing import unpacked_weight
+from sliderquant.method.packing import SHAPE
 from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
 
 
@@ -109,16 +107,12 @@ def _parameters(source: Path, formats: Mapping[str, WeightFormat]) -> dict[str, 
     """Return what can be read from a native folder, by the names of transformers."""
     parameters = {}
     for layer, files in native_layers(source).items():
-        name = next((n for n in (layer, f"{layer}.weight") if n in formats), layer)
+        name = parameter_name(layer, formats)
         parameters[name] = _parameter(layer, files, formats.get(name))
     return parameters
 
 
 def _parameter(layer: str, files: Mapping[str, Path], fmt: WeightFormat | None) -> Parameter:
-    from safetensors import safe_open
-
-    from sliderquant.method.packing import SHAPE
-
     suffix = SHAPE if fmt else ""
     with safe_open(files[suffix], framework="pt") as file:
         stored = file.get_slice(f"{layer}.{suffix}" if suffix else layer)
@@ -145,25 +139,5 @@ def _perplexities(source: Path, texts: Sequence[str]) -> dict[str, tuple[float, 
     loaded = load_any(source)
     files = InputFiles().read(texts, "text")
     before = {file.name: text_perplexity(loaded, file) for file in files}
-    rounded = LoadedModel(
-        model=loaded.model, tokenizer=loaded.tokenizer, dtype=loaded.dtype, context=loaded.context
-    )
-    _round_as_file_(loaded.model)
-    return {file.name: (before[file.name], text_perplexity(rounded, file)) for file in files}
-
-
-def _round_as_file_(model: nn.Module) -> None:
-    """Replace packed layers by dense ones with the values of the file."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
-            weight = unpacked_weight(
-                module.get_buffer("weight_packed"),
-                module.get_buffer("weight_scale"),
-                module._buffers["weight_zero_point"],
-                module.in_features,
-                module.fmt,
-            )
-            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(gguf_weight(weight).values, requires_grad=False)
-            linear.bias = copy.copy(module.bias)
-            model.set_submodule(name, linear)
+    unpack_layers_(loaded.model, lambda weight: gguf_weight(weight).values)
+    return {file.name: (before[file.name], text_perplexity(loaded, file)) for file in files}

@@ -17,6 +17,7 @@ from sliderquant.adapters.hub import model_directory
 from sliderquant.adapters.native import load
 from sliderquant.config import BenchConfig
 from sliderquant.method.packed import PackedLinear
+from sliderquant.method.quantizer import QuantizedWeight
 
 NOTES = {
     "torch": "packed layers were timed in plain PyTorch, which dequantizes the weight at every pass "
@@ -101,11 +102,19 @@ def kernel_on(device: torch.device) -> Literal["torch", "triton"]:
     return "triton" if device.type == "cuda" else "torch"
 
 
-def unpack_layers_(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace packed linear layers by dense ones with the same values, in place."""
+def unpack_layers_(
+    model: PreTrainedModel,
+    values_of: Callable[[QuantizedWeight], Tensor] = QuantizedWeight.dequantize,
+) -> PreTrainedModel:
+    """Replace packed linear layers by dense ones, in place.
+
+    Args:
+        model: From ``load``.
+        values_of: Returns the values of a weight; default those that it has when it runs.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
-            weight = module.weight
+            weight = values_of(module.unpack())
             linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
             linear.bias = module.bias

@@ -21,7 +21,7 @@ from sliderquant.adapters.gptq_layout import check_gptq
 from sliderquant.adapters.hub import model_directory
 from sliderquant.adapters.model_writer import ModelWriter
 from sliderquant.adapters.native import base_config, native_formats
-from sliderquant.adapters.native_parameters import native_layers, read_parameter
+from sliderquant.adapters.native_parameters import native_layers, parameter_name, read_parameter
 from sliderquant.adapters.weights import weight_files
 from sliderquant.commands._gguf import GgufCost, export_gguf
 from sliderquant.commands._model_card import gguf_card, history_of, model_card, sizes
@@ -85,11 +85,11 @@ def export(config: ExportConfig) -> ExportResult:
             "quantize with --format native, and export from that"
         )
     formats, activations = native_formats(source, raw)
-    plain = [layer for layer in native_layers(source) if layer not in formats]
+    names = [parameter_name(layer, formats) for layer in native_layers(source)]
+    plain = [name for name in names if name not in formats]
     check_expressible(config.format, formats, activations, plain)
     if config.format == "gptq":
-        layers = [layer.removesuffix(".weight") for layer in native_layers(source)]
-        check_gptq(formats, sum(layer.endswith("_proj") for layer in layers))
+        check_gptq(formats, sum(name.endswith("_proj.weight") for name in names))
 
     # The folder belongs to one source and format; what was published is left as it is.
     main_file, cost = out / (FILE_NAME if config.format == "gguf" else "config.json"), None
@@ -162,6 +162,6 @@ def _batches(
     for inside in by_block.values():
         batch: dict[str, QuantizedWeight | Tensor] = {}
         for layer in inside:
-            name = next((n for n in (layer, f"{layer}.weight") if n in formats), layer)
+            name = parameter_name(layer, formats)
             batch[name] = read_parameter(layer, layers[layer], formats.get(name))
         yield batch

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sliderquant.method.packing import unpacked_weight, words
-from sliderquant.method.quantizer import WeightFormat
+from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
 
 
 def packed_linear(
@@ -57,13 +57,17 @@ class PackedWeight(nn.Module):
     @property
     def weight(self) -> Float[Tensor, "*experts out in"]:
         """The dequantized weight, computed anew at every access."""
+        return self.unpack().dequantize()
+
+    def unpack(self) -> QuantizedWeight:
+        """Return codes and grid."""
         return unpacked_weight(
             self.get_buffer("weight_packed"),
             self.get_buffer("weight_scale"),
             self._buffers["weight_zero_point"],
             self.shape[-1],
             self.fmt,
-        ).dequantize()
+        )
 
     def extra_repr(self) -> str:
         """Shape and format, for printing."""
