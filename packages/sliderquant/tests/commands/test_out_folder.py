@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from effml_common.cli import main
+from effml_common.errors import InputError
 from effml_common.locking import locked_folder
 from sliderquant.cli import COMMANDS
 from sliderquant.commands import quantize as quantize_command
+from sliderquant.commands._out_folder import check_resumable
 
 SMALL = ["--group-size", "8", "--nsamples", "4", "--seqlen", "16"]
 
@@ -193,3 +195,16 @@ def test_the_system_itself_says_that_memory_runs_out(words, tmp_path, monkeypatc
     done = run(*words, "--out", tmp_path / "out", check=2)
     assert "memory ran out" in done.stderr
     shutil.rmtree(tmp_path / "out")
+
+
+def test_what_a_kill_before_the_first_note_leaves_is_no_other_run(tmp_path) -> None:
+    run_folder = tmp_path / "out" / "run"
+    (run_folder / "cache" / "rank-0").mkdir(parents=True)
+    for name in ("lock", ".settings.json.7.tmp"):
+        (run_folder / name).touch()
+    check_resumable(tmp_path / "out", "never")
+    check_resumable(tmp_path / "out", "auto")
+    (run_folder / "report.json").touch()
+    for resume, message in (("never", "is not empty"), ("auto", "holds no run")):
+        with pytest.raises(InputError, match=message):
+            check_resumable(tmp_path / "out", resume)

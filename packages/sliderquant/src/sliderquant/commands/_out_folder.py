@@ -20,6 +20,7 @@ from sliderquant.config import SliderConfig
 from sliderquant.method.parallel import process_count
 
 IDENTITY = "run/settings.json"  # inside the out folder
+CACHE = "cache"  # folder of hidden states inside ``run``
 # What the result does not consist of, but what tells that everything else is there.
 LAST_FILES = ("config.json", "run/report.json", "README.md")
 
@@ -39,10 +40,14 @@ def check_resumable(out: Path, resume: str) -> None:
 
 
 def _is_empty(out: Path) -> bool:
-    """Whether a folder holds nothing, or nothing but the lock of a run."""
+    """Whether a folder holds nothing but what a run leaves that is killed before it has begun."""
     run = (out / LOCK).parent
     names = [path for path in out.iterdir() if path != run] if out.exists() else []
-    return not names and (not run.exists() or all(p == out / LOCK for p in run.iterdir()))
+    inside = list(run.iterdir()) if run.exists() else []
+    return not names and all(
+        path == out / LOCK or path.name == CACHE or (path.name[0] == "." and path.suffix == ".tmp")
+        for path in inside
+    )
 
 
 def run_identity(job: Job) -> dict[str, Any]:

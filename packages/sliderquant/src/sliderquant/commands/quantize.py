@@ -20,6 +20,7 @@ from sliderquant.commands._job import Job, prepare_job
 from sliderquant.commands._measurements import reference_rows, result_row
 from sliderquant.commands._model_card import history_section, model_card
 from sliderquant.commands._out_folder import (
+    CACHE,
     check_resumable,
     claim_folder,
     finished_report,
@@ -59,7 +60,7 @@ def _quantize_into(out: Path, config: QuantizeConfig, builder: ReportBuilder) ->
     """Quantize into a folder that is this run's alone; the report of a finished one is returned."""
     # Windows compute in float32; compensated rounding and rotations need double precision.
     float64 = config.method != "slider" or config.rotate != "none"
-    folder = out / "run" / "cache" if config.cache == "disk" else None
+    folder = out / "run" / CACHE if config.cache == "disk" else None
     with process_group(config.device, float64=float64) as device, ActivationCache(folder) as cache:
         # Read the model and the text; plan what is to be done.
         opened = open_model(
