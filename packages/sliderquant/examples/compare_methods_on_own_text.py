@@ -2,8 +2,9 @@
 
     python compare_methods_on_own_text.py MODEL notes.txt held_out.txt [BITS SAMPLES LENGTH EPOCHS]
 
-Both methods get the same calibration samples and the same format. The windows need hours where
-compensated rounding needs minutes; see what they will cost with ``sliderquant inspect --method slider``.
+Both methods get the same calibration samples and the same format. The windows, which take EPOCHS (2 or
+more), need hours where compensated rounding needs minutes; see what they will cost with
+``sliderquant inspect --method slider``.
 The script writes the folders ``compared-compensated`` and ``compared-slider`` and prints a table.
 """
 
@@ -19,9 +20,9 @@ own_settings = {
     "compensated": {},
     "slider": {"epochs": epochs, "lr_lora": 3e-3, "lr_lwc": 3e-2},
 }
-perplexities = {}
-for method, settings in own_settings.items():
-    config = QuantizeConfig(
+# All settings are checked before the first run starts.
+configs = [
+    QuantizeConfig(
         method=method,
         model=model_folder,
         calib=(calibration_text,),
@@ -36,6 +37,11 @@ for method, settings in own_settings.items():
         batch_size=4,
         **settings,
     )
+    for method, settings in own_settings.items()
+]
+
+perplexities = {}
+for config in configs:
     # Full precision and rounding to the nearest come with every report.
     for row in quantize(config).rows:
         perplexity = next(v[0] for name, v in row.metrics.items() if "perplexity" in name)

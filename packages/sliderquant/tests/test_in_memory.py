@@ -158,6 +158,8 @@ def test_samples_may_come_one_by_one_and_the_format_later(tiny, tokens, tmp_path
         together.save(tmp_path / "dense", format="dense")
     with pytest.raises(ConfigError, match="format is pre-quant; use"):
         together.save(tmp_path / "new", format="pre-quant")
+    with pytest.raises(ConfigError, match="sliderquant export"):
+        together.save(tmp_path / "new", format="gguf")
     with pytest.raises(ConfigError, match="container_bits is 5; give 4"):
         together.save(tmp_path / "new", container_bits=5)
 

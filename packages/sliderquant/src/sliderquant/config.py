@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from effml_common.device import DEVICE_HELP
 from effml_common.parsing import require, setting
-from sliderquant.method_config import FULL_BITS as FULL_BITS
 from sliderquant.method_config import (
+    ADVISED_BITS,
     GGUF_LAYER_REMEDY,
     GROUP_HELP,
     TRAINING_SETTINGS,
@@ -21,6 +21,7 @@ from sliderquant.method_config import (
     check,
     check_least,
 )
+from sliderquant.method_config import FULL_BITS as FULL_BITS
 from sliderquant.method_config import SliderConfig as SliderConfig
 from sliderquant.method_config import WindowConfig as WindowConfig
 
@@ -63,10 +64,10 @@ class QuantizeConfig(SliderConfig):
     container_bits: int | None = setting(None, CONTAINER_HELP)
     sensitivity: str | None = setting(
         None,
-        "report of the sensitivity command, or its folder: what stands out gets sensitive_bits",
+        "report of the sensitivity command, or its folder: what stands out gets more bits",
     )
     sensitive_bits: int | None = setting(
-        None, "bits of the layers that stand out in that report; bits_for and ignore win over it"
+        None, "bits of what stands out in that report, default 8; bits_for and ignore win over it"
     )
     cache: Literal["memory", "disk"] = setting(
         "memory", "where hidden states of the calibration samples live; disk is memory-mapped"
@@ -94,12 +95,9 @@ class QuantizeConfig(SliderConfig):
         self._check_sensitivity()
 
     def _check_sensitivity(self) -> None:
-        """Refuse a report without bits, bits without a report, and bits that no format stores."""
-        require(
-            self.sensitivity is None or self.sensitive_bits is not None,
-            f"sensitivity is {self.sensitivity}, and nothing says how many bits",
-            "add --sensitive-bits, such as 8",
-        )
+        """Set the bits of what stands out; refuse them without a report, and those that none stores."""
+        if self.sensitivity is not None and self.sensitive_bits is None:
+            object.__setattr__(self, "sensitive_bits", ADVISED_BITS)
         require(
             self.sensitivity is not None or self.sensitive_bits is None,
             f"sensitive_bits is {self.sensitive_bits}, and no report says which layers",

@@ -15,6 +15,7 @@ FULL_BITS = 16
 WEIGHT_BITS = (*range(2, 9), FULL_BITS)
 GROUP_HELP = "input columns that share a scale; none for one scale per output row"
 DEFAULT_GROUP = 128
+ADVISED_BITS = 8  # of layers that suffer most from rounding
 GGUF_GROUP = 32  # columns of a block of llama.cpp
 GGUF_LAYER_REMEDY = "give 4, 8 with --sym, or 16, because GGUF stores these exactly"
 # Settings of windows, of what the method slider trains in them, and of what combined trains.

@@ -66,7 +66,9 @@ def test_the_native_model_is_small_and_writes_text(native, model_directory) -> N
     assert isinstance(tokenizer.decode(ids[0]), str)
 
 
-def test_the_card_tells_what_a_reader_must_know(native, text_file, tmp_path) -> None:
+def test_the_card_tells_what_a_reader_must_know(
+    native, model_directory, text_file, tmp_path
+) -> None:
     out = tmp_path / "packed"
     run("export", native, "--out", out, "--container-bits", 4)
     for folder, loading in ((native, "sliderquant.load"), (out, "from_pretrained")):
@@ -75,8 +77,14 @@ def test_the_card_tells_what_a_reader_must_know(native, text_file, tmp_path) -> 
             assert needed in card, (folder, needed)
         assert "the tokenizer puts nothing in front of a text" in card
         assert str(native.parent) not in card
+        assert f'base_model: "{model_directory.name}"' in card
+        assert "epochs 2" in card
+        assert "lr_range" not in card  # no setting of this method
     assert "vllm serve" in card
     assert "not run" in card
+    assert "fewer than 4 bits" not in card
+    run("export", native, "--out", tmp_path / "two")
+    assert "--container-bits 4" in (tmp_path / "two" / "README.md").read_text()
     assert (
         load_file(out / "model.safetensors")["model.layers.0.mlp.up_proj.weight_packed"].shape[1]
         == 8

@@ -275,7 +275,7 @@ def test_what_stands_out_in_a_report_gets_more_bits(
 
     out = tmp_path / "out"
     words = ["quantize", model_directory, "--calib", text_file, *FAST, "--format", "native"]
-    run(*words, "--sensitivity", sensitivity_report, "--sensitive-bits", 8, "--ignore",
+    run(*words, "--sensitivity", sensitivity_report, "--ignore",
         "layers.2.mlp.up_proj", "--bits-for", "layers.0.self_attn.v_proj=5", "--out", out)  # fmt: skip
     config = json.loads((out / "config.json").read_text())
     for name, entry in config["quantization_config"]["weights"].items():

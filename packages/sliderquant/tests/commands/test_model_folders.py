@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from effml_common.cli import main
+from effml_common.errors import InputError
 from sliderquant.adapters.hub import model_directory, model_name
 from sliderquant.adapters.loading import load_any
 from sliderquant.adapters.simulation import model_logits
@@ -229,6 +230,13 @@ def test_a_model_that_is_nowhere_is_one_line(cached, tmp_path, monkeypatch) -> N
     done = run(*commands(Path("org/tiny"), tmp_path)[0], check=2)
     assert "no safetensors weights" in done.stderr
     run(*commands(Path("org/tiny"), tmp_path)[3])  # inspect reads no weight
+
+    # A name beside other models is a path that was mistyped: nothing is fetched.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("sliderquant.adapters.hub.say", pytest.fail)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(InputError, match=r"models/llmaa does not exist.*check the name"):
+        model_directory("models/llmaa")
 
     monkeypatch.setenv("HOME", str(tmp_path))
     assert model_directory("~/source") == tmp_path / "source"

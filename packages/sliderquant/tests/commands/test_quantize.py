@@ -395,6 +395,9 @@ def test_inspect_of_both_phases_counts_blocks_and_windows(model_copy) -> None:
     # The larger phase, and the codes that the second one needs.
     memory = {method: sum(plan["memory_gib"].values()) for method, plan in plans.items()}
     assert memory["combined"] >= max(memory["compensated"], memory["slider"])
+    table = run(*words[:-1]).stdout
+    assert f"{memory['compensated']:.2f} GiB" in table.splitlines()[-2]
+    assert "optimizer updates" not in table  # there are no windows
 
 
 def model_with_scaled_inputs(save, value: float) -> list[object]:

@@ -93,7 +93,9 @@ def test_advice_names_what_stands_out_and_the_share_of_the_ends() -> None:
 
 def test_advice_gives_no_flag_where_nothing_stands_out() -> None:
     damages = [Damage(name=f"block {b}", ppl=0.0, kl=1.0, mse=0.0) for b in range(4)]
-    assert "first and last block" in advice(damages, "kl")[-1]
+    notes = advice(damages, "kl")
+    assert "first and last block" in notes[-1]
+    assert notes[1] == "nothing suffers more than 2 times the median: keep all bits equal"
 
 
 def test_the_command_writes_report_and_plot(model_directory, held_out_file, tmp_path) -> None:

@@ -37,6 +37,13 @@ def model_directory(name: str | Path, *, weights: bool = True) -> Path:
     if isinstance(cached, Path) and _is_complete(cached, weights):
         return cached
 
+    # Beside other local models it is a path that was mistyped, which no hub knows.
+    if path.parent.is_dir():
+        raise InputError(
+            f"model directory {name} does not exist, and no id of the hub is fetched where a folder "
+            f"{path.parent} is; check the name, or fetch the model first with: hf download {name}"
+        )
+
     # Processes that fetch the same file wait for each other there.
     from huggingface_hub import constants
 

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from sliderquant.adapters.gguf import FILE_NAME
 from sliderquant.adapters.weights import tensor_bytes, weight_files
 from sliderquant.commands._measurements import describe_setting
 from sliderquant.config import QuantizeConfig, SliderConfig
-from sliderquant.method_config import TRAINING_SETTINGS
+from sliderquant.method_config import FOREIGN_SETTINGS, TRAINING_SETTINGS
 
 HISTORY_TITLE = "## How it was made"
 _PACKED = (
@@ -152,9 +153,11 @@ def _way(config: SliderConfig) -> str:
 
 
 def _settings(config: SliderConfig) -> dict[str, Any]:
-    """Return the settings of the method; of parameters that were trained elsewhere only the format."""
+    """Return the settings that the method has; of parameters trained elsewhere only the format."""
     elsewhere = isinstance(config, QuantizeConfig) and config.parameters is not None
-    unknown = (*TRAINING_SETTINGS, "range_epochs", "lr_range", "seed") if elsewhere else ()
+    unknown = set(FOREIGN_SETTINGS[config.method])
+    if elsewhere:
+        unknown |= {*TRAINING_SETTINGS, "seed"}
     names = [field.name for field in fields(SliderConfig) if field.name not in unknown]
     settings = {name: getattr(config, name) for name in names}
     patterns = {name: " ".join(settings[name]) or "none" for name in ("bits_for", "ignore")}
@@ -193,12 +196,27 @@ def history_of(directory: str | Path) -> str:
     Raises:
         InputError: If the card is no UTF-8 text.
     """
+    text = _card_text(directory)
+    return text[text.index(HISTORY_TITLE) :] if HISTORY_TITLE in text else ""
+
+
+def _card_text(directory: str | Path) -> str:
     path = Path(directory) / "README.md"
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; restore or remove it") from None
-    return text[text.index(HISTORY_TITLE) :] if HISTORY_TITLE in text else ""
+
+
+def base_model(directory: str | Path) -> str | None:
+    """Return the name of the full-precision model that an existing card gives, if it gives one."""
+    for line in _card_text(directory).splitlines():
+        if line.startswith("base_model: "):
+            name = line.removeprefix("base_model: ")
+            with suppress(ValueError):  # written by hand, a name needs no quotes
+                name = str(json.loads(name))
+            return name
+    return None
 
 
 def model_card(directory: str | Path, base: str, history: str) -> str:
@@ -290,8 +308,9 @@ def _loading(config: Mapping[str, Any], written: str) -> str:
     needed = {"compressed-tensors": "compressed-tensors", "gptq": "gptqmodel"}.get(written)
     extra = f"Needs `pip install {needed}`.\n\n" if needed else ""
     lines = (
-        f"{extra}```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")\n```\n'
+        f"{extra}```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")\n```\n'
     )
     if written == "pre-quant":
         return lines
@@ -304,10 +323,23 @@ def _loading(config: Mapping[str, Any], written: str) -> str:
 
 
 def _vllm_remark(config: Mapping[str, Any]) -> str:
-    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-    weights = [group["weights"] for group in groups]
-    if any(not each["symmetric"] and each["num_bits"] not in (4, 8) for each in weights):
-        return "\nvLLM reads asymmetric weights of 4 and 8 bits only: not these.\n"
-    if any(each["num_bits"] not in (4, 8) for each in weights):
-        return "\nBits other than 4 and 8 need a vLLM with its Humming kernels.\n"
+    """Return what vLLM does not read of the folder, and what it reads instead; may be empty."""
+    quantization = config.get("quantization_config", {})
+    if quantization.get("quant_method") == "gptq" and not quantization["sym"]:
+        return (
+            "\nvLLM 0.32 refused this asymmetric layout, tried on a CPU: export the native folder with "
+            "`--format compressed-tensors` for it.\n"
+        )
+
+    # Bits without a kernel fit into containers that have one.
+    bits = {
+        group["weights"]["num_bits"] for group in quantization.get("config_groups", {}).values()
+    }
+    if min(bits, default=4) < 4:
+        return (
+            "\nvLLM 0.32 refused weights in fewer than 4 bits, tried on a CPU: export the native folder "
+            "with `--container-bits 4` for it.\n"
+        )
+    if not bits <= {4, 8}:
+        return "\nvLLM was tried with weights of 4 and 8 bits alone, not with these.\n"
     return ""

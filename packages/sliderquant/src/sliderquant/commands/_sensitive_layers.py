@@ -10,7 +10,6 @@ from sliderquant.config import SensitivityConfig
 from sliderquant.method.layout import WEIGHT_SUFFIX
 
 OUTSTANDING = 2.0  # times the median: worth more bits
-ADVISED_BITS = 8
 RANKED_BY = "ranked by "  # stands before the metric in the setting of a row
 
 

@@ -24,7 +24,7 @@ from sliderquant.adapters.native import base_config, native_formats
 from sliderquant.adapters.native_parameters import native_layers, parameter_name, read_parameter
 from sliderquant.adapters.weights import weight_files
 from sliderquant.commands._gguf import GgufCost, export_gguf
-from sliderquant.commands._model_card import gguf_card, history_of, model_card, sizes
+from sliderquant.commands._model_card import base_model, gguf_card, history_of, model_card, sizes
 from sliderquant.commands._out_folder import hash_of_files, read_identity, write_identity
 from sliderquant.config import ExportConfig
 from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
@@ -60,7 +60,10 @@ class ExportResult:
 
     def __rich__(self) -> str:
         """Return one line."""
-        parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in self.bytes.items())
+        parts = f"{self.bytes['directory'] / 1e6:.1f} MB"
+        if "linears" in self.bytes:
+            packed, unpacked = self.bytes["linears"] / 1e6, self.bytes["bfloat16"] / 1e6
+            parts += f", of that quantized layers {packed:.1f} MB ({unpacked:.1f} MB in 16 bits)"
         cost = "" if self.cost is None else f"; {self.cost.describe()}"
         return f"wrote {self.out} ({self.format}): {parts}{cost}"
 
@@ -108,7 +111,6 @@ def export(config: ExportConfig) -> ExportResult:
             _write(out, source, config, identity)
         if not (out / "README.md").is_file():
             _write_card(out, source, raw, cost)
-            say(f"wrote {out}")
 
     files = sorted(path.name for path in out.iterdir() if path.is_file())
     is_gguf = config.format == "gguf"
@@ -118,7 +120,7 @@ def export(config: ExportConfig) -> ExportResult:
 
 def _write_card(out: Path, source: Path, raw: Mapping[str, Any], cost: GgufCost | None) -> None:
     """Write the model card, which keeps the history of the source."""
-    base = Path(raw.get("_name_or_path") or source.name).name
+    base = base_model(source) or Path(raw.get("_name_or_path") or source.name).name
     if (out / FILE_NAME).is_file():
         remark = cost.describe() if cost else "scales are stored in float16"
         card = gguf_card(out, base, remark, history_of(source))

@@ -66,17 +66,21 @@ class Plan:
         table = Table(title="calibration plan", show_header=False)
         spans = (f"{w[0]}-{w[-1]}" if len(w) > 1 else str(w[0]) for w in self.windows)
         table.add_row("blocks rounded one after the other", str(self.rounded_blocks))
-        table.add_row("windows", " ".join(spans) or "none")
-        table.add_row("number of windows", str(len(self.windows)))
-        table.add_row("block visits per epoch", str(self.block_visits))
-        table.add_row("intra-layer stages", str(self.stages))
-        table.add_row("optimizer updates", str(self.updates))
+        if self.windows:
+            table.add_row("windows", " ".join(spans))
+            table.add_row("number of windows", str(len(self.windows)))
+            table.add_row("block visits per epoch", str(self.block_visits))
+            table.add_row("intra-layer stages", str(self.stages))
+            table.add_row("optimizer updates", str(self.updates))
         if self.bits_per_weight is not None:
             table.add_row("bits per quantized weight", f"{self.bits_per_weight:.3f}")
         if self.layer_bits is not None:
             table.add_row("bits of layers", self.layer_bits)
         for part, size in (self.memory_gib or {}).items():
             table.add_row(f"memory: {part}", f"{size:.2f} GiB")
+        if self.memory_gib:
+            total = sum(self.memory_gib.values())
+            table.add_row("memory in all, in float32 as on a CPU, at most", f"{total:.2f} GiB")
         return table
 
 

@@ -97,7 +97,9 @@ class QuantizedModel:
             InputError: If ``out`` holds a model.
         """
         # Refuse what nobody could load.
-        require(format in SAVED_FORMATS, f"format is {format}", f"use {', '.join(SAVED_FORMATS)}")
+        exported = "; gguf and gptq come from a native folder, with sliderquant export"
+        remedy = f"use {', '.join(SAVED_FORMATS)}{exported if format in ('gguf', 'gptq') else ''}"
+        require(format in SAVED_FORMATS, f"format is {format}", remedy)
         require(
             container_bits in (None, 4, 8),
             f"container_bits is {container_bits}",

@@ -26,7 +26,6 @@ from sliderquant.adapters.model_folder import open_model
 from sliderquant.adapters.shapes import check_group_size, decoder_shape
 from sliderquant.adapters.text import begin_note, begin_tokens, chunks, read_tokens
 from sliderquant.commands._sensitive_layers import (
-    ADVISED_BITS,
     OUTSTANDING,
     bits_for,
     outstanding,
@@ -34,6 +33,13 @@ from sliderquant.commands._sensitive_layers import (
 )
 from sliderquant.config import SensitivityConfig
 from sliderquant.method.quantizer import WeightFormat, fake_quantize
+from sliderquant.method_config import ADVISED_BITS
+
+METRIC_WORDS = {
+    "kl": "KL divergence from full precision [nats per token]",
+    "ppl": "perplexity above full precision",
+    "mse": "squared error of the last hidden states, relative",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +108,7 @@ def _measure_and_report(config: SensitivityConfig) -> Report:
     figures = _draw(folder, damages, config)
     notes = advice(damages, config.metric) if config.mode == "single" else []
     if notes and "--bits-for" in notes[-1]:
-        say(
-            f"quantize can read this report: --sensitivity {folder.parent} "
-            f"--sensitive-bits {ADVISED_BITS}"
-        )
+        say(f"quantize can read this report: --sensitivity {folder.parent}")
     return builder.write(
         folder,
         [
@@ -246,6 +249,10 @@ def advice(damages: Sequence[Damage], metric: str) -> list[str]:
         notes.append(
             f"more than {OUTSTANDING:g} times the median, keep at more bits: {', '.join(sensitive)}"
         )
+    else:
+        notes.append(
+            f"nothing suffers more than {OUTSTANDING:g} times the median: keep all bits equal"
+        )
     ends = [name for name in values if name.split(" ")[1] in (*_ends(values),)]
     if total > 0:
         share = sum(values[name] for name in ends) / total
@@ -272,13 +279,12 @@ def _draw(folder: Path, damages: Sequence[Damage], config: SensitivityConfig) ->
     figure = Figure(figsize=(wide, 4), layout="constrained")
     panel = figure.subplots()
     values = [getattr(damage, config.metric) for damage in damages]
-    panel.bar(range(len(damages)), values)
-    if min(values) > 0:
-        panel.set_yscale("log")
+    panel.bar(range(len(damages)), values)  # on a linear axis, so that lengths compare
     panel.set_xticks(range(len(damages)), [d.name.partition(" ")[2] for d in damages], rotation=90)
     title = f"W{config.wbits} round-to-nearest, "
     title += "all blocks up to this one" if config.mode == "prefix" else "this one alone"
-    panel.set(xlabel="block", ylabel=config.metric, title=title)
+    label = "layer" if config.by == "linear" else "block"
+    panel.set(xlabel=label, ylabel=METRIC_WORDS[config.metric], title=title)
     path = folder / "sensitivity.png"
     figure.savefig(path, dpi=120)
     return [path]
