@@ -31,9 +31,9 @@ NAMES = {
     "awq": "AWQ",
     "autoround": "AutoRound",
     "autoround-ext": "AutoRound, extended",
-    "compensated": "sliderquant, compensated",
-    "combined": "sliderquant, compensated + windows",
-    "slider": "sliderquant, windows",
+    "compensated": "sliderquant: compensated",
+    "combined": "sliderquant: combined",
+    "slider": "sliderquant: slider",
     FULL: FULL,
 }
 UNCALIBRATED = ("rtn", "hqq")  # their one run stands beside every seed
@@ -51,6 +51,7 @@ TITLES = {
     "W2": "2 bits, one scale per row",
     "W4A4": "4 bits, activations too",
 }
+TEXT_NAMES = {"python-docs": "Python's documentation", "prose": "Debian's handbook"}  # for Gemma
 EARLIER = " (earlier code)"  # behind the name of a row whose code has changed since
 WIDE = 3.0  # times the smallest perplexity: then a logarithmic axis
 BROKEN = 1000.0  # times full precision: beyond it an arrow, however good the others are
@@ -328,7 +329,8 @@ def _picture(path: Path, rows: Sequence[Entry]) -> Path:
             _draw_panel(panel, here, text, levels, handles)
             panel.set_title(TITLES[setting] if line == 0 else "")
             panel.set_xlabel("CPU seconds" if line == len(texts) - 1 else "")
-            panel.set_ylabel(f"perplexity, {text}" if column == 0 else "")
+            words = TEXT_NAMES.get(text, text) if rows[0].model == "gemma" else text
+            panel.set_ylabel(f"perplexity, {words}" if column == 0 else "")
 
     names = [name for name in (FULL, *FUNCTIONS) if name in handles]
     figure.legend(
