@@ -140,6 +140,15 @@ def test_what_cannot_be_read_is_one_line_with_the_place(
     assert "\n" not in str(caught.value)
 
 
+def test_a_pipe_is_refused_where_several_processes_would_share_it(tmp_path, monkeypatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        InputError, match="pipe is no file on a disk, and 2 processes read it; write"
+    ):
+        InputFiles().read([str(tmp_path / "pipe")])
+
+
 def test_what_calls_a_tool_has_no_content(tmp_path) -> None:
     message = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     (tmp_path / "a.json").write_text(json.dumps({"messages": [message]}))

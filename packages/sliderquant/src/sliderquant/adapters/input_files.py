@@ -18,6 +18,7 @@ from typing import Any
 from effml_common.errors import InputError
 from effml_common.logging import warn
 from sliderquant.adapters import data_sets
+from sliderquant.adapters.processes import started_processes
 from sliderquant.adapters.reasons import reason_of
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -158,6 +159,10 @@ def _read_input(path: str) -> InputFile:
     ending = place.suffix.lower()
     if remedy := _REFUSED_ENDINGS.get(ending):
         raise InputError(f"{path}: a file of the kind {ending} is not read as text; {remedy}")
+    if (count := started_processes()) > 1 and place.exists() and not place.is_file():
+        raise InputError(  # each of them would get a part of what a pipe holds
+            f"{path} is no file on a disk, and {count} processes read it; write its text to a file"
+        )
     try:
         data = place.read_bytes()
     except OSError as error:
