@@ -405,8 +405,14 @@ def test_any_config_loads_back_equal(tmp_path_factory, **values) -> None:
         (IsADirectoryError(21, "Is a directory", "a"), "a: is a directory; check the path"),
         (OSError(28, "No space left on device"), "no space left on device; free some space"),
         (OSError(30, "Read-only file system", "c"), "c: read-only file system; check its"),
+        (OSError(27, "File too large", "d"), "d: file too large; raise the limit (ulimit -f)"),
+        (OSError(5, "Input/output error", "e"), "e: input/output error; check the disk"),
+        (
+            OSError(40, "Too many levels", "f"),
+            "f: too many levels of symbolic links; check the path",
+        ),
     ],
-    ids=["permission", "folder", "full", "read-only"],
+    ids=["permission", "folder", "full", "read-only", "too large", "broken disk", "loop"],
 )
 def test_errors_of_the_file_system_name_the_path(error, told, capsys, monkeypatch) -> None:
     monkeypatch.setitem(ERRORS, "disk", error)

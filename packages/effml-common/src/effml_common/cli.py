@@ -24,10 +24,13 @@ from effml_common.logging import jsonable, rank, set_quiet
 from effml_common.parsing import COMMON_FLAGS, did_you_mean, one_line, parse
 
 # Errors of the file system that come from what the user named, not from a fault of ours.
-_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+_DISK = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN)
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another disk"),
     **dict.fromkeys(_PATH, "check the path"),
+    **dict.fromkeys(_DISK, "check the disk, or choose another one"),
+    errno.EFBIG: "raise the limit (ulimit -f), or choose another disk",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions"),
 }
 _MEMORY_REMEDY = "lower the batch size or use a machine with more memory"

@@ -49,6 +49,16 @@ def drop_weight(directory) -> None:
     edit_weights(directory, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
 
 
+def store_codes(dtype):
+    """Weights in a type of quantized models, whose scales and config were lost."""
+
+    def change(tensors) -> None:
+        name = "model.layers.2.mlp.up_proj.weight"
+        tensors[name] = (tensors[name] * 100).to(dtype)
+
+    return lambda directory: edit_weights(directory, change)
+
+
 def reshape_weight(directory) -> None:
     def change(tensors) -> None:
         name = "model.layers.2.mlp.up_proj.weight"
@@ -84,7 +94,11 @@ def stream(directory) -> None:
         (poison(float("nan")), r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"),
         (poison(float("-inf")), "NaN or infinity"),
         (drop_weight, r"lacks 1 weights, such as model\.layers\.2\.mlp\.up_proj"),
-        (reshape_weight, "cannot be loaded"),
+        (reshape_weight, r"up_proj\.weight has shape \[\d+, \d+\], its config asks for \["),
+        (store_codes(torch.int8), r"up_proj\.weight as I8, a type of quantized models"),
+        (store_codes(torch.float8_e4m3fn), "as F8_E4M3, a type of quantized models"),
+        (lambda d: edit_config(d, num_hidden_layers=0), "num_hidden_layers is 0"),
+        (lambda d: edit_config(d, text_config="odd"), r"cannot be \w+.* \(.*\); restore"),
         (pickle_weights, "no safetensors"),
         (lambda d: (d / "tokenizer.json").write_text("{"), "no usable tokenizer"),
     ],
@@ -96,6 +110,45 @@ def test_damaged_directories_are_named_in_one_line(model_copy, damage, message, 
         read(model_copy)
     assert "\n" not in str(caught.value)
     assert "; " in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [load_model, stream], ids=["whole", "streamed"])
+def test_weights_that_the_config_has_no_place_for_are_named(model_copy, read, capsys) -> None:
+    read(model_copy)
+    assert "no place for" not in capsys.readouterr().err
+
+    # Buffers of former versions belong to every model; blocks and adapters do not.
+    prefix = "model.layers.0.self_attn."
+    edit_weights(
+        model_copy, lambda tensors: tensors.update({f"{prefix}rotary_emb.inv_freq": torch.ones(4)})
+    )
+    read(model_copy)
+    assert "no place for" not in capsys.readouterr().err
+    edit_config(model_copy, num_hidden_layers=4)
+    read(model_copy)
+    told = capsys.readouterr().err
+    assert "holds 9 weights that its config.json has no place for, such as model.layers.4." in told
+    edit_config(model_copy, num_hidden_layers=5)
+    edit_weights(
+        model_copy,
+        lambda tensors: tensors.update({f"{prefix}q_proj.lora_A.weight": torch.ones(4, 4)}),
+    )
+    read(model_copy)
+    assert "holds 1 weights that its config.json" in (told := capsys.readouterr().err)
+    assert "q_proj.lora_A.weight" in told
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, r"needs another library \(.*\); install it"),
+        ("odd", "quantization_config is 'odd'; restore it"),
+    ],
+)
+def test_quantizations_that_cannot_be_read_are_one_line(model_copy, quantization, message) -> None:
+    edit_config(model_copy, quantization_config=quantization)
+    with pytest.raises(InputError, match=message):
+        load_any(model_copy)
 
 
 @pytest.mark.parametrize("trusted", [False, True])

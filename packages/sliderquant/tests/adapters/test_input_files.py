@@ -64,10 +64,15 @@ def test_a_byte_order_mark_is_no_part_of_the_text(name, tmp_path) -> None:
 def test_text_that_looks_like_records_is_pointed_out(tmp_path, capsys) -> None:
     (tmp_path / "a.txt").write_text(lines_of(RECORDS))
     (tmp_path / "b.txt").write_text('{"data": 1}\n')
+    (tmp_path / "c.txt").write_text("[1, 2]")
+    (tmp_path / "d.txt").write_text(json.dumps(RECORDS, indent=1))
     assert texts_of(tmp_path / "a.txt") == [lines_of(RECORDS)]
     assert "a.txt is read as one plain text, but looks like JSON lines" in capsys.readouterr().err
-    texts_of(tmp_path / "b.txt")
-    assert capsys.readouterr().err == ""
+    for name in ("b.txt", "c.txt"):
+        texts_of(tmp_path / name)
+        assert capsys.readouterr().err == ""
+    texts_of(tmp_path / "d.txt")
+    assert "looks like a JSON array; name it .json if it is" in capsys.readouterr().err
 
 
 BAD = [
@@ -86,6 +91,17 @@ BAD = [
     ("a.json", b'{"data": [{"text": "x"}]}', "a.json: neither 'text' nor 'messages'"),
     ("a.json", b'[{"text": "x"}, "y"]', "a.json (record 2): neither 'text' nor 'messages'"),
     ("a.json", b"", "a.json (line 1): no JSON ("),
+    (
+        "a.jsonl",
+        b'{"messages": [{"from": "human", "value": "x"}]}',
+        "a.jsonl (line 1): message 1 has no 'role'; give objects with",
+    ),
+    ("a.jsonl", b'{"messages": ["x"]}', "a.jsonl (line 1): message 1 has no 'role'"),
+    (
+        "a.json",
+        b'[{"messages": [{"role": "a", "content": "x"}, {"role": "b", "content": null}]}]',
+        "a.json (record 1): message 2 has no 'content'",
+    ),
     ("a.json", b"7", "a.json: neither 'text' nor 'messages'"),
     ("a.txt", b"ab\ncd\xff\n", "a.txt (line 2): not UTF-8 text (invalid start byte); "),
     ("a.txt", b"ab\n\0cd", "a.txt (line 2): a zero byte"),
@@ -124,7 +140,25 @@ def test_what_cannot_be_read_is_one_line_with_the_place(
     assert "\n" not in str(caught.value)
 
 
+def test_a_pipe_is_refused_where_several_processes_would_share_it(tmp_path, monkeypatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        InputError, match="pipe is no file on a disk, and 2 processes read it; write"
+    ):
+        InputFiles().read([str(tmp_path / "pipe")])
+
+
+def test_what_calls_a_tool_has_no_content(tmp_path) -> None:
+    message = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    (tmp_path / "a.json").write_text(json.dumps({"messages": [message]}))
+    (file,) = InputFiles().read([str(tmp_path / "a.json")])
+    assert file.records[0].value["messages"] == [message]
+
+
 def test_missing_files_and_folders_are_named(tmp_path) -> None:
+    with pytest.raises(InputError, match="calib names a file without a name; give its path"):
+        InputFiles().read([""], "calib")
     with pytest.raises(InputError, match=r"nowhere.txt cannot be read \(No such file or dir"):
         InputFiles().read([str(tmp_path / "nowhere.txt")])
     with pytest.raises(InputError, match="is a folder; give files"):

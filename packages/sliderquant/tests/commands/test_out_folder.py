@@ -124,6 +124,29 @@ def test_a_run_whose_report_is_missing_writes_it_again(finished, words) -> None:
     assert after["sliderquant.safetensors"] == before["sliderquant.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["sliderquant.safetensors", "tokenizer.json"])
+def test_a_finished_run_that_lost_a_file_is_not_called_unchanged(finished, words, name) -> None:
+    (finished / name).unlink()
+    done = run(*words, "--out", finished, "--resume", "auto", check=2)
+    assert f"is finished, but {name} is lost; restore it" in done.stderr
+
+
+def test_a_finished_folder_whose_weights_are_cut_is_not_called_unchanged(
+    finished, words, tmp_path
+) -> None:
+    exported = tmp_path / "dense"
+    run("export", finished, "--format", "dense", "--out", exported)
+    for path in (exported / "model.safetensors", finished / "sliderquant.safetensors"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-8])
+        if path.parent == exported:
+            done = run("export", finished, "--format", "dense", "--out", exported, check=2)
+        else:
+            done = run(*words, "--out", finished, "--resume", "auto", check=2)
+        assert f"{path.name} is damaged" in done.stderr
+        path.write_bytes(whole)
+
+
 def test_a_folder_in_use_is_refused_at_once(finished, words, tmp_path) -> None:
     before = contents(finished)
     with locked_folder(finished), locked_folder(tmp_path / "new"):

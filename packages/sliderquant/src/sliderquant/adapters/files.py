@@ -27,7 +27,14 @@ from effml_common.logging import say, warn
 from sliderquant.adapters.families import FAMILIES, family_of
 from sliderquant.adapters.formats import MARK
 from sliderquant.adapters.reasons import input_errors
-from sliderquant.adapters.weights import RENAMED_PREFIXES, language_tensors, refuse_missing
+from sliderquant.adapters.weights import (
+    RENAMED_PREFIXES,
+    language_name,
+    language_tensors,
+    refuse_missing,
+    refuse_shape,
+    warn_of_unused,
+)
 
 # How attention is computed without further packages, in any type; ``None`` lets transformers choose.
 PLAIN_ATTENTION = (None, "eager", "sdpa")
@@ -101,8 +108,14 @@ def load_config(
         )
 
     # The language model in it, of a family that is known, computed with what is installed.
-    language = _language_config(config)
+    with input_errors(f"{directory}/config.json cannot be read", "restore it"):
+        language = _language_config(config)
     family_of(language.model_type)
+    if language.num_hidden_layers < 1:
+        raise InputError(
+            f"{directory}/config.json: num_hidden_layers is {language.num_hidden_layers}; "
+            "give a model with 1 or more"
+        )
     if language is not config:
         say(
             f"{directory}: {config.model_type} is read for its language part, {language.model_type}"
@@ -189,8 +202,10 @@ def _refuse_quantized(directory: str | Path, raw: dict[str, Any]) -> None:
     Raises:
         InputError: If the weights were rounded.
     """
-    mark, parts = raw.get(MARK), (raw, raw.get("text_config") or {})
-    quantized = any(part.get("quantization_config") is not None for part in parts)
+    mark, parts = raw.get(MARK), (raw, raw.get("text_config"))
+    quantized = any(
+        part.get("quantization_config") is not None for part in parts if isinstance(part, dict)
+    )
     if quantized or (isinstance(mark, dict) and mark.get("rounded")):
         raise InputError(
             f"{directory} is quantized already; quantize the full-precision model instead"
@@ -246,12 +261,16 @@ def load_model(
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,  # else transformers asks on the terminal
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
         model, info = loaded
 
-    # transformers fills in what is missing with random values; here it is an error, as is a NaN.
+    # transformers fills in what does not fit with random values; here it is an error, as is a NaN.
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        refuse_shape(directory, name, stored, expected)
     refuse_missing(info["missing_keys"], directory)
+    warn_of_unused({language_name(name) for name in info["unexpected_keys"]}, directory)
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise InputError(f"weight {name} holds NaN or infinity; use an intact checkpoint")

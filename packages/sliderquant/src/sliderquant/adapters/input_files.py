@@ -18,6 +18,7 @@ from typing import Any
 from effml_common.errors import InputError
 from effml_common.logging import warn
 from sliderquant.adapters import data_sets
+from sliderquant.adapters.processes import started_processes
 from sliderquant.adapters.reasons import reason_of
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -92,7 +93,9 @@ class InputFiles:
         Raises:
             InputError: If something cannot be used, or is given twice.
         """
-        # The very same file would count twice.
+        # An empty path would be the working folder, and the very same file would count twice.
+        if "" in paths:
+            raise InputError(f"{setting} names a file without a name; give its path")
         keys = [_identity(path) for path in paths]
         for number, key in enumerate(keys):
             if (first := keys.index(key)) < number:
@@ -156,6 +159,10 @@ def _read_input(path: str) -> InputFile:
     ending = place.suffix.lower()
     if remedy := _REFUSED_ENDINGS.get(ending):
         raise InputError(f"{path}: a file of the kind {ending} is not read as text; {remedy}")
+    if (count := started_processes()) > 1 and place.exists() and not place.is_file():
+        raise InputError(  # each of them would get a part of what a pipe holds
+            f"{path} is no file on a disk, and {count} processes read it; write its text to a file"
+        )
     try:
         data = place.read_bytes()
     except OSError as error:
@@ -252,23 +259,41 @@ def _parse_json(text: str, path: str, remedy: str, line: int | None = None) -> A
 
 def _checked(value: Any, place: str) -> Record:
     """Return a record that has ``text`` or ``messages``."""
-    if isinstance(value, Mapping) and (
-        isinstance(value.get("text"), str) or isinstance(value.get("messages"), list)
-    ):
-        return Record(value=value, place=place)
+    if isinstance(value, Mapping):
+        if isinstance(value.get("text"), str):
+            return Record(value=value, place=place)
+        if isinstance(value.get("messages"), list):
+            _check_messages(value["messages"], place)
+            return Record(value=value, place=place)
     raise InputError(
         f"{place}: neither 'text' nor 'messages' in it; give records with a string or a list of them"
     )
 
 
+def _check_messages(messages: Sequence[Any], place: str) -> None:
+    """Refuse messages of another layout: chat templates write nothing for a key that is not there."""
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise InputError(
+                f"{place}: message {number} has no 'role'; give objects with 'role' and 'content'"
+            )
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise InputError(
+                f"{place}: message {number} has no 'content'; give objects with 'role' and 'content'"
+            )
+
+
 def _warn_of_json(text: str, path: str) -> None:
     """Say so where a plain text, as from a pipe, looks like records, which its ending would tell."""
-    first = text.lstrip().partition("\n")[0]
-    if first.startswith("{"):
-        try:
-            _checked(json.loads(first), path)
-        except (ValueError, RecursionError):  # an InputError is a ValueError
-            return
-        warn(
-            f"{path} is read as one plain text, but looks like JSON lines; name it .jsonl if it is"
-        )
+    # One record per line, or one array: nothing else in a file of records begins like this.
+    start = text.lstrip()[:1]
+    kind, ending = ("a JSON array", ".json") if start == "[" else ("JSON lines", ".jsonl")
+    first = text if start == "[" else text.lstrip().partition("\n")[0]
+    if start not in ("{", "["):
+        return
+    try:
+        value = json.loads(first)
+        _checked(value[0] if isinstance(value, list) else value, path)
+    except (ValueError, RecursionError, IndexError):  # an InputError is a ValueError
+        return
+    warn(f"{path} is read as one plain text, but looks like {kind}; name it {ending} if it is")

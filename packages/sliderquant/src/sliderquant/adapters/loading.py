@@ -43,7 +43,10 @@ def load_any(
         return load_model(directory, device, allow_rounded=True, upcast=upcast)
 
     # Packed weights stay packed; what is computed with them is float32 if asked.
-    model = load(directory, torch.device(device)) if native else _load_compressed(directory, device)
+    if native:
+        model = load(directory, torch.device(device))
+    else:
+        model = _load_compressed(directory, raw["quantization_config"], device)
     dtype = model.dtype
     if upcast:
         _cast_(model, torch.float32)
@@ -55,8 +58,15 @@ def load_any(
     )
 
 
-def _load_compressed(directory: Path, device: torch.device | str) -> PreTrainedModel:
+def _load_compressed(
+    directory: Path, quantization: Any, device: torch.device | str
+) -> PreTrainedModel:
     """Load what transformers' own quantizers load; compressed-tensors unpacks at the first pass."""
+    if not isinstance(quantization, dict):
+        raise InputError(
+            f"{directory}/config.json: quantization_config is {quantization!r}; restore it"
+        )
+
     # compressed-tensors draws four progress bars on stderr.
     with (
         input_errors(f"{directory} cannot be loaded", "restore its files"),
@@ -73,9 +83,11 @@ def _load_compressed(directory: Path, device: torch.device | str) -> PreTrainedM
                 output_loading_info=True,
             )
         except ImportError as error:
+            remedy = "install it"
+            if quantization.get("quant_method") == "compressed-tensors":
+                remedy = "pip install 'sliderquant[ct]'"
             raise InputError(
-                f"{directory} needs another library ({reason_of(error)}); "
-                "pip install 'sliderquant[ct]'"
+                f"{directory} needs another library ({reason_of(error)}); {remedy}"
             ) from None
         model, info = loaded
 

@@ -27,7 +27,7 @@ from sliderquant.adapters.families import (
 )
 from sliderquant.adapters.files import quiet_transformers
 from sliderquant.adapters.reasons import input_errors
-from sliderquant.adapters.weights import StoredTensor, refuse_missing
+from sliderquant.adapters.weights import StoredTensor, refuse_missing, refuse_shape, warn_of_unused
 from sliderquant.method.rotation import rotate_block, rotate_rows
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -144,10 +144,8 @@ class CheckpointParameters:
         refuse_missing(missing, directory)
         for name, shape in expected.items():
             if shape and shape != self._shapes[name]:
-                raise InputError(
-                    f"{directory} cannot be loaded ({name} has shape {list(self._shapes[name])}, its "
-                    f"config asks for {list(shape)}); restore its files"
-                )
+                refuse_shape(directory, name, self._shapes[name], shape)
+        warn_of_unused(self._files.keys() - self._expected, directory)
 
     def _stored_names(self, block: int, name: str) -> list[str]:
         """Return the names in the files of one parameter: itself, or the pieces of fused experts."""

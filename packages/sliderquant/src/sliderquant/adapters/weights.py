@@ -8,12 +8,13 @@ counts is what transformers itself would load: the one file ``model.safetensors`
 import json
 import re
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from effml_common.errors import InputError
+from effml_common.logging import warn
 from sliderquant.adapters.formats import NATIVE_TYPE
 from sliderquant.adapters.reasons import input_errors
 
@@ -25,6 +26,10 @@ RENAMED_PREFIXES = {
     r"^language_model\.lm_head\.": "lm_head.",
     r"^(?=(?:embed_tokens|layers|norm)\.)": "model.",
 }
+# Types of weights in full precision, as safetensors calls them.
+FULL_PRECISION = ("F64", "F32", "F16", "BF16")
+_OLD_BUFFERS = "rotary_emb.inv_freq"  # that files of former versions hold, and models compute
+_LANGUAGE_PART = re.compile(r"(model\.(embed_tokens|layers|norm)|lm_head)\.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,12 +41,14 @@ class StoredTensor:
         name: Its name in that file.
         shape: Its shape.
         nbytes: Its size in the file, in bytes.
+        dtype: Its type, as safetensors calls it, such as ``BF16``.
     """
 
     path: Path
     name: str
     shape: tuple[int, ...]
     nbytes: int
+    dtype: str
 
 
 def weight_files(directory: str | Path) -> list[Path]:
@@ -88,12 +95,12 @@ def stored_tensors(directory: str | Path) -> dict[str, StoredTensor]:
     # Every tensor of the model's files has one place.
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(directory):
-        for name, (shape, nbytes) in _read_header(path).items():
+        for name, tensor in _read_header(path).items():
             if name in tensors:
                 raise InputError(
                     f"{path} holds {name}, and so does {tensors[name].path.name}; keep one of them"
                 )
-            tensors[name] = StoredTensor(path=path, name=name, shape=shape, nbytes=nbytes)
+            tensors[name] = tensor
 
     # The index and the files agree.
     index = _main_file(Path(directory))
@@ -108,7 +115,7 @@ def language_tensors(directory: str | Path) -> dict[str, StoredTensor]:
     """Return where each tensor lies, by its name in the causal language model.
 
     Raises:
-        InputError: See ``stored_tensors``.
+        InputError: See ``stored_tensors``; or if a weight is stored in a type of quantized models.
     """
     renamed: dict[str, StoredTensor] = {}
     for name, tensor in stored_tensors(directory).items():
@@ -117,6 +124,14 @@ def language_tensors(directory: str | Path) -> dict[str, StoredTensor]:
             raise InputError(
                 f"{directory} holds both {known.name} and {name}, which are the same weight; "
                 "keep one of them"
+            )
+
+    # Codes without their scales would be taken for weights: a lost entry of config.json does that.
+    for name, tensor in renamed.items():
+        if _LANGUAGE_PART.match(name) and tensor.dtype not in FULL_PRECISION:
+            raise InputError(
+                f"{tensor.path} holds {tensor.name} as {tensor.dtype}, a type of quantized models, and "
+                "config.json names no quantization; give weights in float32, float16 or bfloat16"
             )
     return renamed
 
@@ -178,8 +193,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         return files
 
 
-def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Return shape and size of each tensor of a file, and see that the file has its whole length."""
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return what a file says of each tensor, and see that the file has its whole length."""
     with input_errors(f"{path} is damaged", "copy it again"), path.open("rb") as file:
         # Its length, the header in JSON, then the tensors up to the end.
         (length,) = struct.unpack("<Q", file.read(8))
@@ -189,13 +204,20 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
         header: dict[str, Any] = json.loads(file.read(length))
         header.pop("__metadata__", None)
 
-        entries = {
-            name: (tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()
-        }
-        needed = max((end for _, _, end in entries.values()), default=0)
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            tensors[name] = StoredTensor(
+                path=path,
+                name=name,
+                shape=tuple(entry["shape"]),
+                nbytes=end - begin,
+                dtype=entry["dtype"],
+            )
+        needed = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if needed != available:
             raise ValueError(f"{available} bytes of tensors, its header says {needed}")
-        return {name: (shape, end - begin) for name, (shape, begin, end) in entries.items()}
+        return tensors
 
 
 def refuse_missing(names: Collection[str], directory: Path) -> None:
@@ -203,4 +225,29 @@ def refuse_missing(names: Collection[str], directory: Path) -> None:
     if names:
         raise InputError(
             f"{directory} lacks {len(names)} weights, such as {min(names)}; restore its files"
+        )
+
+
+def refuse_shape(
+    directory: Path, name: str, stored: Sequence[int], expected: Sequence[int]
+) -> NoReturn:
+    """Raise InputError that names a weight whose shape is not that of the config."""
+    raise InputError(
+        f"{directory} cannot be loaded ({name} has shape {list(stored)}, its config asks for "
+        f"{list(expected)}); restore its files"
+    )
+
+
+def warn_of_unused(names: Collection[str], directory: Path) -> None:
+    """Warn that a folder holds weights of which its config knows nothing, as transformers does.
+
+    Args:
+        names: Of the tensors, in the language model; what else the folder holds is left alone.
+        directory: For the message.
+    """
+    unused = [n for n in names if _LANGUAGE_PART.match(n) and not n.endswith(_OLD_BUFFERS)]
+    if unused:
+        warn(
+            f"{directory} holds {len(unused)} weights that its config.json has no place for, such as "
+            f"{min(unused)}; they are left out, so check that the two belong together"
         )

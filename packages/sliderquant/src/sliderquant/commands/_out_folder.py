@@ -15,6 +15,7 @@ from effml_common.locking import LOCK
 from effml_common.logging import jsonable, rank
 from effml_common.report import Report, Row
 from sliderquant.adapters.processes import wait_for_all
+from sliderquant.adapters.weights import stored_tensors
 from sliderquant.commands._job import Job
 from sliderquant.config import SliderConfig
 from sliderquant.method.parallel import process_count
@@ -118,11 +119,16 @@ def read_identity(out: Path) -> dict[str, Any] | None:
 
 
 def finished_report(out: Path) -> Report | None:
-    """Return the report of a finished run, ``None`` of any other."""
+    """Return the report of a finished run, ``None`` of any other.
+
+    Raises:
+        InputError: If files of the result have been lost or damaged since.
+    """
     if not all((out / name).is_file() for name in LAST_FILES):
         return None
     try:
         document = json.loads((out / "run" / "report.json").read_text(encoding="utf-8"))
+        lost = [name for name in document["files"] if not (out / name).is_file()]
         document.pop("schema")
         rows = [
             Row(
@@ -135,6 +141,14 @@ def finished_report(out: Path) -> Report | None:
             )
             for row in document["rows"]
         ]
-        return Report(**{**document, "rows": rows, "claims": ()})
+        report = Report(**{**document, "rows": rows, "claims": ()})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None  # whatever it is, the run writes a new one
+
+    # That it was finished once says nothing about what has become of its files.
+    if lost:
+        raise InputError(
+            f"{out} is finished, but {lost[0]} is lost; restore it, or choose another --out"
+        )
+    stored_tensors(out)
+    return report

@@ -22,7 +22,7 @@ from sliderquant.adapters.hub import model_directory
 from sliderquant.adapters.model_writer import ModelWriter
 from sliderquant.adapters.native import base_config, native_formats
 from sliderquant.adapters.native_parameters import native_layers, parameter_name, read_parameter
-from sliderquant.adapters.weights import weight_files
+from sliderquant.adapters.weights import stored_tensors, weight_files
 from sliderquant.commands._gguf import GgufCost, export_gguf
 from sliderquant.commands._model_card import base_model, gguf_card, history_of, model_card, sizes
 from sliderquant.commands._out_folder import hash_of_files, read_identity, write_identity
@@ -103,6 +103,8 @@ def export(config: ExportConfig) -> ExportResult:
             "container_bits": config.container_bits,
         }
         if main_file.is_file() and read_identity(out) == identity:
+            if config.format != "gguf":
+                stored_tensors(out)  # what was finished once may have lost a file since
             say(f"{out} is finished already and unchanged")
         elif config.format == "gguf":  # a file of its own, not a folder of safetensors
             cost = export_gguf(config, source, out, raw, formats)
