@@ -139,3 +139,16 @@ def test_quantize_names_the_way_to_formats_of_export(name, way, capsys) -> None:
         f"error: format {name} is written by export; use {way}, then "
         f"`sliderquant export --format {name}`\n"
     )
+
+
+def test_codes_for_llama_cpp_are_timed_in_the_type_of_the_model(
+    quantized, tmp_path, capsys
+) -> None:
+    native = quantized("llama", "--for", "gguf")
+    words = ["bench", native, "--prompt", 4, "--repeats", 1, "--out", tmp_path / "bench"]
+    run(*words, "--tokens", 2)
+    capsys.readouterr()
+    run(*words, "--tokens", 64, code=2)
+    assert "error: tokens is 64, and the model reads 64 with the prompt; lower --tokens" in (
+        capsys.readouterr().err
+    )
