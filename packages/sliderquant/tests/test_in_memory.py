@@ -2,6 +2,7 @@
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -261,3 +262,54 @@ def test_models_that_do_not_fit_are_named(tiny, tokens) -> None:
 
     with pytest.raises(InputError, match="is on meta"):
         quantize_model(tiny("llama").to("meta"), tokens, config)
+
+
+def test_a_model_whose_first_block_was_left_out_is_quantized_already(tiny, tokens) -> None:
+    model = tiny("llama")
+    quantize_model(model, tokens, SliderConfig(group_size=16, ignore=("layers.0.*",)))
+    with pytest.raises(InputError, match="quantized already"):
+        quantize_model(model, tokens, SliderConfig(group_size=16))
+
+
+def test_experts_that_were_left_out_are_refused_where_nobody_loads_them(
+    tiny, tokens, tmp_path
+) -> None:
+    result = quantize_model(
+        tiny("mixtral"), tokens, SliderConfig(group_size=16, ignore=("*experts*",))
+    )
+    with pytest.raises(ConfigError, match="takes all experts"):
+        result.save(tmp_path / "packed")
+
+
+def test_what_is_no_tokens_and_no_settings_is_named(tiny, tokens) -> None:
+    with pytest.raises(InputError, match="tokens are a NoneType"):
+        quantize_model(tiny("llama"), None, SliderConfig(group_size=16))
+    with pytest.raises(InputError, match="config is a dict"):
+        quantize_model(tiny("llama"), tokens, {"group_size": 16})
+
+
+def test_models_with_different_grids_may_be_used_at_once_and_in_threads(tiny, tokens) -> None:
+    def rounded(family: str, abits: int):
+        config = SliderConfig(
+            group_size=16, abits=abits, quantize_attention=True, channel_scale="off"
+        )
+        return quantize_model(tiny(family), tokens, config)
+
+    @torch.no_grad()
+    def logits(result) -> Tensor:
+        return result.model(tokens).logits
+
+    for family in ("llama", "mixtral"):
+        first = rounded(family, 4)
+        alone = logits(first)
+        second = rounded(family, 8)
+        torch.testing.assert_close(logits(first), alone, rtol=0, atol=0)
+
+        # As generation does that is streamed.
+        with ThreadPoolExecutor(1) as pool:
+            torch.testing.assert_close(pool.submit(logits, first).result(), alone, rtol=0, atol=0)
+
+        # In whatever order they are taken out.
+        first.rounding.remove()
+        assert not torch.equal(logits(first), alone)
+        second.rounding.remove()

@@ -56,10 +56,11 @@ class QuantizeConfig(SliderConfig):
         "never", "auto continues an interrupted run in --out"
     )
     device: str = setting("auto", DEVICE_HELP)
-    format: Literal["compressed-tensors", "native", "dense", "pre-quant"] = setting(
+    format: Literal["compressed-tensors", "native", "dense", "pre-quant", "gguf", "gptq"] = setting(
         "compressed-tensors",
         "compressed-tensors (packed; transformers, vLLM), native (packed; this package), dense "
-        "(dequantized), pre-quant (calibrated but not rounded, for another quantizer)",
+        "(dequantized), pre-quant (calibrated but not rounded, for another quantizer); gguf and gptq "
+        "are exported from native",
     )
     container_bits: int | None = setting(None, CONTAINER_HELP)
     sensitivity: str | None = setting(
@@ -75,6 +76,7 @@ class QuantizeConfig(SliderConfig):
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
 
     def __post_init__(self) -> None:
+        self._check_exported()
         SliderConfig.__post_init__(self)
         if self.parameters is None:
             require(len(self.calib) > 0, "calib names no file", "give one or more text files")
@@ -93,6 +95,15 @@ class QuantizeConfig(SliderConfig):
             "add --format native",
         )
         self._check_sensitivity()
+
+    def _check_exported(self) -> None:
+        """Refuse formats that only ``export`` writes, naming the way there."""
+        for name, flags in (("gguf", "--for gguf --format native"), ("gptq", "--format native")):
+            require(
+                self.format != name,
+                f"format {name} is written by export",
+                f"use {flags}, then `sliderquant export --format {name}`",
+            )
 
     def _check_sensitivity(self) -> None:
         """Set the bits of what stands out; refuse them without a report, and those that none stores."""

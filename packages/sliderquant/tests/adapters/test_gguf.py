@@ -167,6 +167,8 @@ def test_a_file_has_every_parameter_as_llama_cpp_wants_it(
             "dynamic",
         ),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window"),
+        ("llama", {"hidden_act": "gelu"}, "its MLP has gelu"),
+        ("gemma3", {**FAMILY_CHANGES["gemma3"], "hidden_activation": "gelu"}, "its MLP has gelu"),
         ("phi3", {}, "'phi3'"),
         ("qwen3_moe", {}, "'qwen3_moe'"),
     ],
@@ -263,6 +265,20 @@ def test_byte_level_tokenizers_are_known_by_their_rule(rule, name, tmp_path) -> 
     folder = tokenizer_folder(tmp_path, model=model, pre_tokenizer=splitter)
     with pytest.raises(InputError, match="no rule of Llama 3"):
         add_tokenizer(writer, folder, 8)
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "x"}, "content": "y"}}, "Replace"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}},
+         "add_prefix_space"),
+    ],
+)  # fmt: skip
+def test_changes_of_a_text_that_llama_cpp_does_not_make_are_refused(part, named, tmp_path) -> None:
+    with pytest.raises(InputError, match=f"changes text by {named}"):
+        add_tokenizer(Recorder(), tokenizer_folder(tmp_path, **part), 8)
 
 
 def test_another_kind_of_tokenizer_is_refused(tmp_path) -> None:

@@ -54,11 +54,11 @@ def test_several_formats_and_layers_left_alone_are_refused() -> None:
     four = WeightFormat(bits=4, group_size=None, sym=True, dtype=F16)
     three = WeightFormat(bits=3, group_size=None, sym=True, dtype=F16)
     with pytest.raises(ConfigError, match="one format for all"):
-        check_gptq({"a": four, "b": three}, 2)
+        check_gptq({"a_proj.weight": four, "b_proj.weight": three}, ["a_proj.weight"])
     with pytest.raises(ConfigError, match="leaves some"):
-        check_gptq({"a": four}, 2)
+        check_gptq({"a_proj.weight": four}, ["a_proj.weight", "b_proj.weight"])
     with pytest.raises(ConfigError, match="has 3"):
-        check_gptq({"a": three}, 1)
+        check_gptq({"a_proj.weight": three}, ["a_proj.weight"])
 
 
 def test_export_writes_a_folder_that_says_how_to_read_it(

@@ -46,7 +46,10 @@ def check_expressible(
     """
     # Formats of this package express everything; dense ones lose the rounding of activations.
     experts = {name for name in weights if name.endswith((GATE_UP_EXPERTS, DOWN_EXPERTS))}
-    if format in ("dense", "pre-quant", "gguf", "gptq") and activations is not None:
+    # So does compressed-tensors without a quantized weight, which is a model as any other.
+    weights_only = format in ("dense", "pre-quant", "gguf", "gptq")
+    weights_only |= format == "compressed-tensors" and not weights
+    if weights_only and activations is not None:
         warn(f"format {format} holds weights only: loaded again, no activation is rounded")
     if format != "compressed-tensors":
         return
@@ -87,6 +90,22 @@ def check_expressible(
             "transformers reads all experts in one format; give them the same bits and group size, "
             "or use --format native"
         )
+
+
+def written_dtype(
+    format: ExportFormat,  # noqa: A002 - the word of the command line
+    formats: Iterable[WeightFormat],
+    dtype: torch.dtype,
+) -> torch.dtype:
+    """Return the type of what a folder holds besides codes, such that no weight is rounded again.
+
+    Args:
+        format: Of the folder.
+        formats: Of the quantized weights.
+        dtype: Of the checkpoint; products with float16 scales need float32 where they are dense.
+    """
+    is_wider = format == "dense" and any(fmt.float16_digits for fmt in formats)
+    return torch.float32 if is_wider else dtype
 
 
 def _check_activations(activations: ActivationFormat, moe: bool) -> None:

@@ -33,12 +33,14 @@ class GgufFamily:
 
     Attributes:
         arch: Its name there.
+        activation: The function in its MLP, by the name of transformers.
         pairs_neighbours: The rotary embedding turns neighbours of a head's features, not halves.
         gain_offset: What is added to the weights of norms.
         biases: Whether linear layers may have biases.
     """
 
     arch: str
+    activation: str = "silu"
     pairs_neighbours: bool = False
     gain_offset: float = 0.0
     biases: bool = False
@@ -47,7 +49,7 @@ class GgufFamily:
 GGUF_FAMILIES = {
     "llama": GgufFamily(arch="llama", pairs_neighbours=True, biases=True),
     "qwen3": GgufFamily(arch="qwen3"),
-    "gemma3_text": GgufFamily(arch="gemma3", gain_offset=1.0),
+    "gemma3_text": GgufFamily(arch="gemma3", activation="gelu_pytorch_tanh", gain_offset=1.0),
 }
 
 
@@ -90,6 +92,9 @@ def _difference(config: Any) -> str | None:
     """Return what llama.cpp would compute otherwise, if anything."""
     if getattr(config, "use_sliding_window", False):
         return "use_sliding_window is set"
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != GGUF_FAMILIES[config.model_type].activation:
+        return f"its MLP has {activation}"
     if config.model_type != "gemma3_text":
         kind = config.rope_parameters["rope_type"]
         return None if kind in ("default", "linear", "llama3") else f"rope_type is {kind}"

@@ -51,6 +51,7 @@ def add_tokenizer(writer: Any, folder: Path, rows: int) -> None:
 
     # Characters with bytes as a last resort merge by scores, byte-level BPE by a list of merges.
     by_characters = bool(model.get("byte_fallback"))
+    _check_normalizers(folder, tokenizer, by_characters)
     if by_characters:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
@@ -111,6 +112,31 @@ def _steps(part: Mapping[str, Any] | None, plural: str) -> list[Mapping[str, Any
     if part is None:
         return []
     return part.get(plural, [part])
+
+
+def _check_normalizers(folder: Path, tokenizer: Mapping[str, Any], by_characters: bool) -> None:
+    """Refuse what changes a text before it is split and has no counterpart in llama.cpp.
+
+    It replaces spaces by "▁" and puts one in front, in tokenizers of characters. NFC, which most texts
+    are in already, is left out there as in llama.cpp's own converter.
+    """
+    known = ("Prepend", "Replace", "NFC") if by_characters else ("NFC",)
+    steps = _steps(tokenizer.get("normalizer"), "normalizers")
+    others = [step["type"] for step in steps if step["type"] not in known]
+    others += [
+        "Replace"
+        for step in steps
+        if step["type"] == "Replace"
+        and (step["pattern"], step["content"]) != ({"String": " "}, "▁")
+    ]
+    splitters = _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    if any(step["type"] == "ByteLevel" and step.get("add_prefix_space") for step in splitters):
+        others.append("add_prefix_space")
+    if others:
+        raise InputError(
+            f"{folder}/tokenizer.json changes text by {', '.join(dict.fromkeys(others))}, which "
+            "llama.cpp does not; serve this model in another format"
+        )
 
 
 def _prepends_space(tokenizer: Mapping[str, Any]) -> bool:

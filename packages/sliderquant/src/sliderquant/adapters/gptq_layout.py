@@ -7,7 +7,7 @@ the group of each column. Codes and zero points are unsigned. Symmetric weights 
 is. Source: AutoGPTQ and GPTQModel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -22,23 +22,23 @@ from sliderquant.method.quantizer import QuantizedWeight, WeightFormat
 GPTQ_BITS = (2, 4, 8)  # codes that fill whole words
 
 
-def check_gptq(weights: Mapping[str, WeightFormat], linears: int) -> None:
+def check_gptq(weights: Mapping[str, WeightFormat], names: Collection[str]) -> None:
     """Refuse formats that the layout does not have.
 
     Args:
         weights: Formats of the quantized parameters, by their full names.
-        linears: Linear layers of all decoder blocks; each has to be quantized.
+        names: Full names of all parameters; each linear layer of a block has to be quantized.
 
     Raises:
         ConfigError: Naming what can be done instead.
     """
-    experts = [name for name in weights if name.endswith((GATE_UP_EXPERTS, DOWN_EXPERTS))]
+    experts = [name for name in names if name.endswith((GATE_UP_EXPERTS, DOWN_EXPERTS))]
     if experts:
         raise ConfigError(
             f"the gptq layout has no place for fused experts such as {experts[0]}; export the model to "
             "compressed-tensors"
         )
-    formats = list(weights.values())
+    formats, linears = list(weights.values()), sum(n.endswith("_proj.weight") for n in names)
     if len({(fmt.bits, fmt.group_size, fmt.sym) for fmt in formats}) != 1 or len(formats) < linears:
         raise ConfigError(
             "the gptq layout has one format for all layers, and this model has several or leaves some "

@@ -12,13 +12,17 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from effml_common.errors import ConfigError
 from effml_common.logging import warn
+from sliderquant.adapters.decoder import TransformersDecoder
+from sliderquant.adapters.streaming import empty_model
 from sliderquant.config import FULL_BITS, SliderConfig
-from sliderquant.method.layout import WEIGHT_SUFFIX, LayerGroup, layer_name
+from sliderquant.method.layout import WEIGHT_SUFFIX, LayerGroup, layer_groups, layer_name
 from sliderquant.method.quantizer import BYTE_BITS, WeightFormat
 from sliderquant.method_config import split_bits
 
@@ -198,6 +202,22 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def check_servable_folder(config: Mapping[str, Any], formats: Mapping[str, WeightFormat]) -> None:
+    """Warn where layers of a folder that servers fuse differ.
+
+    Args:
+        config: ``config.json`` of the model in full precision.
+        formats: Of the quantized weights, by their full names.
+    """
+    decoder = TransformersDecoder(empty_model(AutoConfig.for_model(**config)))
+    layouts = [decoder.layout(block) for block in range(decoder.depth)]
+    bits: list[BlockBits] = []
+    for block, layout in enumerate(layouts):
+        found = {name: formats.get(f"model.layers.{block}.{name}") for name in layout.linears}
+        bits.append({name: fmt.bits if fmt else FULL_BITS for name, fmt in found.items()})
+    check_servable(bits, [layer_groups(layout) for layout in layouts])
 
 
 def check_servable(blocks: Sequence[BlockBits], groups: Sequence[Sequence[LayerGroup]]) -> None:

@@ -20,6 +20,7 @@ from sliderquant.adapters.formats import NATIVE_TYPE
 from sliderquant.adapters.native import load
 from sliderquant.adapters.reasons import input_errors, reason_of
 from sliderquant.adapters.weights import refuse_missing
+from sliderquant.method.packed import PackedWeight
 
 
 def load_any(
@@ -102,8 +103,10 @@ def _load_compressed(
 
 
 def _cast_(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast parameters and packed scales, but not the rotary tables, which stay in float32."""
+    """Cast parameters and what packed weights unpack to, but not rotary tables and packed scales."""
     for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.like = module.like.to(dtype)
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)

@@ -6,7 +6,7 @@ So nothing of the user's model is touched, and the results are those of its fold
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -130,6 +130,10 @@ def token_samples(
         InputError: Naming what does not fit.
     """
     # One tensor of integers, a sample in each row.
+    if not isinstance(tokens, Tensor | Iterable):
+        raise InputError(
+            f"tokens are a {type(tokens).__name__}; give token ids as one tensor [samples, length]"
+        )
     if not isinstance(tokens, Tensor):
         tokens = _stacked(list(tokens))
     if tokens.dtype not in (torch.int64, torch.int32):

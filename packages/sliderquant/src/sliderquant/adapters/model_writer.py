@@ -236,23 +236,21 @@ class ModelWriter:
         config = {k: v for k, v in self._config.items() if k not in ("torch_dtype", "dtype")}
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         config[MARK] = {"format": self.format, "rounded": bool(formats)}
+        if self.format == "native":  # also without codes: activations may be rounded
+            return native_config(config, formats, self.activations)
         if self.format in ("dense", "pre-quant") or not formats:
             return config
-        if self.format == "native":
-            return native_config(config, formats, self.activations)
         if self.format == "gptq":
             config["quantization_config"] = gptq_config(next(iter(formats.values())))
             return config
 
         # compressed-tensors names the layers that are not quantized.
-        shapes = {name: p.shape for name, p in model.model.layers[0].named_parameters()}
-        linears = block_layout(hf_config, shapes).linears
-        plain = [
-            f"model.layers.{block}.{name}"
-            for block in range(len(model.model.layers))
-            for name in linears
-            if f"model.layers.{block}.{name}" not in formats
-        ]
+        # Blocks may differ: some have experts, others a dense MLP.
+        plain = []
+        for block, module in enumerate(model.model.layers):
+            shapes = {name: p.shape for name, p in module.named_parameters()}
+            linears = [f"model.layers.{block}.{n}" for n in block_layout(hf_config, shapes).linears]
+            plain += [name for name in linears if name not in formats]
         moe = self._family.expert_files is not None
         config["quantization_config"] = compressed_tensors_config(
             formats, plain, self.activations, moe

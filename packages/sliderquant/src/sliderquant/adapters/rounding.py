@@ -6,7 +6,6 @@ attention function of our own around the model's; inputs of fused experts by an 
 
 import sys
 from collections.abc import Callable, Iterable
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,6 @@ from sliderquant.method.activations import ActivationFormat, fake_quantize_token
 from sliderquant.method.packed import PackedLinear
 
 PREFIX = "sliderquant_"
-_active: ContextVar[ActivationFormat] = ContextVar("activation format")
 
 
 class ActivationRounding:
@@ -45,7 +43,6 @@ class ActivationRounding:
         self._config = config
         self._attention: Any = config._attn_implementation
         self._experts = getattr(config, "_experts_implementation", None)
-        self._token = _active.set(fmt)
         self._hooks = [
             module.register_forward_pre_hook(partial(_round_input, fmt))
             for number, block in enumerate(blocks, start=first)
@@ -53,11 +50,11 @@ class ActivationRounding:
             if isinstance(module, nn.Linear | PackedLinear) and name not in fmt.exact_inputs
         ]
 
-        # Attention and experts are functions that the config names.
+        # Attention and experts are functions that the config names, one for each grid.
         if fmt.attention:
-            config._attn_implementation = _register_attention(self._attention)
+            config._attn_implementation = _register_attention(self._attention, fmt)
         if self._experts is not None:
-            config._experts_implementation = PREFIX + "experts"
+            config._experts_implementation = _register_experts(fmt)
 
     def remove(self) -> None:
         """Leave model and config as they were."""
@@ -66,7 +63,6 @@ class ActivationRounding:
         self._config._attn_implementation = self._attention
         if self._experts is not None:
             self._config._experts_implementation = self._experts
-        _active.reset(self._token)
 
     def __enter__(self) -> "ActivationRounding":
         return self
@@ -79,18 +75,36 @@ def _round_input(fmt: ActivationFormat, _module: nn.Module, args: tuple[Any, ...
     return (fake_quantize_tokens(args[0], fmt), *args[1:])
 
 
-def _register_attention(base: str) -> str:
+def _grid_name(fmt: ActivationFormat) -> str:
+    """Return the grid as a part of a name: models with different grids may be in use at once."""
+    return f"{fmt.bits}_{'sym' if fmt.sym else 'asym'}_{fmt.ratio:g}"
+
+
+def _register_attention(base: str, fmt: ActivationFormat) -> str:
     """Register attention with rounded inputs around ``base``, with the masks that ``base`` gets."""
-    name = PREFIX + base
+    name = f"{PREFIX}{base}_{_grid_name(fmt)}"
     if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, partial(_rounded_attention, base))
+        AttentionInterface.register(name, partial(_rounded_attention, base, fmt))
         # Without a mask function of this name the model would pass no mask at all.
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
 
 
+def _register_experts(fmt: ActivationFormat) -> str:
+    """Register fused experts with rounded inputs."""
+    name = f"{PREFIX}experts_{_grid_name(fmt)}"
+    if name not in ALL_EXPERTS_FUNCTIONS:
+
+        def experts(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            return _rounded_experts(self, fmt, hidden, index, weights)
+
+        ALL_EXPERTS_FUNCTIONS.register(name, experts)
+    return name
+
+
 def _rounded_attention(
     base: str,
+    fmt: ActivationFormat,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -98,7 +112,7 @@ def _rounded_attention(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    query, key, value = (fake_quantize_tokens(x, _active.get()) for x in (query, key, value))
+    query, key, value = (fake_quantize_tokens(x, fmt) for x in (query, key, value))
     # The eager function belongs to each model's own file.
     eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
     run = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
@@ -106,10 +120,9 @@ def _rounded_attention(
 
 
 def _rounded_experts(
-    self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: Any, fmt: ActivationFormat, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Fused experts one after the other, with the inputs of both products rounded per token."""
-    fmt = _active.get()
     result = torch.zeros_like(hidden)
     rounded = fake_quantize_tokens(hidden, fmt)
     for expert in top_k_index.unique().tolist():
@@ -123,6 +136,3 @@ def _rounded_experts(
         weighted = out * top_k_weights[token, place, None].to(out.dtype)
         result = result.index_add(0, token, weighted.to(result.dtype))
     return result
-
-
-ALL_EXPERTS_FUNCTIONS.register(PREFIX + "experts", _rounded_experts)

@@ -52,7 +52,14 @@ def fresh_learnables(
         sites = [site for site in sites if _serves_rounding(site, ignored)]
         generator = seeded((config.seed, block))
         block_learnables = BlockLearnables(
-            weights, fmt, config.lora_rank, generator, sites, config.lwc, formats=formats
+            weights,
+            fmt,
+            config.lora_rank,
+            generator,
+            sites,
+            config.lwc,
+            formats=formats,
+            dtype=dtype,
         )
         compensated = config.method == "compensated"
         trained = block_learnables.factors if compensated else block_learnables

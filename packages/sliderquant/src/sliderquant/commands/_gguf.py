@@ -14,8 +14,9 @@ from sliderquant.adapters.gguf import FILE_NAME, Parameter, check_gguf, write_gg
 from sliderquant.adapters.gguf_blocks import GgufWeight, gguf_weight
 from sliderquant.adapters.input_files import InputFiles
 from sliderquant.adapters.loading import load_any
-from sliderquant.adapters.native import base_config
+from sliderquant.adapters.native import base_config, native_formats
 from sliderquant.adapters.native_parameters import native_layers, parameter_name, read_parameter
+from sliderquant.commands._out_folder import write_identity
 from sliderquant.commands.bench import unpack_layers_
 from sliderquant.commands.eval import text_perplexity
 from sliderquant.config import ExportConfig
@@ -63,9 +64,16 @@ def export_gguf(
     source: Path,
     out: Path,
     raw: Mapping[str, Any],
-    formats: Mapping[str, WeightFormat],
+    identity: Mapping[str, Any],
 ) -> GgufCost:
     """Write ``model.gguf`` of a native folder.
+
+    Args:
+        config: Settings of the export.
+        source: The native folder.
+        out: Folder to write.
+        raw: The source's ``config.json``.
+        identity: What ``out`` belongs to; noted before the file appears.
 
     Raises:
         InputError: If llama.cpp has no counterpart for the model, the tokenizer or the codes, or the
@@ -77,10 +85,11 @@ def export_gguf(
     except ImportError:
         raise InputError("GGUF files need gguf; pip install 'sliderquant[gguf]'") from None
     parsed = check_gguf(base_config(source, raw))
+    formats, _ = native_formats(source, raw)
     parameters = _parameters(source, formats)
     if (out / FILE_NAME).exists() or (out / "config.json").exists():
         raise InputError(f"{out} holds a model already; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    write_identity(out, identity)
 
     # One tensor at a time; what changes is counted on the way.
     total = changed = 0

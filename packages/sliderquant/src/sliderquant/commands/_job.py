@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from effml_common.errors import InputError
 from effml_common.logging import warn
 from sliderquant.adapters.caches import ActivationCache
 from sliderquant.adapters.formats import check_expressible
+from sliderquant.adapters.gguf import check_gguf
 from sliderquant.adapters.input_files import InputFile, InputFiles
 from sliderquant.adapters.layer_bits import (
     BlockBits,
@@ -144,6 +146,8 @@ def prepare_job(
     formats = [learned.rounded_formats() for learned in learnables]
     mean_bits = mean_bits_per_weight(shape.blocks, formats, opened.dtype)
     _check_storage(config, opened.decoder, bits, formats, activations)
+    if config.for_ == "gguf":
+        _check_gguf_export(opened)
     return Job(
         config=config,
         opened=opened,
@@ -210,6 +214,14 @@ def _check_storage(
     if config.format == "compressed-tensors":
         groups = [layer_groups(decoder.layout(block)) for block in range(decoder.depth)]
         check_servable(bits, groups)
+
+
+def _check_gguf_export(opened: StreamedModel) -> None:
+    """Warn where the file for which the codes are made cannot be written; gptq may be exported still."""
+    try:
+        check_gguf(opened.written_config)
+    except InputError as error:
+        warn(f"export --format gguf will refuse this model: {error}")
 
 
 def _eval_chunks(file: InputFile, opened: StreamedModel, begin: Sequence[int]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from effml_common.device import resolve_device, synchronize
 from effml_common.folders import run_folder
 from effml_common.logging import Progress
+from effml_common.parsing import require
 from effml_common.report import Report, ReportBuilder, Row
 from sliderquant.adapters.hub import model_directory
 from sliderquant.adapters.native import load
@@ -47,7 +48,8 @@ def bench(config: BenchConfig) -> Report:
         The report: one row per model, one value per repetition.
 
     Raises:
-        InputError: If the directory is no native model, or the device is not there.
+        InputError: If the directory is no native model, the device is not there, or the model cannot
+            read as many tokens.
     """
     # The same model twice: packed, and with its weights written out.
     builder = ReportBuilder("sliderquant", ("transformers",))
@@ -60,11 +62,7 @@ def bench(config: BenchConfig) -> Report:
     models = {"packed": packed, "dense": dense}
 
     # Both read the same random prompt.
-    generator = torch.Generator().manual_seed(0)
-    limit = packed.config.max_position_embeddings - config.tokens
-    prompt = torch.randint(
-        packed.config.vocab_size, (1, min(config.prompt, limit)), generator=generator
-    )
+    prompt = _random_prompt(config, packed)
 
     # They take turns, so that a busy machine slows both.
     speeds: dict[str, list[Speed]] = {name: [] for name in models}
@@ -97,6 +95,19 @@ def bench(config: BenchConfig) -> Report:
     )
 
 
+def _random_prompt(config: BenchConfig, model: PreTrainedModel) -> Tensor:
+    """Return a prompt [1, t] that leaves room for the tokens behind it."""
+    context = model.config.max_position_embeddings
+    require(
+        config.tokens < context,
+        f"tokens is {config.tokens}, and the model reads {context} with the prompt",
+        "lower --tokens",
+    )
+    length = min(config.prompt, context - config.tokens)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (1, length), generator=generator)
+
+
 def kernel_on(device: torch.device) -> Literal["torch", "triton"]:
     """Return how packed layers multiply few rows on a device: Triton's kernel needs a GPU."""
     return "triton" if device.type == "cuda" else "torch"
@@ -114,7 +125,8 @@ def unpack_layers_(
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
-            weight = values_of(module.unpack())
+            # In the type that the model computes in, which codes for llama.cpp do not have.
+            weight = values_of(module.unpack()).to(module.get_buffer("like").dtype)
             linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
             linear.bias = module.bias

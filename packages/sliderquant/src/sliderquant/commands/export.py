@@ -13,12 +13,13 @@ from effml_common.errors import InputError, memory_advice
 from effml_common.files import atomic_write
 from effml_common.folders import run_folder
 from effml_common.locking import locked_folder
-from effml_common.logging import Progress, say
+from effml_common.logging import Progress, say, warn
 from sliderquant.adapters.files import read_raw_config
-from sliderquant.adapters.formats import NATIVE_TYPE, check_expressible
+from sliderquant.adapters.formats import NATIVE_TYPE, check_expressible, written_dtype
 from sliderquant.adapters.gguf import FILE_NAME
 from sliderquant.adapters.gptq_layout import check_gptq
 from sliderquant.adapters.hub import model_directory
+from sliderquant.adapters.layer_bits import check_servable_folder
 from sliderquant.adapters.model_writer import ModelWriter
 from sliderquant.adapters.native import base_config, native_formats
 from sliderquant.adapters.native_parameters import native_layers, parameter_name, read_parameter
@@ -92,7 +93,9 @@ def export(config: ExportConfig) -> ExportResult:
     plain = [name for name in names if name not in formats]
     check_expressible(config.format, formats, activations, plain)
     if config.format == "gptq":
-        check_gptq(formats, sum(name.endswith("_proj.weight") for name in names))
+        check_gptq(formats, names)
+    if config.format == "compressed-tensors" and formats:
+        check_servable_folder(base_config(source, raw), formats)
 
     # The folder belongs to one source and format; what was published is left as it is.
     main_file, cost = out / (FILE_NAME if config.format == "gguf" else "config.json"), None
@@ -106,9 +109,10 @@ def export(config: ExportConfig) -> ExportResult:
             if config.format != "gguf":
                 stored_tensors(out)  # what was finished once may have lost a file since
             say(f"{out} is finished already and unchanged")
+            if config.text:
+                warn("text is measured while a file is written; choose another --out")
         elif config.format == "gguf":  # a file of its own, not a folder of safetensors
-            cost = export_gguf(config, source, out, raw, formats)
-            write_identity(out, identity)
+            cost = export_gguf(config, source, out, raw, identity)
         else:
             _write(out, source, config, identity)
         if not (out / "README.md").is_file():
@@ -139,7 +143,7 @@ def _write(out: Path, source: Path, config: ExportConfig, identity: Mapping[str,
         out,
         source,
         format=config.format,
-        dtype=getattr(torch, raw["dtype"]),
+        dtype=written_dtype(config.format, formats.values(), getattr(torch, raw["dtype"])),
         config=base_config(source, raw),
         activations=activations,
         container_bits=config.container_bits,

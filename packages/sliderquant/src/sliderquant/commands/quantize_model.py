@@ -17,7 +17,8 @@ from effml_common.files import atomic_write
 from effml_common.logging import Progress, say, warn
 from effml_common.parsing import require
 from sliderquant.adapters.caches import ActivationCache
-from sliderquant.adapters.formats import LAYER, MARK, check_expressible
+from sliderquant.adapters.formats import LAYER, MARK, check_expressible, written_dtype
+from sliderquant.adapters.layer_bits import check_servable_folder
 from sliderquant.adapters.model_in_memory import open_in_memory, stored_config, token_samples
 from sliderquant.adapters.model_writer import ModelWriter
 from sliderquant.adapters.rounding import ActivationRounding
@@ -111,7 +112,10 @@ class QuantizedModel:
             for name, value in values.items()
         }
         formats = {name: v.fmt for name, v in named.items() if isinstance(v, PackedCodes)}
-        check_expressible(format, formats, self._activations)
+        plain = [name for name, v in named.items() if not isinstance(v, PackedCodes)]
+        check_expressible(format, formats, self._activations, plain)
+        if format == "compressed-tensors" and formats:
+            check_servable_folder(self._original, formats)
 
         # What lies beside the weights comes from a folder, as that of a model on disk.
         with tempfile.TemporaryDirectory() as companions:
@@ -123,7 +127,7 @@ class QuantizedModel:
                 out,
                 companions,
                 format=format,
-                dtype=self._dtype,
+                dtype=written_dtype(format, formats.values(), self._dtype),
                 config=self._original,
                 activations=self._activations,
                 container_bits=container_bits,
@@ -181,6 +185,8 @@ def quantize_model(
         True
     """
     # Check everything before any work.
+    if not isinstance(config, SliderConfig):
+        raise InputError(f"config is a {type(config).__name__}; give a sliderquant.SliderConfig")
     require(
         config.rotate == "none",
         f"rotate {config.rotate} turns weights of the whole model",
@@ -212,7 +218,7 @@ def quantize_model(
     # Only when every block is final does the model change.
     blocks = _calibrated_blocks(job)
     _replace_parameters_(model, blocks)
-    rounded = any(isinstance(value, PackedCodes) for value in blocks[0].values())
+    rounded = any(isinstance(value, PackedCodes) for block in blocks for value in block.values())
     setattr(model.config, MARK, {"format": "dense", "rounded": rounded})
     history = history_in_memory(config, samples)
     return QuantizedModel(model, config, blocks, dtype, original, history, job.activations)

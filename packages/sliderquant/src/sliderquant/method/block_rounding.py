@@ -114,7 +114,8 @@ def round_block_(
     exact = BlockRun(hidden=x_fp, tensors=tensors | scaled, output_projection=output_projection)
 
     # The quantized block starts with all linear layers at full precision.
-    current = tensors | {n: simulate_storage(t, learnables.fmt) for n, t in scaled.items()}
+    kept = {name: tensors[name] for name in learnables.ignored} | scaled
+    current = tensors | {n: simulate_storage(t, learnables.dtype) for n, t in kept.items()}
     quantized = BlockRun(
         hidden=x_q,
         tensors=current,

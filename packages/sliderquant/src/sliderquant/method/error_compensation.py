@@ -193,7 +193,7 @@ def output_error(
     hessian: Float[Tensor, "in in"],
 ) -> Float[Tensor, " out"]:
     """Return (t - D c) H (t - D c)^T of every row t of W*, c = q - z, D c as it is stored."""
-    lacking = target - simulate_storage(grid.values(codes), grid.fmt)
+    lacking = target - simulate_storage(grid.values(codes), grid.fmt.dtype)
     return (lacking * (hessian @ lacking)).sum(dim=0)
 
 

@@ -112,7 +112,7 @@ class LinearLearnables(nn.Module):
             # Packed codes go to the device as they are: they are the smallest there.
             packed = isinstance(rounded, PackedCodes)
             codes = rounded.unpack(weight.device) if packed else rounded.to(weight.device)
-            values = simulate_storage(rescale(codes, self._trained_scale(codes)), self.fmt)
+            values = simulate_storage(rescale(codes, self._trained_scale(codes)), self.fmt.dtype)
             return values.to(self.lora_b.dtype)
         return fake_quantize(self.add_correction(weight), self.fmt, self.upper, self.lower, ratio)
 
@@ -220,12 +220,13 @@ class BlockLearnables(nn.Module):
 
     Args:
         weights: The block's linear weights by parameter name; only their shapes are read.
-        fmt: Storage format; its type is also that of gains and biases.
+        fmt: Storage format.
         rank: Rank of the correction.
         generator: Source of the initial values.
         sites: Channel scalings to train; alpha starts at one.
         clipping: Train the clipping range; else it is open and stays so.
         formats: Storage formats of weights that differ; those of 16 bits are stored as they are.
+        dtype: Type of gains, biases and weights that are not rounded; default that of ``fmt``.
     """
 
     def __init__(
@@ -238,9 +239,10 @@ class BlockLearnables(nn.Module):
         clipping: bool = True,
         *,
         formats: Mapping[str, WeightFormat] = MappingProxyType({}),
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.fmt = fmt
+        self.fmt, self.dtype = fmt, dtype or fmt.dtype
         self.clipping = clipping
 
         # Of each linear layer: its correction and its clipping range.
@@ -275,10 +277,11 @@ class BlockLearnables(nn.Module):
         """
         scaled = scale_channels(tensors, self.sites, list(self.factors))
         # Scaled gains and biases are stored in the checkpoint's type; simulate that too.
-        simulated = {name: simulate_storage(value, self.fmt) for name, value in scaled.items()}
+        simulated = {name: simulate_storage(value, self.dtype) for name, value in scaled.items()}
         for name, linear in zip(self.names, self.linears, strict=True):
-            # A weight that is stored as it is reads back in the checkpoint's type.
-            weight = (simulated if name in self.ignored else scaled).get(name, tensors[name])
+            weight = scaled.get(name, tensors[name])
+            if linear.is_exact:  # scaled or rotated, it reads back in the checkpoint's type
+                weight = simulate_storage(weight, self.dtype)
             if self.recompute and torch.is_grad_enabled() and not linear.is_rounded:
                 value = linear.forward_in_pieces(weight, ratio)
             else:
@@ -313,7 +316,7 @@ class BlockLearnables(nn.Module):
         for name, value in (dict(tensors) | self.merge(tensors)).items():
             linear = self.linear(name) if rounded and name in self.names else None
             if linear is None or linear.is_exact:
-                stored[name] = value.to(self.fmt.dtype)
+                stored[name] = value.to(self.dtype)
             else:
                 stored[name] = linear.rescaled() or quantize_weight(
                     value, linear.fmt, linear.upper, linear.lower

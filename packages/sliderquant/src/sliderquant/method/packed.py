@@ -31,14 +31,22 @@ class PackedWeight(nn.Module):
     Args:
         shape: [out, in], or [experts, out, in].
         fmt: Storage format.
+        dtype: Type in which ``weight`` is returned; ``to`` changes it with that of the model.
         device: Where the (empty) tensors are created.
     """
 
     def __init__(
-        self, shape: torch.Size, fmt: WeightFormat, device: torch.device | str = "meta"
+        self,
+        shape: torch.Size,
+        fmt: WeightFormat,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "meta",
     ) -> None:
         super().__init__()
         self.shape, self.fmt = shape, fmt
+        # Holds nothing but a type: that of what the weight is multiplied with.
+        like = torch.empty(0, dtype=dtype or fmt.dtype)
+        self.register_buffer("like", like, persistent=False)
         *experts, rows, columns = shape
         groups = columns // fmt.columns_per_group(columns)
 
@@ -57,7 +65,7 @@ class PackedWeight(nn.Module):
     @property
     def weight(self) -> Float[Tensor, "*experts out in"]:
         """The dequantized weight, computed anew at every access."""
-        return self.unpack().dequantize()
+        return self.unpack().dequantize().to(self.get_buffer("like").dtype)
 
     def unpack(self) -> QuantizedWeight:
         """Return codes and grid."""
@@ -85,7 +93,7 @@ class PackedLinear(PackedWeight):
     """
 
     def __init__(self, linear: nn.Linear, fmt: WeightFormat, kernel: bool = False) -> None:
-        super().__init__(linear.weight.shape, fmt)
+        super().__init__(linear.weight.shape, fmt, linear.weight.dtype)
         self.kernel = kernel
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
@@ -114,7 +122,8 @@ def pack_parameter_(module: nn.Module, name: str, fmt: WeightFormat) -> None:
     The module gets a class of its own, in which ``name`` is a property: its code goes on to read
     ``self.<name>`` as before. Meant for the fused weights of experts.
     """
-    packed = PackedWeight(module.get_parameter(name).shape, fmt)
+    parameter = module.get_parameter(name)
+    packed = PackedWeight(parameter.shape, fmt, parameter.dtype)
     del module._parameters[name]
     # Not add_module, which refuses a name that the class has a property for.
     module._modules[name] = packed

@@ -96,9 +96,9 @@ def round_ste(x: Tensor) -> Tensor:
     return straight_through(x, x.detach().round())
 
 
-def simulate_storage(x: Tensor, fmt: WeightFormat) -> Tensor:
-    """Return ``x`` as it reads back after being stored in ``fmt.dtype``; the gradient passes."""
-    return x if fmt.dtype == x.dtype else straight_through(x, x.detach().to(fmt.dtype).to(x.dtype))
+def simulate_storage(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``x`` as it reads back after being stored in ``dtype``; the gradient passes."""
+    return x if dtype == x.dtype else straight_through(x, x.detach().to(dtype).to(x.dtype))
 
 
 def simulate_scale(scale: Tensor, fmt: WeightFormat) -> Tensor:
@@ -108,7 +108,7 @@ def simulate_scale(scale: Tensor, fmt: WeightFormat) -> Tensor:
     11 - ``float16_digits`` binary digits, the minimum of a group, then is a float16 number, too.
     """
     if fmt.float16_digits is None:
-        return simulate_storage(scale, fmt)
+        return simulate_storage(scale, fmt.dtype)
     mantissa, exponent = torch.frexp(scale.detach())  # mantissa in [0.5, 1)
     digits = torch.ldexp(mantissa, torch.tensor(fmt.float16_digits)).round()
     rounded = torch.ldexp(digits, exponent - fmt.float16_digits)
@@ -222,7 +222,7 @@ def fake_quantize(
     grouped, scale, zero = _group_weight(weight, fmt, upper, lower)
     codes = nearest_codes(grouped, scale, zero, fmt)
     values = (codes if fmt.sym else codes - zero) * scale
-    simulated = simulate_storage(values, fmt).flatten(-2)
+    simulated = simulate_storage(values, fmt.dtype).flatten(-2)
     if ratio >= 1:
         return simulated
     leading = leading_columns(weight.shape[-1], ratio, fmt.group_size)
