@@ -325,7 +325,7 @@ def test_reports_that_do_not_fit_are_refused(
             ["--no-sym", "--bits-for", "o_proj=8"],
             "asymmetric compressed-tensors weights of several",
         ),
-        (["--sensitivity", "runs/s"], "add --sensitive-bits"),
+        (["--sensitivity", "runs/s"], "runs/s cannot be read"),
         (["--sensitive-bits", "8"], "add --sensitivity with a report"),
     ],
 )
