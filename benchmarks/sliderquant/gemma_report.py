@@ -244,7 +244,7 @@ def _notes(rows: Sequence[Entry]) -> list[str]:
         "AutoRound has 50 iterations at a rate of 0.005, as in its light recipe, in float32, with the "
         "64 samples of all, in batches of --batch-size; the recipe has 128 of 2,048 in batches of 8",
         "SmoothQuant has a strength of 0.8, behind the norms of attention and MLP, and inside the MLP",
-        "sliderquant, windows, has two epochs, one for each intra-layer stage, in batches of 4; behind "
+        "sliderquant: slider has two epochs, one for each intra-layer stage, in batches of 4; behind "
         "compensated rounding windows have one, in batches of one",
     ]
     machines = {run["machine"]["processor"] for row in rows for run in row.runs.values()}

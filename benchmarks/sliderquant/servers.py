@@ -170,6 +170,7 @@ def measure(case: Case) -> dict[str, Any]:
 
     # What is written down: figures, not the texts.
     row = {"settings": dict(case.settings), "text": name, "chunks": list(chunks.shape), **ours}
+    row["full_precision"] = perplexity(model_logits(load_any(source).model), chunks.split(1))
     row["server"] = {
         k: answer.get(k) for k in ("version", "perplexity", "error", "tokens_per_second")
     }
