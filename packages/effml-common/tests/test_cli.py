@@ -369,6 +369,24 @@ def test_a_setting_has_its_default_and_shows_its_help(capsys) -> None:
     assert "how many" in capsys.readouterr().out
 
 
+@dataclass
+class Grouped:
+    first: int = setting(1, "of the group", group="rarely needed")
+    second: int = setting(2, "of none")
+
+
+def test_settings_of_a_group_stand_below_its_heading(capsys) -> None:
+    assert parse(Grouped, ["--first", "5"], prog="x") == Grouped(first=5)
+    with pytest.raises(SystemExit):
+        parse(Grouped, ["--help"], prog="x")
+    shown = capsys.readouterr().out
+    assert (
+        shown.index("--second SECOND  ")
+        < shown.index("rarely needed:")
+        < shown.index("of the group")
+    )
+
+
 def test_a_refused_setting_says_what_is_wrong_and_what_to_do() -> None:
     with pytest.raises(ConfigError, match=r"^count must be 1 or more, got 0; use 3$"):
         parse(Count, ["--count", "0"], prog="x")

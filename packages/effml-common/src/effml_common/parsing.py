@@ -27,9 +27,9 @@ COMMON_FLAGS = {
 }
 
 
-def setting(default: Any, text: str) -> Any:
-    """A dataclass field with a default and the help that the command line shows."""
-    return field(default=default, metadata={"help": text})
+def setting(default: Any, text: str, group: str = "") -> Any:
+    """A dataclass field with a default, the help that the command line shows, and its heading there."""
+    return field(default=default, metadata={"help": text, "group": group})
 
 
 def require(condition: bool, problem: str, remedy: str) -> None:
@@ -55,8 +55,12 @@ def parse(
     hints = get_type_hints(config_class)
     parser = _parser(prog, inspect.getdoc(config_class) or "", examples, hints)
     flags, positionals = {}, []
+    groups: dict[str, Any] = {"": parser}
     for entry in fields(config_class):  # pyright: ignore[reportArgumentType]
-        if _add(parser, entry, hints[entry.name]):
+        title = entry.metadata.get("group", "")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        if _add(groups[title], entry, hints[entry.name]):
             positionals.append(_flag(entry.name))
         else:
             flags[_flag(entry.name)] = hints[entry.name]

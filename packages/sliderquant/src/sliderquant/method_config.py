@@ -18,6 +18,10 @@ DEFAULT_GROUP = 128
 ADVISED_BITS = 8  # of layers that suffer most from rounding
 GGUF_GROUP = 32  # columns of a block of llama.cpp
 GGUF_LAYER_REMEDY = "give 4, 8 with --sym, or 16, because GGUF stores these exactly"
+# Headings of the help.
+WEIGHTS, CALIBRATION = "weights and activations", "calibration"
+WINDOWS = "windows, with --method slider or combined"
+SLIDER, COMBINED = "training, with --method slider", "training, with --method combined"
 # Settings of windows, of what the method slider trains in them, and of what combined trains.
 WINDOW_SETTINGS = ("schedule", "shallow", "deep", "window", "stride", "target_input")
 SLIDER_SETTINGS = (
@@ -81,11 +85,16 @@ class WindowConfig:
         "slider",
         "slider (the method), fixed (one window size), block (one block at a time), "
         "or your own windows such as 0-3,2-5,4-7",
+        group=WINDOWS,
     )
-    shallow: int = setting(4, "blocks in the expanding windows at the front (paper: L_s)")
-    deep: int = setting(4, "blocks in the contracting windows at the back (paper: L_d)")
-    window: int = setting(2, "blocks in a middle window (paper: s)")
-    stride: int = setting(1, "blocks between middle windows (paper: i)")
+    shallow: int = setting(
+        4, "blocks in the expanding windows at the front (paper: L_s)", group=WINDOWS
+    )
+    deep: int = setting(
+        4, "blocks in the contracting windows at the back (paper: L_d)", group=WINDOWS
+    )
+    window: int = setting(2, "blocks in a middle window (paper: s)", group=WINDOWS)
+    stride: int = setting(1, "blocks between middle windows (paper: i)", group=WINDOWS)
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -110,70 +119,104 @@ class SliderConfig(WindowConfig):
     4
     """
 
-    wbits: int = setting(4, "bits per weight, 2 to 8; 16 leaves weights as they are")
+    wbits: int = setting(4, "bits per weight, 2 to 8; 16 leaves weights as they are", group=WEIGHTS)
     abits: int = setting(
-        16, "bits per activation, 4, 6 or 8, rounded per token at run time; 16 leaves them"
+        16,
+        "bits per activation, 4, 6 or 8, rounded per token at run time; 16 leaves them",
+        group=WEIGHTS,
     )
-    act_sym: bool = setting(True, "symmetric activation grid, for servers; no-act-sym: the paper")
-    quantize_attention: bool = setting(False, "also round queries, keys and values (the paper)")
+    act_sym: bool = setting(
+        True, "symmetric activation grid, for servers; no-act-sym: the paper", group=WEIGHTS
+    )
+    quantize_attention: bool = setting(
+        False, "also round queries, keys and values (the paper)", group=WEIGHTS
+    )
     group_size: int | Literal["auto"] | None = setting(
         "auto",
         GROUP_HELP
         + "; auto: 128, one per row where weights and activations have 8 bits (servers), 32 "
         "with --for gguf",
+        group=WEIGHTS,
     )
-    sym: bool = setting(True, "signed codes without zero point; no-sym fits 2 bits better")
+    sym: bool = setting(
+        True, "signed codes without zero point; no-sym fits 2 bits better", group=WEIGHTS
+    )
     for_: Literal["any", "gguf"] = setting(
         "any",
         "who computes with the codes: gguf (llama.cpp) has scales in float16; any: nobody special",
+        group=WEIGHTS,
     )
     bits_for: tuple[str, ...] = setting(
         (),
         "other bits for some layers, such as 'layers.0.*=8' 'down_proj=8'; a shell pattern fits a "
         "layer's name (layers.0.mlp.down_proj), or its end behind any dot; the last that fits counts",
+        group=WEIGHTS,
     )
     ignore: tuple[str, ...] = setting(
-        (), "layers that are not rounded, by patterns as in bits_for, which they win over"
+        (),
+        "layers that are not rounded, by patterns as in bits_for, which they win over",
+        group=WEIGHTS,
     )
-    gamma: float = setting(0.5, "intra-layer ratio: 0.5 rounds half of every row first; 1: all")
+    gamma: float = setting(
+        0.5, "intra-layer ratio: 0.5 rounds half of every row first; 1: all", group=SLIDER
+    )
     intra_order: Literal["network", "window"] = setting(
         "network",
         "network: one pass over all windows per intra stage (released code); window: all stages "
         "inside each window (the paper's text)",
+        group=SLIDER,
     )
     rotate: Literal["none", "r1", "r2", "both"] = setting(
-        "none", "rotate offline: r1 the residual stream, r2 the value heads"
+        "none", "rotate offline: r1 the residual stream, r2 the value heads", group=WEIGHTS
     )
     method: Literal["compensated", "combined", "slider"] = setting(
         "compensated",
         "compensated: nothing is trained, each column's rounding error is carried into the next; "
         "combined: the same, then windows train the scales of the codes; "
         "slider: the paper, windows train a correction and the clipping, then codes are the nearest",
+        group=CALIBRATION,
     )
-    lwc: bool = setting(True, "train the clipping range; no-lwc keeps it open")
+    lwc: bool = setting(True, "train the clipping range; no-lwc keeps it open", group=SLIDER)
     channel_scale: Literal["auto", "on", "off"] = setting(
         "auto",
         "scale channels: slider trains the scales, compensated has them in closed form; auto: "
         "where activations are rounded, as in the paper",
+        group=CALIBRATION,
     )
     target_input: Literal["fp", "quant"] = setting(
-        "fp", "what the full-precision target sees: its own input, or the quantized model's"
+        "fp",
+        "what the full-precision target sees: its own input, or the quantized model's",
+        group=WINDOWS,
     )
-    min_expert_tokens: int = setting(64, "experts that see fewer tokens in a block stay untrained")
-    epochs: int = setting(20, "passes over the samples per window, split over the intra stages")
-    batch_size: int = setting(1, "samples per update")
-    lr_lora: float = setting(1e-4, "learning rate of the low-rank weight correction")
-    lr_lwc: float = setting(1e-2, "learning rate of the clipping range")
-    lr_scale: float = setting(1e-3, "learning rate of the channel scaling")
-    lr_scale_by_batch: bool = setting(False, "multiply rates by the batch size (released code)")
-    lora_rank: int = setting(4, "rank of the correction; it is merged before rounding")
-    range_epochs: int = setting(1, "passes over the samples per window, in combined")
+    min_expert_tokens: int = setting(
+        64, "experts that see fewer tokens in a block stay untrained", group=SLIDER
+    )
+    epochs: int = setting(
+        20, "passes over the samples per window, split over the intra stages", group=SLIDER
+    )
+    batch_size: int = setting(1, "samples per update", group=CALIBRATION)
+    lr_lora: float = setting(1e-4, "learning rate of the low-rank weight correction", group=SLIDER)
+    lr_lwc: float = setting(1e-2, "learning rate of the clipping range", group=SLIDER)
+    lr_scale: float = setting(1e-3, "learning rate of the channel scaling", group=SLIDER)
+    lr_scale_by_batch: bool = setting(
+        False, "multiply rates by the batch size (released code)", group=SLIDER
+    )
+    lora_rank: int = setting(
+        4, "rank of the correction; it is merged before rounding", group=SLIDER
+    )
+    range_epochs: int = setting(
+        1, "passes over the samples per window, in combined", group=COMBINED
+    )
     lr_range: float = setting(
-        5e-3, "learning rate of the logarithm of the codes' scales, in combined"
+        5e-3, "learning rate of the logarithm of the codes' scales, in combined", group=COMBINED
     )
-    nsamples: int = setting(128, "calibration samples")
-    seqlen: int = setting(2048, "tokens per calibration sample; capped at the model's limit")
-    seed: int = setting(2, "seed of the sample choice, the batch order and the initial values")
+    nsamples: int = setting(128, "calibration samples", group=CALIBRATION)
+    seqlen: int = setting(
+        2048, "tokens per calibration sample; capped at the model's limit", group=CALIBRATION
+    )
+    seed: int = setting(
+        2, "seed of the sample choice, the batch order and the initial values", group=CALIBRATION
+    )
 
     def __post_init__(self) -> None:
         WindowConfig.__post_init__(self)  # zero-argument super() fails in dataclasses with slots

@@ -307,6 +307,10 @@ def test_saved_data_sets_that_do_not_fit_are_one_line(data_set) -> None:
     datasets.DatasetDict(train=data, test=data).save_to_disk("splits")
     with pytest.raises(InputError, match="splits holds the splits test, train; give the folder"):
         InputFiles().read(["splits"])
+    with pytest.raises(
+        InputError, match="other is a folder that save_to_disk wrote; leave out hf:"
+    ):
+        InputFiles().read(["hf:other"])
     next(Path("other").glob("*.arrow")).write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"other cannot be read .*; save it again") as caught:
         InputFiles().read(["other"])

@@ -34,6 +34,8 @@ def read_named(name: str) -> Sequence[Mapping[str, Any]]:
     parts = repository.split("/")
     if len(parts) > 3 or not all(parts):
         raise InputError(f"{name} is no name of a data set; write {PREFIX}NAME/CONFIG:SPLIT")
+    if (Path(repository) / "state.json").is_file():
+        raise InputError(f"{repository} is a folder that save_to_disk wrote; leave out {PREFIX}")
     meanings: list[tuple[str, str | None]] = [
         ("/".join(parts[:2]), parts[2] if parts[2:] else None)
     ]

@@ -89,8 +89,9 @@ def _row(name: str, setting: str, perplexities: dict[str, float], bits: float) -
 def describe_setting(config: SliderConfig) -> str:
     """Return format, rotation and seed in a few words, such as "W4 g128 sym, calibration seed 2"."""
     groups = f"g{config.group_size}" if config.columns_per_scale else "per row"
-    bits = f"W{config.wbits} mixed" if config.has_mixed_bits else f"W{config.wbits}"
+    bits = f"W{config.wbits} mixed" if config.bits_for else f"W{config.wbits}"
     words = f"{bits} {groups} {'sym' if config.sym else 'asym'}"
+    words += ", some layers left out" if config.ignore else ""
     if config.abits != FULL_BITS:
         words += f", A{config.abits} per token {'sym' if config.act_sym else 'asym'}"
         words += " with Q, K, V" if config.quantize_attention else ""
