@@ -4,9 +4,12 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch import distributed
 
 from effml_common.cli import main
 from effml_common.errors import InputError
+from effml_common.locking import locked_folder
 from sliderquant.adapters.processes import device_with_float64, process_group
 from sliderquant.cli import COMMANDS
 from sliderquant.commands import quantize as quantize_command
@@ -23,16 +27,16 @@ from sliderquant.config import QuantizeConfig
 SCRIPT = Path(__file__).parents[1] / "sliderquant_processes.py"
 
 
-def run_two(*words: object) -> None:
-    """Run a script, or with "-m" a module, in two processes."""
+def in_two(*words: object) -> dict[str, Any]:
+    """How to start a script, or with "-m" a module, in two processes."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = subprocess.run(
-        [sys.executable, *torchrun, *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=500,
-        text=True,
-    )
+    command = [sys.executable, *torchrun, *map(str, words)]
+    return {"args": command, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+
+
+def run_two(*words: object) -> None:
+    """Run a script or a module in two processes."""
+    done = subprocess.run(**in_two(*words), capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -158,6 +162,92 @@ def test_quantize_under_torchrun_writes_once_and_gives_the_same_model(
         for name in ("one", "two")
     ]
     assert len(lines[0]) == len(lines[1]) == windows
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed "
+                         "by peer [127.0.0.1]:17290. This is typically caused by a crash."),
+            "Connection closed by peer [127.0.0.1]:17290",
+        ),
+        (distributed.DistNetworkError("The client socket has timed out"), "The client socket has"),
+    ],
+    ids=["gloo", "store"],
+)  # fmt: skip
+def test_a_lost_process_is_one_line(error, reason, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(distributed, name, lambda *words, **more: None)
+    with pytest.raises(InputError) as caught, process_group("cpu"):
+        raise error
+    assert str(caught.value).startswith(f"another process of this run is gone ({reason}")
+    assert str(caught.value).endswith("run again with --resume auto")
+    with pytest.raises(RuntimeError, match="a fault"), process_group("cpu"):
+        raise RuntimeError("a fault of the program")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize(
+    ("signum", "victim"),
+    [
+        (signal.SIGKILL, "torchrun"),
+        (signal.SIGKILL, "first"),
+        (signal.SIGKILL, "second"),
+        (signal.SIGTERM, "torchrun"),
+        (signal.SIGTERM, "second"),
+    ],
+)
+def test_all_processes_end_with_one_and_a_resumed_run_ends_with_the_same_bytes(
+    signum, victim, save, tmp_path
+) -> None:
+    model, text, killed = save("llama"), tmp_path / "text.txt", tmp_path / "killed"
+    words = [
+        "-m", "sliderquant", "quantize", model, "--calib", text, "--group-size", 8, "--nsamples", 8,
+        "--seqlen", 16, "--method", "slider", "--batch-size", 2, "--epochs", 8, "--resume", "auto",
+    ]  # fmt: skip
+    run_two(*words, "--out", tmp_path / "whole")
+
+    # One of them is lost after a window.
+    with (tmp_path / "err").open("w") as err:
+        torchrun = subprocess.Popen(**in_two(*words, "--out", killed), stdout=err, stderr=err)
+        while not (killed / "run" / "checkpoints" / "step-1").exists():
+            assert torchrun.poll() is None, (tmp_path / "err").read_text()
+            time.sleep(0.01)
+        workers = workers_of(torchrun.pid)
+        os.kill({"torchrun": torchrun.pid, **workers}[victim], signum)
+        assert torchrun.wait(timeout=60) != 0
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers.values()):
+        assert time.monotonic() < end, "a process outlives torchrun"
+        time.sleep(0.01)
+    lines = (tmp_path / "err").read_text().splitlines()
+    assert sum(line.startswith("error: ") for line in lines) <= 2, lines
+    assert not [line for line in lines if "sliderquant/commands" in line], (
+        lines
+    )  # a traceback of ours
+
+    # The folder is free, and nothing is lost.
+    with locked_folder(killed):
+        pass
+    assert not (killed / "config.json").exists()
+    run_two(*words, "--out", killed)
+    for name in ("model.safetensors", "config.json", "run/metrics.jsonl"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def workers_of(torchrun: int) -> dict[str, int]:
+    """Numbers of the two processes that torchrun started, by their order."""
+    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    names = {"RANK=0": "first", "RANK=1": "second"}
+    found = {}
+    for child in map(int, children):
+        for setting in Path(f"/proc/{child}/environ").read_bytes().decode().split("\0"):
+            if setting in names:
+                found[names[setting]] = child
+    return found
 
 
 def test_mps_is_refused_where_double_precision_is_needed(monkeypatch) -> None:
