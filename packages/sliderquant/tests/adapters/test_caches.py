@@ -10,7 +10,6 @@ import torch
 
 from sliderquant.adapters.caches import ActivationCache
 
-
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "posix_fallocate"), reason="the system cannot reserve blocks"
 )
