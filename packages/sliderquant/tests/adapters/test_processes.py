@@ -189,6 +189,7 @@ def test_a_lost_process_is_one_line(error, reason, monkeypatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three times two processes, each of which imports everything
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 @pytest.mark.parametrize(
     ("signum", "victim"),

@@ -231,6 +231,7 @@ def test_bfloat16_checkpoint_stays_bfloat16(model_directory, tmp_path, text_file
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
+@pytest.mark.timeout(1200)  # nine runs: on a busy machine more than the usual 300 s
 @pytest.mark.parametrize(
     ("order", "trial"),
     [
