@@ -4,10 +4,8 @@ import contextlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from torch import distributed
 
 from effml_common.cli import main
 from effml_common.errors import InputError
-from effml_common.locking import locked_folder
 from sliderquant.adapters.processes import device_with_float64, process_group
 from sliderquant.cli import COMMANDS
 from sliderquant.commands import quantize as quantize_command
@@ -186,69 +183,6 @@ def test_a_lost_process_is_one_line(error, reason, monkeypatch) -> None:
     assert str(caught.value).endswith("run again with --resume auto")
     with pytest.raises(RuntimeError, match="a fault"), process_group("cpu"):
         raise RuntimeError("a fault of the program")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # three times two processes, each of which imports everything
-@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-@pytest.mark.parametrize(
-    ("signum", "victim"),
-    [
-        (signal.SIGKILL, "torchrun"),
-        (signal.SIGKILL, "first"),
-        (signal.SIGKILL, "second"),
-        (signal.SIGTERM, "torchrun"),
-        (signal.SIGTERM, "second"),
-    ],
-)
-def test_all_processes_end_with_one_and_a_resumed_run_ends_with_the_same_bytes(
-    signum, victim, save, tmp_path
-) -> None:
-    model, text, killed = save("llama"), tmp_path / "text.txt", tmp_path / "killed"
-    words = [
-        "-m", "sliderquant", "quantize", model, "--calib", text, "--group-size", 8, "--nsamples", 8,
-        "--seqlen", 16, "--method", "slider", "--batch-size", 2, "--epochs", 8, "--resume", "auto",
-    ]  # fmt: skip
-    run_two(*words, "--out", tmp_path / "whole")
-
-    # One of them is lost after a window.
-    with (tmp_path / "err").open("w") as err:
-        torchrun = subprocess.Popen(**in_two(*words, "--out", killed), stdout=err, stderr=err)
-        while not (killed / "run" / "checkpoints" / "step-1").exists():
-            assert torchrun.poll() is None, (tmp_path / "err").read_text()
-            time.sleep(0.01)
-        workers = workers_of(torchrun.pid)
-        os.kill({"torchrun": torchrun.pid, **workers}[victim], signum)
-        assert torchrun.wait(timeout=60) != 0
-    end = time.monotonic() + 20
-    while any(Path(f"/proc/{worker}").exists() for worker in workers.values()):
-        assert time.monotonic() < end, "a process outlives torchrun"
-        time.sleep(0.01)
-    lines = (tmp_path / "err").read_text().splitlines()
-    assert sum(line.startswith("error: ") for line in lines) <= 2, lines
-    assert not [line for line in lines if "sliderquant/commands" in line], (
-        lines
-    )  # a traceback of ours
-
-    # The folder is free, and nothing is lost.
-    with locked_folder(killed):
-        pass
-    assert not (killed / "config.json").exists()
-    run_two(*words, "--out", killed)
-    for name in ("model.safetensors", "config.json", "run/metrics.jsonl"):
-        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-
-
-def workers_of(torchrun: int) -> dict[str, int]:
-    """Numbers of the two processes that torchrun started, by their order."""
-    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
-    names = {"RANK=0": "first", "RANK=1": "second"}
-    found = {}
-    for child in map(int, children):
-        for setting in Path(f"/proc/{child}/environ").read_bytes().decode().split("\0"):
-            if setting in names:
-                found[names[setting]] = child
-    return found
 
 
 def test_mps_is_refused_where_double_precision_is_needed(monkeypatch) -> None:
