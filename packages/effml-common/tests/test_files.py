@@ -31,8 +31,9 @@ def test_a_failure_keeps_the_old_file_and_leaves_no_temporary_one(
         raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="no space") as caught:
         atomic_write(tmp_path / "a", "new")
+    assert caught.value.filename == str(tmp_path / "a")
     assert (tmp_path / "a").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,16 +24,16 @@ from sliderquant.config import QuantizeConfig
 SCRIPT = Path(__file__).parents[1] / "sliderquant_processes.py"
 
 
-def run_two(*words: object) -> None:
-    """Run a script, or with "-m" a module, in two processes."""
+def in_two(*words: object) -> dict[str, Any]:
+    """How to start a script, or with "-m" a module, in two processes."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = subprocess.run(
-        [sys.executable, *torchrun, *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=500,
-        text=True,
-    )
+    command = [sys.executable, *torchrun, *map(str, words)]
+    return {"args": command, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+
+
+def run_two(*words: object) -> None:
+    """Run a script or a module in two processes."""
+    done = subprocess.run(**in_two(*words), capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -158,6 +159,30 @@ def test_quantize_under_torchrun_writes_once_and_gives_the_same_model(
         for name in ("one", "two")
     ]
     assert len(lines[0]) == len(lines[1]) == windows
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed "
+                         "by peer [127.0.0.1]:17290. This is typically caused by a crash."),
+            "Connection closed by peer [127.0.0.1]:17290",
+        ),
+        (distributed.DistNetworkError("The client socket has timed out"), "The client socket has"),
+    ],
+    ids=["gloo", "store"],
+)  # fmt: skip
+def test_a_lost_process_is_one_line(error, reason, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(distributed, name, lambda *words, **more: None)
+    with pytest.raises(InputError) as caught, process_group("cpu"):
+        raise error
+    assert str(caught.value).startswith(f"another process of this run is gone ({reason}")
+    assert str(caught.value).endswith("run again with --resume auto")
+    with pytest.raises(RuntimeError, match="a fault"), process_group("cpu"):
+        raise RuntimeError("a fault of the program")
 
 
 def test_mps_is_refused_where_double_precision_is_needed(monkeypatch) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,8 +75,39 @@ class Launcher:
         """Exit code of a process."""
         return self._ask("wait", child)
 
+    def kill_at(self, path: Path, delay: float, *words: object) -> None:
+        """Resume a run, kill it so many seconds after a path exists, and tell how it ended.
+
+        A path may be there from the beginning, and a run may end before it is killed.
+        """
+        with tempfile.NamedTemporaryFile("r") as err:
+            child = self.start(*words, "--resume", "auto", err=Path(err.name))
+            self.wait_for(child, path)
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+            code = self.wait(child)
+            # Shown if the test fails, also later.
+            print(f"killed {delay:.4f} s after {path.name}: exit code {code}\n{err.read()}")
+        assert code in (0, -signal.SIGKILL), f"a run ended by itself, with {code}"
+
     def close(self) -> None:
         self._server.communicate()
+
+
+def differences(out: Path, whole: Path) -> list[str]:
+    """What a run that was killed left that one that was not did not, and the other way round."""
+    found = [
+        f"{folder.name} alone has {path.name}"
+        for folder, other in ((out, whole), (whole, out))
+        for path in folder.iterdir()
+        if not (other / path.name).exists()
+    ]
+    for name in ("model.safetensors", "config.json", "run/metrics.jsonl"):
+        first, second = ((folder / name).read_bytes() for folder in (out, whole))
+        if first != second:
+            found.append(f"{name} differs")
+            print(name, first[-5_000:], second[-5_000:], sep="\n")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +231,7 @@ def test_bfloat16_checkpoint_stays_bfloat16(model_directory, tmp_path, text_file
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
+@pytest.mark.timeout(1200)  # nine runs: on a busy machine more than the usual 300 s
 @pytest.mark.parametrize(
     ("order", "trial"),
     [
@@ -224,16 +257,9 @@ def test_runs_killed_again_and_again_end_with_the_same_bytes(
     moments += [".export/piece-00000.safetensors", ".export/piece-00002.safetensors"]
     moments += ["model.safetensors", "config.json"]
     for moment in moments:
-        child = launcher.start(*words, "--out", out, "--resume", "auto")
-        launcher.wait_for(child, out / moment)
-        time.sleep(draw.uniform(0, 0.01))
-        os.kill(child, signal.SIGKILL)
-        launcher.wait(child)
+        launcher.kill_at(out / moment, draw.uniform(0, 0.01), *words, "--out", out)
     run(*words, "--out", out, "--resume", "auto")
-    names = {path.name for path in (tmp_path / "whole").iterdir()}
-    assert names == {path.name for path in out.iterdir()}
-    for name in ("model.safetensors", "config.json", "run/metrics.jsonl"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert differences(out, tmp_path / "whole") == []
 
 
 @pytest.mark.slow
@@ -252,13 +278,9 @@ def test_rounded_run_killed_while_it_writes_ends_with_the_same_bytes(
     if method == "combined":
         moments = ["run/checkpoints/step-2", *moments]
     for moment in moments:
-        child = launcher.start(*words, "--out", out, "--resume", "auto")
-        launcher.wait_for(child, out / moment)
-        os.kill(child, signal.SIGKILL)
-        launcher.wait(child)
+        launcher.kill_at(out / moment, 0, *words, "--out", out)
     run(*words, "--out", out, "--resume", "auto")
-    for name in ("model.safetensors", "config.json", "run/metrics.jsonl"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert differences(out, tmp_path / "whole") == []
 
 
 def test_terminated_run_exits_143_with_its_windows_saved(

@@ -1,6 +1,7 @@
 """Hidden states of the calibration samples, in memory or in memory-mapped files."""
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,11 @@ class ActivationCache:
         self._folder = None if folder is None else folder / f"rank-{rank()}"
 
     def __call__(self, name: str, hidden: Tensor) -> Tensor:
-        """Return a copy of ``hidden``; a name that is used again takes the place of the first."""
+        """Return a copy of ``hidden``; a name that is used again takes the place of the first.
+
+        Raises:
+            OSError: If the disk has no room for it.
+        """
         if self._folder is None:
             return hidden.clone()
 
@@ -30,6 +35,7 @@ class ActivationCache:
         # Unlinked first: an earlier tensor of that name may still be read from.
         path = self._folder / name
         path.unlink(missing_ok=True)
+        _reserve(path, hidden.nbytes)
         mapped = torch.from_file(str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype)
         return mapped.view(hidden.shape).copy_(hidden)
 
@@ -46,3 +52,14 @@ class ActivationCache:
             shutil.rmtree(self._folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # another process has files in it, or it is gone
                 self._folder.parent.rmdir()
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Create a file that has its blocks: where a mapped one gets none, the system ends the process."""
+    with path.open("xb") as file:
+        if not hasattr(os, "posix_fallocate"):  # macOS
+            return
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
