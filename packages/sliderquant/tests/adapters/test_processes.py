@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import distributed
 
 from effml_common.cli import main
 from effml_common.errors import InputError
+from effml_common.locking import locked_folder
 from sliderquant.adapters.processes import device_with_float64, process_group
 from sliderquant.cli import COMMANDS
 from sliderquant.commands import quantize as quantize_command
@@ -159,6 +162,58 @@ def test_quantize_under_torchrun_writes_once_and_gives_the_same_model(
         for name in ("one", "two")
     ]
     assert len(lines[0]) == len(lines[1]) == windows
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # three times two processes, each of which imports everything
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize(
+    ("signum", "victim"),
+    [(signal.SIGKILL, "torchrun"), (signal.SIGKILL, "second"), (signal.SIGTERM, "first")],
+)
+def test_all_processes_end_with_one_and_a_resumed_run_ends_with_the_same_bytes(
+    signum, victim, save, tmp_path
+) -> None:
+    model, text, killed = save("llama"), tmp_path / "text.txt", tmp_path / "killed"
+    words = [
+        "-m", "sliderquant", "quantize", model, "--calib", text, "--group-size", 8, "--nsamples", 8,
+        "--seqlen", 16, "--method", "slider", "--batch-size", 2, "--epochs", 8, "--resume", "auto",
+    ]  # fmt: skip
+    run_two(*words, "--out", tmp_path / "whole")
+
+    # One of them is lost after a window.
+    with (tmp_path / "err").open("w") as err:
+        torchrun = subprocess.Popen(**in_two(*words, "--out", killed), stdout=err, stderr=err)
+        while not (killed / "run" / "checkpoints" / "step-1").exists():
+            assert torchrun.poll() is None, (tmp_path / "err").read_text()
+            time.sleep(0.01)
+        workers = workers_of(torchrun.pid)
+        os.kill({"torchrun": torchrun.pid, **workers}[victim], signum)
+        assert torchrun.wait(timeout=120) != 0
+    end = time.monotonic() + 120
+    while any(Path(f"/proc/{worker}").exists() for worker in workers.values()):
+        assert time.monotonic() < end, "a process outlives torchrun"
+        time.sleep(0.01)
+    said = (tmp_path / "err").read_text()
+    assert said.count("\nerror: ") <= 2, said
+    assert "sliderquant/commands" not in said, said  # no traceback of ours
+
+    # The folder is free, and nothing is lost.
+    with locked_folder(killed):
+        assert not (killed / "config.json").exists()
+    run_two(*words, "--out", killed)
+    for name in ("model.safetensors", "config.json", "run/metrics.jsonl"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def workers_of(torchrun: int) -> dict[str, int]:
+    """Numbers of the two processes that torchrun started, by their order."""
+    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    names, found = {"RANK=0": "first", "RANK=1": "second"}, {}
+    for child in map(int, children):
+        environment = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
+        found.update({names[each]: child for each in environment if each in names})
+    return found
 
 
 @pytest.mark.parametrize(
