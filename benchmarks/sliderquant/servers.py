@@ -179,7 +179,7 @@ def measure(case: Case) -> dict[str, Any]:
     row.pop("generated", None)
     if case.server == "llama.cpp":
         own_tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        row["server"]["same_tokens"] = answer["tokens"] == own_tokens
+        row["server"]["same_tokens"] = answer.get("tokens") == own_tokens
     return row
 
 
@@ -269,7 +269,8 @@ def ask_server(case: Case, folder: Path, request: Mapping[str, Any]) -> dict[str
     )
     answers = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not answers:
-        return {"error": " ".join(done.stderr.split())[-300:]}
+        said = " ".join(done.stderr.split())[-300:]
+        return {"error": f"exit code {done.returncode}: {said}"}
     return json.loads(answers[-1].removeprefix("RESULT "))
 
 

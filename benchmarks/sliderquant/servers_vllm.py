@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+# Else it rounds the activations of 4-bit weights to 8 bits, on processors with AMX.
+os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
