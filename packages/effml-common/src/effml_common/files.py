@@ -2,7 +2,20 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name a file in errors of the system that name none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -15,14 +28,13 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        fsync_path(temporary)
-        os.replace(temporary, path)
-    except BaseException as error:
+        with naming(path):
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            fsync_path(temporary)
+            os.replace(temporary, path)
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
-            error.filename = str(path)
         raise
     fsync_path(path.parent)
 

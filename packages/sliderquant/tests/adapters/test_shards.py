@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from effml_common.errors import InputError
+from sliderquant.adapters import shards
 from sliderquant.adapters.shards import STAGING, ShardWriter, join_files
 from sliderquant.adapters.weights import tensor_bytes
 
@@ -174,3 +175,15 @@ def test_a_full_disk_leaves_the_earlier_pieces(tmp_path, monkeypatch) -> None:
     again.add(tensors(1), {"1": None})
     again.join()
     assert_same(load_all(tmp_path), tensors(0) | tensors(1))
+
+
+def test_a_disk_without_room_is_an_error_that_names_the_joined_file(tmp_path, monkeypatch) -> None:
+    save_file(tensors(0), tmp_path / "0.in")
+
+    def full(*_args) -> None:
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(shards, "_copy", full)
+    with pytest.raises(OSError, match="no space") as caught:
+        join_files([tmp_path / "0.in"], tmp_path / "model.safetensors")
+    assert caught.value.filename == str(tmp_path / "model.safetensors")

@@ -9,6 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from effml_common.files import naming
 from effml_common.logging import rank
 
 
@@ -56,10 +57,6 @@ class ActivationCache:
 
 def _reserve(path: Path, size: int) -> None:
     """Create a file that has its blocks: where a mapped one gets none, the system ends the process."""
-    with path.open("xb") as file:
-        if not hasattr(os, "posix_fallocate"):  # macOS
-            return
-        try:
+    with naming(path), path.open("xb") as file:
+        if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from effml_common.errors import InputError
-from effml_common.files import atomic_write, fsync_path
+from effml_common.files import atomic_write, fsync_path, naming
 from sliderquant.adapters.reasons import reason_of
 
 STAGING = ".export"
@@ -190,7 +190,7 @@ def join_files(sources: list[Path], target: Path) -> None:
     # A header whose length is a multiple of 8, then the tensors.
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with target.open("wb") as out:
+    with naming(target), target.open("wb") as out:
         out.write(struct.pack("<Q", len(encoded)) + encoded)
         for _, _, source, begin, size in entries:
             with source.open("rb") as file:
