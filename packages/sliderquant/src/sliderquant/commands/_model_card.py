@@ -337,8 +337,8 @@ def _vllm_remark(config: Mapping[str, Any]) -> str:
     }
     if min(bits, default=4) < 4:
         return (
-            "\nvLLM 0.32 refused weights in fewer than 4 bits, tried on a CPU: give `--container-bits 4` to "
-            "`quantize`, or to `export` of the native folder, for it.\n"
+            "\nvLLM 0.32 refused weights in fewer than 4 bits, tried on a CPU: for it give "
+            "`--container-bits 4` to `quantize`, or to `export` of the native folder.\n"
         )
     if not bits <= {4, 8}:
         return "\nvLLM was tried with weights of 4 and 8 bits alone, not with these.\n"
