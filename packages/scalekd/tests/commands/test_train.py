@@ -75,14 +75,14 @@ def test_export_is_verified_by_timm_to_zero(flag, trained, tmp_path, capsys) -> 
 
 def test_loss_terms_fall(photos, tmp_path) -> None:
     out = tmp_path / "run"
-    words = ["--epochs", "13", "--lr", "5e-3", "--recipe", "adv-vit", "--ema", "0"]
-    words += ["--min-crop", "0.9"]  # 52 updates on nearly the same images
+    words = ["--epochs", "24", "--lr", "5e-3", "--recipe", "adv-vit", "--ema", "0"]
+    words += ["--min-crop", "0.9"]  # 96 updates on nearly the same images
     assert scalekd("train", "--data-dir", photos, *WORDS, *words, "--out", out) == 0
     lines = metrics_of(out)
     for term in ("spat_s3", "ac_s3", "spat_s4", "ac_s4"):
-        # Six epochs at the end, because one is noisy: on some processors it falls by 2 % only.
+        # The mean of six epochs at the end, because a single one is noisy.
         first = sum(line[term] for line in lines[:4])
-        assert sum(line[term] for line in lines[-24:]) / 6 < 0.98 * first, term
+        assert sum(line[term] for line in lines[-24:]) / 6 < 0.97 * first, term
 
 
 class Stop(StopSignal):
