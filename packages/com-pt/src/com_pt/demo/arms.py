@@ -139,6 +139,8 @@ def train_cell(
             model=setup.members[plan.member],
             epochs=epochs,
             growth=mode,
+            # Every family is deepened as the released code deepens the image tower of CLIP.
+            depth="interleave" if mode == "official" else None,
             feature_weight=weight,
             **common,
         )
