@@ -13,7 +13,7 @@ from effml_common.parsing import require, setting
 
 # Where ruff checks a default it knows the word Literal only, so fields spell these out.
 GrowthMode = Literal["embed", "official", "lossless", "random"]
-DepthRule = Literal["interleave", "stack", "identity"]
+DepthRule = Literal["interleave", "stack", "identity", "leading"]
 Cap = Literal["off", "warn", "scale"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -36,13 +36,13 @@ class StageConfig:
     epochs: float | None = setting(None, "passes over the data; fractions are allowed")
     warmup_steps: int = setting(1000, "linear warm-up, at most a tenth of the stage")
     lr: float = setting(1e-3, "peak learning rate of AdamW")
-    weight_decay: float = setting(0.1, "not for norms, biases, scales and positions")
+    weight_decay: float = setting(0.1, "not for norms, biases and scales")
     batch_size: int = setting(1024, "samples per update, over all processes")
     growth: Literal["embed", "official", "lossless", "random"] = setting(
         "embed", "embed, official, lossless or random"
     )
-    depth: Literal["interleave", "stack", "identity"] | None = setting(
-        None, "interleave, stack or identity"
+    depth: Literal["interleave", "stack", "identity", "leading"] | None = setting(
+        None, "interleave, stack, identity or leading"
     )
     feature_weight: float = setting(1.953, "lambda = 2 alpha / D of the feature loss; 0 is off")
     init_from: str | None = None
@@ -112,6 +112,9 @@ class ChainConfig:
     workers: int = setting(0, "processes that read data")
     save_every: int = setting(500, "updates between checkpoints")
     log_every: int = setting(20, "updates between lines of metrics.jsonl")
+    published_ratio: float | None = setting(
+        None, "how many times cheaper the authors say the chain is; plan prints it beside its own"
+    )
 
     def __post_init__(self) -> None:
         # Each stage has a folder of its own beside the folder "run".
@@ -178,8 +181,8 @@ class GrowthSettings:
     Args:
         mode: ``embed`` leading entries per role; ``official`` the released code's top-left blocks;
             ``lossless`` the same outputs as before; ``random`` nothing.
-        depth: Which source layer a target layer takes. None is ``identity`` for ``lossless`` and
-            ``interleave`` for the others.
+        depth: Which source layer a target layer takes. None is ``identity`` for ``lossless``, the
+            released code's own rule for ``official``, and ``interleave`` for the others.
         strict: Refuse depths that are no multiple instead of rounding down.
         seed: The seed of the uneven split of ``lossless``.
         allow_missing: Name patterns (``*`` is any text) that may be missing, and stay fresh.
@@ -192,9 +195,13 @@ class GrowthSettings:
     allow_missing: Sequence[str] = ()
 
     @property
-    def depth_rule(self) -> DepthRule:
-        """The depth rule after defaults."""
-        return self.depth or ("identity" if self.mode == "lossless" else "interleave")
+    def depth_rule(self) -> DepthRule | Literal["released"]:
+        """The depth rule after defaults; ``released`` differs from stack to stack."""
+        if self.depth is not None:
+            return self.depth
+        if self.mode == "official":
+            return "released"
+        return "identity" if self.mode == "lossless" else "interleave"
 
 
 def _require_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -227,8 +234,10 @@ class GrowConfig:
         "embed: leading channels, heads kept whole; official: the released code's corner blocks; "
         "lossless: the same outputs; random: nothing",
     )
-    depth: Literal["interleave", "stack", "identity"] | None = setting(
-        None, "source of new layers; default identity for lossless, else interleave"
+    depth: Literal["interleave", "stack", "identity", "leading"] | None = setting(
+        None,
+        "source of new layers; default identity for lossless, as released for official, "
+        "else interleave",
     )
     strict: bool = setting(False, "refuse a depth that is no multiple")
     resize_pos: bool = setting(False, "interpolate positions if the image size differs")

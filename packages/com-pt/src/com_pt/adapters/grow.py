@@ -40,7 +40,7 @@ def grow(
         small: The finished model; not changed.
         large: The freshly initialised model; growth is computed on its device.
         mode: ``embed``, ``official``, ``lossless`` or ``random``; see ``GrowthSettings``.
-        depth: ``interleave``, ``stack`` or ``identity``.
+        depth: ``interleave``, ``stack``, ``identity`` or ``leading``; see ``GrowthSettings``.
         layout: Layout of both, if they are of a kind that is not registered.
         resize_pos: Interpolate positions when the image sizes differ.
         strict: Refuse depths that are no multiple of the small one's.

@@ -54,6 +54,7 @@ def open_clip_layout(model: Any) -> Layout:
         (*image_rules, *text_rules, *head),
         {"image": image_tower, "text": text_tower},
         {**image_facts, **text_facts},
+        deepened=("visual.transformer.resblocks",),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from com_pt.config import ChainConfig, GrowthMode, StageConfig
+from com_pt.config import ChainConfig, DepthRule, GrowthMode, StageConfig
 from com_pt.training.plan import plan_chain
 from com_pt.training.run import run_chain
 from com_pt.training.tasks.base import Task
@@ -26,6 +26,8 @@ ARMS: dict[str, tuple[GrowthMode, float]] = {
     "embed + feature": ("embed", FEATURE_WEIGHT),
     "lossless + feature": ("lossless", FEATURE_WEIGHT),
 }
+# Every family is made deeper as the released code makes the image tower of CLIP deeper.
+DEPTH: dict[GrowthMode, DepthRule] = {"official": "interleave"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +130,8 @@ def train_cell(
     macs_before = 0.0
     if source is not None:
         small = json.loads((source / "cell.json").read_text(encoding="utf-8"))
-        name, init_from = small["member"], str(source / "run" / small["member"])
-        model = setup.members[name]
-        stages.append(StageConfig(name=name, model=model, init_from=init_from, **common))
+        name, start = small["member"], str(source / "run" / small["member"])
+        stages.append(StageConfig(name=name, model=setup.members[name], init_from=start, **common))
         macs_before = small["total_macs"] if plan.arm != "scratch" else 0.0
     epochs = plan.steps / (len(setup.task) // setup.batch)
     stages.append(
@@ -139,6 +140,7 @@ def train_cell(
             model=setup.members[plan.member],
             epochs=epochs,
             growth=mode,
+            depth=DEPTH.get(mode),
             feature_weight=weight,
             **common,
         )

@@ -32,12 +32,12 @@ class GrowthReport:
 
     Attributes:
         mode: Growth mode.
-        depth: Depth rule.
+        depth: Depth rule; ``released`` is the one of the released routine.
         copied: Target parameters that came from the source, wholly or in part.
         fresh: Target parameters left as they were initialised.
         skipped: Source parameters that no target took.
         inherited: Fraction of the target's numbers that came from the source.
-        layers: For each stack, the source layer of every target layer.
+        layers: For each stack, the source layer of every target layer; None where it stays fresh.
         eps_factor: For each tower, what the eps of its norms must be multiplied by.
 
     Example:
@@ -51,7 +51,7 @@ class GrowthReport:
     fresh: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     inherited: float = 0.0
-    layers: dict[str, list[int]] = field(default_factory=dict)
+    layers: dict[str, list[int | None]] = field(default_factory=dict)
     eps_factor: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -95,6 +95,8 @@ class Layout:
         rules: One for every parameter.
         towers: The residual streams, by the names that the rules use.
         fixed: Facts that must be equal along a chain, such as the vocabulary.
+        deepened: Stacks whose layers the released routine copies twice. It copies the layers of all
+            other stacks under their own names.
 
     Example:
         >>> table = rules({"0.weight": "MLP FIXED", "1.weight": "CLASS <MLP"})
@@ -107,6 +109,7 @@ class Layout:
     rules: tuple[Rule, ...]
     towers: Mapping[str, Tower]
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    deepened: tuple[str, ...] = ()
 
     def rule_of(self, name: str) -> Rule:
         """Return the rule of a parameter.

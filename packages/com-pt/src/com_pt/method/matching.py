@@ -34,12 +34,12 @@ class Matching:
 
     Attributes:
         parameters: For each parameter of the large model its match; None where it stays fresh.
-        layers: For each stack, the source layer of every target layer.
+        layers: For each stack, the source layer of every target layer; None where it stays fresh.
         skipped: Parameters of the small model that nothing is grown from.
     """
 
     parameters: dict[str, Match | None]
-    layers: dict[str, list[int]]
+    layers: dict[str, list[int | None]]
     skipped: list[str]
 
 
@@ -86,15 +86,16 @@ def match_parameters(
     return Matching(parameters, layers, skipped)
 
 
-def depth_map(small: int, large: int, rule: DepthRule, *, strict: bool = False) -> list[int]:
+def depth_map(small: int, large: int, rule: DepthRule, *, strict: bool = False) -> list[int | None]:
     """Return the source layer of each target layer.
 
-    It is floor(j * small / large), or j mod small for ``stack``.
+    It is floor(j * small / large) for ``interleave`` and ``identity``, j mod small for ``stack``, and
+    j for ``leading``, where layers beyond the small model's have no source.
 
     Args:
         small: Layers of the small model.
         large: Layers of the large model.
-        rule: ``interleave``, ``stack`` or ``identity``.
+        rule: ``interleave``, ``stack``, ``identity`` or ``leading``.
         strict: Refuse depths that are no multiple instead of rounding down.
 
     Raises:
@@ -103,11 +104,15 @@ def depth_map(small: int, large: int, rule: DepthRule, *, strict: bool = False) 
     Example:
         >>> depth_map(3, 6, "interleave")
         [0, 0, 1, 1, 2, 2]
+        >>> depth_map(2, 4, "leading")
+        [0, 1, None, None]
     """
     if small > large:
         raise GrowthError(
             f"depth falls from {small} to {large} layers; order the chain from small to large"
         )
+    if rule == "leading":
+        return [j if j < small else None for j in range(large)]
     if strict and large % small:
         raise GrowthError(
             f"{large} layers are no multiple of {small}; choose a multiple or drop --strict"
@@ -119,7 +124,8 @@ def depth_map(small: int, large: int, rule: DepthRule, *, strict: bool = False) 
 
 def _match_layers(
     small: State, fresh: State, source: Layout, target: Layout, settings: GrowthSettings
-) -> dict[str, list[int]]:
+) -> dict[str, list[int | None]]:
+    # Both models have the same stacks.
     small_depths = _depths(small, source, settings)
     large_depths = _depths(fresh, target, settings)
     missing = set(large_depths) - set(small_depths)
@@ -127,10 +133,30 @@ def _match_layers(
         raise LayoutError(
             f"the small model has no layers {min(missing)}; use two models of one family"
         )
-    return {
-        stack: depth_map(small_depths[stack], depth, settings.depth_rule, strict=settings.strict)
-        for stack, depth in large_depths.items()
-    }
+
+    # Each stack is made deeper by its rule.
+    layers: dict[str, list[int | None]] = {}
+    for stack, depth in large_depths.items():
+        rule = _depth_rule(stack, target, settings)
+        layers[stack] = depth_map(small_depths[stack], depth, rule, strict=settings.strict)
+        if settings.mode == "lossless" and rule != "identity" and depth > small_depths[stack]:
+            raise GrowthError(
+                f"lossless growth of {stack} from {small_depths[stack]} to {depth} layers changes the "
+                f"outputs with depth {rule}; use depth identity, or mode embed"
+            )
+    return layers
+
+
+def _depth_rule(stack: str, target: Layout, settings: GrowthSettings) -> DepthRule:
+    """Return the depth rule of one stack.
+
+    The released routine copies layer l of CLIP's own image tower into layers 2 l and 2 l + 1 of a
+    tower of twice the depth, and every other tensor under its own name.
+    """
+    rule = settings.depth_rule
+    if rule == "released":
+        return "interleave" if stack in target.deepened else "leading"
+    return rule
 
 
 def _depths(state: State, layout: Layout, settings: GrowthSettings) -> dict[str, int]:
@@ -145,7 +171,10 @@ def _depths(state: State, layout: Layout, settings: GrowthSettings) -> dict[str,
 
 
 def _match_parameter(
-    name: str, target: Layout, layers: Mapping[str, Sequence[int]], settings: GrowthSettings
+    name: str,
+    target: Layout,
+    layers: Mapping[str, Sequence[int | None]],
+    settings: GrowthSettings,
 ) -> Match | None:
     if settings.mode == "random" or _may_be_missing(name, settings):
         return None
@@ -153,10 +182,14 @@ def _match_parameter(
     if layer is None:
         return Match(name, rule, is_idle=False)
 
-    # With "identity" only the first layer that is grown from a source layer does its work.
+    # With "leading" the layers beyond the small model's have no source.
     stack, number = layer
     source_layers = layers[stack]
     source_layer = source_layers[number]
+    if source_layer is None:
+        return None
+
+    # With "identity" only the first layer that is grown from a source layer does its work.
     is_copy = number != source_layers.index(source_layer)
     origin = name.replace(f"{stack}.{number}.", f"{stack}.{source_layer}.", 1)
     return Match(origin, rule, is_idle=is_copy and settings.depth_rule == "identity")

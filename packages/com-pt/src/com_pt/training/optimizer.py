@@ -7,10 +7,8 @@ from torch import Tensor, nn
 
 from com_pt.config import ChainConfig, StageConfig
 
-NO_DECAY = (
-    "positional_embedding", "pos_embed", "cls_token", "class_embedding", "reg_token", "cls_emb",
-    "relative_position_bias_table", "logit_scale", "logit_bias",
-)  # fmt: skip
+# Parts of names that open_clip and the released code spare from decay, whatever their shape.
+NO_DECAY = ("bn", "ln", "bias", "logit_scale")
 
 
 def make_optimizer(module: nn.Module, chain: ChainConfig, stage: StageConfig) -> torch.optim.AdamW:
@@ -24,11 +22,15 @@ def make_optimizer(module: nn.Module, chain: ChainConfig, stage: StageConfig) ->
 
 
 def parameter_groups(module: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups: no decay for vectors, scales, tokens and positions."""
+    """Return AdamW's groups by the rule of open_clip 3.3 and of the released code.
+
+    Vectors, scales and whatever is called a bias do not decay, so neither does Swin's
+    ``relative_position_bias_table``. Positions and token tables do.
+    """
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.dim() >= 2 and name.rpartition(".")[2] not in NO_DECAY
+            decays = parameter.dim() >= 2 and not any(part in name for part in NO_DECAY)
             groups[decays].append(parameter)
     decays_of_groups = ((groups[True], decay), (groups[False], 0.0))
     return [{"params": params, "weight_decay": wd} for params, wd in decays_of_groups if params]

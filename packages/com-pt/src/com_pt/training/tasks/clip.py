@@ -37,6 +37,7 @@ class ClipTask(Task):
             "images",
             "tokenizer",
             "captions",
+            "sentences",
             "crop_scale",
             "zero_shot",
             "image_size",
