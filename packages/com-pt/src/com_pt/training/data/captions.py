@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from com_pt.training.data.tokenizers import Tokenizer, make_tokenizer
+from com_pt.training.data.transforms import crop_range, image_transform
 from effml_common.errors import InputError
 from effml_common.parsing import one_line
 
 IMAGE_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-Tokenizer = Callable[[list[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -208,104 +209,3 @@ def read_tar(path: Path) -> tuple[list[ByteRange], list[list[str]]]:
         name = Path(silent[0]).name
         raise InputError(f"{path}: {silent[0]} has no caption; add {name}.txt or .json")
     return list(places.values()), [texts[key] for key in places]
-
-
-def crop_range(data: Mapping[str, Any], default: tuple[float, float]) -> tuple[float, float]:
-    """Return the range of areas that a random crop keeps."""
-    low, high = data.get("crop_scale", default)
-    return float(low), float(high)
-
-
-def image_transform(
-    size: int | Sequence[int], crop_scale: tuple[float, float] | None
-) -> Callable[[Any], Tensor]:
-    """Make a transform: a random crop for training, a centre crop otherwise; CLIP's mean and deviation.
-
-    Args:
-        size: Height and width of the result in pixels, or one number for both.
-        crop_scale: Range of areas that a random crop keeps; None takes the centre.
-
-    Returns:
-        A function from a picture to a tensor [3, h, w].
-    """
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    from torchvision.transforms import v2
-
-    # Crops have the result's aspect ratio, a random one up to a third more or less.
-    height, width = (size, size) if isinstance(size, int) else size
-    cubic = v2.InterpolationMode.BICUBIC
-    if crop_scale is not None:
-        ratio = width / height
-        ratios = (0.75 * ratio, ratio / 0.75)
-        crop = [v2.RandomResizedCrop((height, width), crop_scale, ratios, interpolation=cubic)]
-    else:
-        resized = (height, width) if height != width else height
-        crop = [v2.Resize(resized, cubic), v2.CenterCrop((height, width))]
-
-    # Pixels as CLIP's towers expect them.
-    return v2.Compose(
-        [
-            *crop,
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
-        ]
-    )
-
-
-def make_tokenizer(data: Mapping[str, Any]) -> Tokenizer:
-    """Make CLIP's own tokenizer, a Hugging Face one from its folder, or one of a list of words.
-
-    A list of words gives ids from 1 on and an end token with the largest id.
-
-    Raises:
-        InputError: If there is no such folder.
-    """
-    kind, length = data.get("tokenizer", "simple"), data.get("context_length")
-    if isinstance(kind, list | tuple):
-        return WordTokenizer(list(kind), length or 77)
-    if kind == "simple":
-        from open_clip import SimpleTokenizer
-
-        simple = SimpleTokenizer(context_length=length or 77)
-        return lambda texts: simple(texts)
-    from open_clip.tokenizer import HFTokenizer
-
-    if not Path(str(kind)).is_dir():
-        raise InputError(
-            f"there is no tokenizer {kind}; use simple, a list of words or a tokenizer's folder"
-        )
-    loaded = HFTokenizer(str(kind), context_length=length or 77)
-    return lambda texts: loaded(texts)
-
-
-def vocabulary_size(data: Mapping[str, Any]) -> int:
-    """Return the number of a tokenizer's ids, as far as it is known without loading it; else 0."""
-    kind = data.get("tokenizer", "simple")
-    if isinstance(kind, list | tuple):
-        return len(kind) + 2
-    return 49408 if kind == "simple" else 0
-
-
-class WordTokenizer:
-    """Whole words of a closed vocabulary; the end token has the largest id, as CLIP pools there."""
-
-    def __init__(self, words: list[str], length: int) -> None:
-        self.ids = {word: i for i, word in enumerate(words, 1)}
-        self.end, self.length = len(words) + 1, length
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        """Return token ids [n, length], padded with 0.
-
-        Raises:
-            InputError: If a word is not in the vocabulary.
-        """
-        rows = torch.zeros(len(texts), self.length, dtype=torch.long)
-        for row, text in zip(rows, texts, strict=True):
-            words = text.lower().split()
-            unknown = [word for word in words if word not in self.ids]
-            if unknown:
-                raise InputError(f"the word {unknown[0]} is not in the vocabulary; add it")
-            ids = [*[self.ids[w] for w in words][: self.length - 1], self.end]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows

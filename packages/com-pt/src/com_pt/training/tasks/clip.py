@@ -14,7 +14,8 @@ from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip,
 from com_pt.method.cost import clip_macs
 from com_pt.method.losses import multi_caption_clip_loss
 from com_pt.method.metrics import evaluate_retrieval, evaluate_zero_shot
-from com_pt.training.data.captions import CaptionData, vocabulary_size
+from com_pt.training.data.captions import CaptionData
+from com_pt.training.data.tokenizers import vocabulary_size
 from com_pt.training.tasks.base import Task, height_and_width
 from effml_common.errors import ConfigError
 
