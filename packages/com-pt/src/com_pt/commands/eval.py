@@ -81,7 +81,7 @@ def _judge_embeddings(config: EvalConfig, model: Any) -> dict[str, float]:
 
     # The classes of the probe are those of both files, in alphabetical order.
     fit = CaptionData.open({**data, "val": config.train}, "val", captions=None)
-    names = sorted({line[0] for line in fit.texts + held_out.texts})
+    names = sorted({line[0] for line in [*fit.texts, *held_out.texts]})
     fit_labels, labels = (
         torch.tensor([names.index(line[0]) for line in part.texts]) for part in (fit, held_out)
     )

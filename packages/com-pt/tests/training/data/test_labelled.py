@@ -63,7 +63,7 @@ def test_a_list_of_names_numbers_the_folders(folders) -> None:
     with pytest.raises(InputError, match=r"val/9: the label '9' is no class; correct it"):
         open_part("val", val=str(folders), classes=["cats", "10"])
     with pytest.raises(InputError, match="the class 'cats' is listed twice"):
-        open_part("val", val=str(folders), classes=["cats", "cats"])
+        open_part("val", val=str(folders), classes=["cats", "9", "10", "cats"])
 
 
 def test_the_classes_of_a_model_are_those_of_its_folders(folders) -> None:

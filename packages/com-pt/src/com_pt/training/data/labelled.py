@@ -74,8 +74,10 @@ def open_labelled(
     places = {name: place for place, name in enumerate(known)}
     for number, name in enumerate(found.names):
         if name not in places:
-            kind = f"number below {len(known)}" if known == _numbers(known) else "class"
-            raise InputError(f"{found.where(number)}: the label {name!r} is no {kind}; correct it")
+            are_numbers = known == _numbers(known)
+            kind = f"number below {len(known)}" if are_numbers else "class"
+            remedy = "correct it" if are_numbers else "correct it or add it to classes"
+            raise InputError(f"{found.where(number)}: the label {name!r} is no {kind}; {remedy}")
     order = torch.tensor([places[name] for name in found.names])
     return LabelledImages(found.pictures, order[found.labels.long()], classes, transform)
 
@@ -107,9 +109,9 @@ def class_names(data: Mapping[str, Any], part: str, found: Labelling | None = No
     # A list of names says what the classes are.
     elif setting is not None:
         names = read_names(setting)
-        if len({*names}) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"the class {twice!r} is listed twice; name each class once")
+        twice = [] if found.has_numbers else [n for n in found.names if names.count(n) > 1]
+        if twice:
+            raise InputError(f"the class {twice[0]!r} is listed twice; name each class once")
         return names
 
     # Otherwise the data say it.

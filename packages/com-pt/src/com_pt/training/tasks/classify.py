@@ -80,6 +80,15 @@ class ClassifyTask(Task):
         if sizes:
             self.adopt_size("image_size", sizes)
 
+    def check_data(self) -> None:
+        """Open the held-out images and decode one.
+
+        Raises:
+            InputError: If they cannot be read, or their classes are not those of the training images.
+        """
+        if "val" in self.data:
+            self.open("val").image(0)
+
     @property
     def samples(self) -> LabelledImages:
         """The training images, opened at first use."""
