@@ -56,7 +56,7 @@ def forward_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def _judge_language_model(config: EvalConfig, model: Any) -> dict[str, float]:
     tokenizer = "bytes" if config.tokenizer == "simple" else config.tokenizer
     settings = {"val": list(config.data), "length": config.length, "tokenizer": tokenizer}
-    return perplexity(model, CausalLMTask(settings).blocks("val"))
+    return perplexity(model, CausalLMTask(settings).blocks("val")[:])
 
 
 def _judge_classifier(config: EvalConfig, model: Any, classes: int) -> dict[str, float]:
