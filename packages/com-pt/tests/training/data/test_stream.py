@@ -279,3 +279,10 @@ def test_a_pattern_may_be_indexed_and_a_tar_streamed(shards) -> None:
     task = task_of(shards, train=str(shards / "00000.tar"), stream=True)
     assert len(task) == SAMPLES
     assert sorted(numbers_of(batches_of(task, 0, 2))) == [(0, i) for i in range(SAMPLES)]
+
+
+@pytest.mark.parametrize("name", ["samples", "shuffle_buffer", "captions"])
+@pytest.mark.parametrize("value", [0, "many", 2.5, True])
+def test_counts_are_whole_numbers(shards, name, value) -> None:
+    with pytest.raises(InputError, match=f"data: {name} is {value!r}; give a whole number of 1"):
+        len(task_of(shards, **{name: value}))

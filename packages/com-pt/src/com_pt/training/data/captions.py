@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from com_pt.training.data.counts import read_count
 from com_pt.training.data.decoding import decode_picture
 from com_pt.training.data.labelling import Pictures
 from com_pt.training.data.pairs import read_pairs
@@ -105,8 +106,8 @@ class StreamedCaptionData:
         wrong = next((path for path in paths if path.suffix.lower() != ".tar"), None)
         if wrong is not None:
             raise InputError(f"{wrong} is no tar, and only tars are streamed; leave out stream")
-        samples, buffer = data.get("samples"), int(data.get("shuffle_buffer", SHUFFLE_BUFFER))
-        stream = ShardStream(paths, None if samples is None else int(samples), buffer)
+        samples = read_count(data, "samples", 1) if data.get("samples") is not None else None
+        stream = ShardStream(paths, samples, read_count(data, "shuffle_buffer", SHUFFLE_BUFFER))
 
         # A fault that all samples share is met here and not among those that are skipped.
         opened = cls(stream, data, CaptionRule(captions, bool(data.get("sentences"))))

@@ -41,7 +41,7 @@ def read_pairs(
     source = data.get(part)
     if not source:
         raise InputError(
-            f"no {part} data are given; name a CSV, TSV, tar or data set (hf:...) "
+            f"no {part} data are given; name a CSV, TSV or tar, or a data set (hf:...), "
             f"under data: {part}"
         )
     if is_hugging_face(source):

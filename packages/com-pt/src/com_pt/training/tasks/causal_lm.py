@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from com_pt.adapters.llama_models import llama_config
 from com_pt.method.cost import llama_macs
 from com_pt.method.metrics import perplexity
+from com_pt.training.data.counts import read_count
 from com_pt.training.data.texts import BYTE_TOKENS, TextBlocks, load_tokenizer
 from com_pt.training.tasks.base import Task
 from effml_common.errors import ConfigError, InputError
@@ -30,7 +31,7 @@ class CausalLMTask(Task):
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
-        self.length = int(data.get("length", 512))
+        self.length = read_count(data, "length", 512)
         self._blocks: dict[str, TextBlocks] = {}
 
     def build(self, spec: Any) -> nn.Module:

@@ -19,6 +19,7 @@ from com_pt.training.data.captions import (
     caption_transform,
     is_streamed,
 )
+from com_pt.training.data.counts import read_count
 from com_pt.training.data.decoding import read_names
 from com_pt.training.data.labelled import LabelledImages, open_labelled
 from com_pt.training.data.stream import ShardStream
@@ -68,7 +69,7 @@ class ClipTask(Task):
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
-        self.captions = int(data.get("captions", 1))
+        self.captions = read_count(data, "captions", 1)
         if data.get("sentences") and self.captions < 2:
             raise ConfigError(
                 f"captions is {self.captions}, and sentences come beside the raw caption; "
