@@ -56,7 +56,7 @@ def forward_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def _judge_language_model(config: EvalConfig, model: Any) -> dict[str, float]:
     tokenizer = "bytes" if config.tokenizer == "simple" else config.tokenizer
     settings = {"val": list(config.data), "length": config.length, "tokenizer": tokenizer}
-    return perplexity(model, CausalLMTask(settings).blocks("val"))
+    return perplexity(model, CausalLMTask(settings).blocks("val")[:])
 
 
 def _judge_classifier(config: EvalConfig, model: Any, classes: int) -> dict[str, float]:
@@ -81,7 +81,7 @@ def _judge_embeddings(config: EvalConfig, model: Any) -> dict[str, float]:
 
     # The classes of the probe are those of both files, in alphabetical order.
     fit = CaptionData.open({**data, "val": config.train}, "val", captions=None)
-    names = sorted({line[0] for line in fit.texts + held_out.texts})
+    names = sorted({line[0] for line in [*fit.texts, *held_out.texts]})
     fit_labels, labels = (
         torch.tensor([names.index(line[0]) for line in part.texts]) for part in (fit, held_out)
     )

@@ -6,14 +6,14 @@ training never showed.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from com_pt.method.metrics import encode_images, encode_texts, evaluate_zero_shot, similarities
-from com_pt.training.data.captions import WordTokenizer
+from com_pt.training.data.tokenizers import WordTokenizer
 from com_pt.training.tasks.classify import ClassifyTask
 from com_pt.training.tasks.clip import ClipTask
 
@@ -29,6 +29,8 @@ class DigitPairs(ClipTask):
 
     Data settings: ``pairs`` (samples of an epoch), ``held_out`` (test pairs), ``pair_seed``.
     """
+
+    has_readers: ClassVar[bool] = False  # they are in memory
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(
@@ -99,6 +101,8 @@ class DigitPairs(ClipTask):
 
 class DigitImages(ClassifyTask):
     """8x8 digits with random shifts and noise; ``noise`` is the deviation added in training."""
+
+    has_readers: ClassVar[bool] = False  # they are in memory
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__({"classes": 10})

@@ -1,21 +1,19 @@
 """Causal language modelling with transformers' Llama."""
 
-import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from com_pt.adapters.llama_models import llama_config
 from com_pt.method.cost import llama_macs
 from com_pt.method.metrics import perplexity
+from com_pt.training.data.counts import read_count
+from com_pt.training.data.texts import BYTE_TOKENS, TextBlocks, load_tokenizer
 from com_pt.training.tasks.base import Task
 from effml_common.errors import ConfigError, InputError
-
-BYTE_TOKENS = 257  # 256 bytes and an end of text
 
 
 class CausalLMTask(Task):
@@ -33,8 +31,8 @@ class CausalLMTask(Task):
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
-        self.length = int(data.get("length", 512))
-        self._blocks: dict[str, Tensor] = {}
+        self.length = read_count(data, "length", 512)
+        self._blocks: dict[str, TextBlocks] = {}
 
     def build(self, spec: Any) -> nn.Module:
         """Build a fresh Llama from the settings of its config, or a folder with a ``config.json``."""
@@ -51,31 +49,24 @@ class CausalLMTask(Task):
                     f"vocab_size of {name} is {size} and bytes need {BYTE_TOKENS}; raise it"
                 )
 
-    def blocks(self, part: str) -> Tensor:
-        """Return token ids [n, length] of ``data[part]``.
+    def check_data(self) -> None:
+        """Read the held-out text.
+
+        Raises:
+            InputError: If there is none.
+        """
+        if "val" in self.data:
+            self.blocks("val")
+
+    def blocks(self, part: str) -> TextBlocks:
+        """Return the blocks of ``data[part]``, by number or slice; they are opened once.
 
         Raises:
             InputError: If there is no text.
         """
         if part not in self._blocks:
-            source = self.data.get(part)
-            if not source:
-                raise InputError(f"no {part} data are given; name text files under data: {part}")
-            self._blocks[part] = self._read([source] if isinstance(source, str) else list(source))
+            self._blocks[part] = TextBlocks.open(self.data, part, self.length)
         return self._blocks[part]
-
-    def _read(self, patterns: list[str]) -> Tensor:
-        files = sorted({file for pattern in patterns for file in glob.glob(pattern)})
-        if not files:
-            raise InputError(f"no file matches {patterns[0]}; check the data section")
-        encode = _make_encoder(self.data.get("tokenizer", "bytes"))
-        ids = torch.cat([encode(Path(file)) for file in files])
-        blocks = len(ids) // self.length
-        if blocks == 0:
-            raise InputError(
-                f"the text has {len(ids)} tokens, fewer than a block of {self.length}; add text"
-            )
-        return ids[: blocks * self.length].reshape(blocks, self.length)
 
     def __len__(self) -> int:
         return len(self.blocks("train"))
@@ -109,9 +100,7 @@ class CausalLMTask(Task):
         model.save_pretrained(folder)
         tokenizer = self.data.get("tokenizer", "bytes")
         if tokenizer != "bytes":
-            from transformers import AutoTokenizer
-
-            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+            load_tokenizer(tokenizer).save_pretrained(folder)
 
     def load(self, folder: Path, spec: Any) -> nn.Module:
         """Load the model of such a folder."""
@@ -120,20 +109,3 @@ class CausalLMTask(Task):
         if not (Path(folder) / "config.json").is_file():
             raise InputError(f"{folder} is no transformers folder; give one with a config.json")
         return LlamaForCausalLM.from_pretrained(folder)
-
-
-def _make_encoder(tokenizer: str) -> Any:
-    """Return a function from a text file to its token ids, with an end of text."""
-    if tokenizer == "bytes":
-        return lambda path: torch.tensor([*path.read_bytes(), BYTE_TOKENS - 1])
-    from transformers import AutoTokenizer
-
-    if not Path(tokenizer).is_dir():
-        raise InputError(f"there is no tokenizer {tokenizer}; use bytes or a tokenizer's folder")
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
-
-    def encode(path: Path) -> Tensor:
-        ids = loaded(path.read_text(encoding="utf-8", errors="replace"))["input_ids"]
-        return torch.tensor([*ids, loaded.eos_token_id])
-
-    return encode

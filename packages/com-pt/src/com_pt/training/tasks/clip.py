@@ -1,10 +1,9 @@
 """Contrastive image-text pre-training with open_clip models."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,17 @@ from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip,
 from com_pt.method.cost import clip_macs
 from com_pt.method.losses import multi_caption_clip_loss
 from com_pt.method.metrics import evaluate_retrieval, evaluate_zero_shot
-from com_pt.training.data.captions import CaptionData, vocabulary_size
+from com_pt.training.data.captions import (
+    CaptionData,
+    StreamedCaptionData,
+    caption_transform,
+    is_streamed,
+)
+from com_pt.training.data.counts import read_count
+from com_pt.training.data.decoding import read_names
+from com_pt.training.data.labelled import LabelledImages, open_labelled
+from com_pt.training.data.stream import ShardStream
+from com_pt.training.data.tokenizers import make_tokenizer, vocabulary_size
 from com_pt.training.tasks.base import Task, height_and_width
 from effml_common.errors import ConfigError
 
@@ -24,10 +33,13 @@ LARGEST_LOGIT_SCALE = math.log(100)  # of the parameter, which is exponentiated
 class ClipTask(Task):
     """CLIP on image-caption pairs.
 
-    Data settings: ``train`` and ``val`` (CSV, TSV or WebDataset tars), ``images`` (folder that paths
-    are relative to), ``captions`` (K, drawn anew each time), ``tokenizer`` (``simple``, a list of
-    words or a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``, ``context_length``,
-    ``zero_shot`` (``images``: CSV of path and class; ``classes``; ``templates`` with ``{}``).
+    Data settings: ``train`` and ``val`` (CSV, TSV, WebDataset tars or a data set of Hugging Face with
+    ``image_key`` and ``caption_key``), ``images`` (folder that paths are relative to), ``captions`` (K,
+    drawn anew each time), ``sentences`` (all but the first are sentences), ``stream`` (tars one after
+    the other), ``samples`` of an epoch and ``shuffle_buffer`` for it, ``tokenizer`` (``simple``, a
+    list of words or a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``,
+    ``context_length``, ``zero_shot`` (``images``: CSV of path and class, class folders or data set;
+    ``classes``; ``templates`` with ``{}``).
     """
 
     settings: ClassVar[frozenset[str]] = frozenset(
@@ -35,9 +47,14 @@ class ClipTask(Task):
             "train",
             "val",
             "images",
+            "image_key",
+            "caption_key",
             "tokenizer",
             "captions",
             "sentences",
+            "stream",
+            "samples",
+            "shuffle_buffer",
             "crop_scale",
             "zero_shot",
             "image_size",
@@ -47,12 +64,18 @@ class ClipTask(Task):
     )
     streams: ClassVar[tuple[str, ...]] = ("image", "text")
     couples_samples: ClassVar[bool] = True
+    has_readers: ClassVar[bool] = True
     headline: ClassVar[str] = "zero-shot top-1"
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
-        self.captions = int(data.get("captions", 1))
-        self._samples: CaptionData | None = None
+        self.captions = read_count(data, "captions", 1)
+        if data.get("sentences") and self.captions < 2:
+            raise ConfigError(
+                f"captions is {self.captions}, and sentences come beside the raw caption; "
+                "set captions: 7, as the paper does, or 2 at least"
+            )
+        self._samples: CaptionData | StreamedCaptionData | None = None
 
     def adopt(self, specs: Mapping[str, Any]) -> None:
         """Take image size and context length of the models, unless the data settings have them."""
@@ -75,11 +98,51 @@ class ClipTask(Task):
                 )
 
     @property
-    def samples(self) -> CaptionData:
+    def samples(self) -> CaptionData | StreamedCaptionData:
         """The training pairs, opened at first use."""
         if self._samples is None:
-            self._samples = CaptionData.open(self.data, "train", captions=self.captions)
+            if is_streamed(self.data):
+                self._samples = StreamedCaptionData.open(self.data, captions=self.captions)
+            else:
+                self._samples = CaptionData.open(self.data, "train", captions=self.captions)
         return self._samples
+
+    @property
+    def stream(self) -> ShardStream | None:
+        """The shards that the training pairs are streamed from; None where they have numbers."""
+        if not is_streamed(self.data):
+            return None
+        return cast(StreamedCaptionData, self.samples).stream
+
+    def check_data(self) -> None:
+        """Open the held-out data and decode an image of each.
+
+        Raises:
+            InputError: If they cannot be read, or a class or template is wrong.
+        """
+        if "val" in self.data:
+            CaptionData.open(self.data, "val", captions=None).image(0)
+        if "zero_shot" in self.data:
+            self.open_zero_shot().image(0)
+            for template in read_names(self.data["zero_shot"]["templates"]):
+                if "{}" not in template:
+                    raise ConfigError(
+                        f"the template {template!r} has no place for a class; add {{}}"
+                    )
+
+    def open_zero_shot(self) -> LabelledImages:
+        """Open the images of ``zero_shot`` with their classes.
+
+        Raises:
+            InputError: If a setting or file is missing, or a class is not listed.
+        """
+        settings = self.data["zero_shot"]
+        for name in ("images", "classes", "templates"):
+            if not settings.get(name):
+                raise ConfigError(f"zero_shot has no {name}; set data: zero_shot: {name}")
+        keys = {key: self.data.get(key) for key in ("images", "image_key")}
+        data = {**keys, "val": settings["images"], "classes": settings["classes"]}
+        return open_labelled(data, "val", caption_transform(self.data, "val"))
 
     def build(self, spec: Any) -> nn.Module:
         """Build an open_clip model with class ``CLIP`` or ``CustomTextCLIP``."""
@@ -132,24 +195,19 @@ class ClipTask(Task):
         """Return the chance of zero-shot classification."""
         if "zero_shot" not in self.data:
             return None
-        return 1 / len(_read_lines(self.data["zero_shot"]["classes"]))
+        return 1 / len(read_names(self.data["zero_shot"]["classes"]))
 
     def _zero_shot(self, model: Any, settings: Mapping[str, Any], batch: int) -> dict[str, float]:
         # Images and the names of their classes.
-        classes, templates = _read_lines(settings["classes"]), _read_lines(settings["templates"])
-        held_out = CaptionData.open({**self.data, "val": settings["images"]}, "val", captions=None)
+        held_out = self.open_zero_shot()
         images = torch.stack([held_out.image(i) for i in range(len(held_out))])
-        names = [line[0] for line in held_out.texts]
-        missing = sorted(set(names) - set(classes))
-        if missing:
-            raise ConfigError(f"class {missing[0]} is not listed; add it to zero_shot classes")
-        labels = torch.tensor([classes.index(name) for name in names])
 
         # Every class in every template.
+        templates, tokenize = read_names(settings["templates"]), make_tokenizer(self.data)
         prompts = [
-            held_out.tokenize([template.format(name) for template in templates]) for name in classes
+            tokenize([template.format(name) for template in templates]) for name in held_out.classes
         ]
-        return evaluate_zero_shot(model, images, labels, torch.stack(prompts), batch=batch)
+        return evaluate_zero_shot(model, images, held_out.labels, torch.stack(prompts), batch=batch)
 
     def macs(self, spec: Any) -> int:
         """Return the forward MACs of the image tower plus K times the text tower."""
@@ -168,11 +226,3 @@ class ClipTask(Task):
     def load(self, folder: Path, spec: Any) -> nn.Module:
         """Load the model of such a folder."""
         return load_clip(folder)
-
-
-def _read_lines(value: str | Sequence[str]) -> list[str]:
-    """Return a list, or the lines of a text or JSON file."""
-    if not isinstance(value, str):
-        return [str(item) for item in value]
-    text = Path(value).read_text(encoding="utf-8")
-    return json.loads(text) if value.endswith(".json") else text.splitlines()
