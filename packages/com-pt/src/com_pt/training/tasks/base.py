@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -51,6 +51,7 @@ class Task(ABC):
     streams: ClassVar[tuple[str, ...]] = ()  # outputs that are pulled to the predecessor's
     couples_samples: ClassVar[bool] = False  # whether the loss compares samples of a batch
     headline: ClassVar[str] = ""  # the metric of ``evaluate`` that tables show
+    headline_is_better: ClassVar[Literal["higher", "lower"]] = "higher"
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         unknown = sorted(set(data) - self.settings) if self.settings else []

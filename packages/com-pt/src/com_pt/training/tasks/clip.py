@@ -27,7 +27,8 @@ class ClipTask(Task):
     Data settings: ``train`` and ``val`` (CSV, TSV or WebDataset tars), ``images`` (folder that paths
     are relative to), ``captions`` (K, drawn anew each time), ``tokenizer`` (``simple``, a list of
     words or a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``, ``context_length``,
-    ``zero_shot`` (``images``: CSV of path and class; ``classes``; ``templates`` with ``{}``).
+    ``zero_shot`` (``images``: CSV of path and class; ``classes``; ``templates`` with ``{}``),
+    ``local_loss`` and ``gather_with_grad`` (``multi_caption_clip_loss``).
     """
 
     settings: ClassVar[frozenset[str]] = frozenset(
@@ -42,6 +43,8 @@ class ClipTask(Task):
             "image_size",
             "context_length",
             "val_batch",
+            "local_loss",
+            "gather_with_grad",
         }
     )
     streams: ClassVar[tuple[str, ...]] = ("image", "text")
@@ -107,7 +110,12 @@ class ClipTask(Task):
     def loss(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the contrastive loss over all captions."""
         value = multi_caption_clip_loss(
-            outputs["image"], outputs["text"], outputs["logit_scale"], outputs.get("logit_bias")
+            outputs["image"],
+            outputs["text"],
+            outputs["logit_scale"],
+            outputs.get("logit_bias"),
+            local_loss=bool(self.data.get("local_loss", False)),
+            gather_with_grad=bool(self.data.get("gather_with_grad", True)),
         )
         return {"contrastive": value}
 
