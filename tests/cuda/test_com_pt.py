@@ -3,10 +3,13 @@
 from functools import partial
 
 import pytest
+import torch
 from benchmarks.com_pt.cuda import PATHS, WAITS, clip_step, llama_step
 from benchmarks.hot_paths import HotPath, count
 
+from com_pt.method.losses import multi_caption_clip_loss
 from tests.cuda.budgets import assert_within_budget, each
+from tests.cuda.counter import Counter
 
 STEPS = [
     HotPath(f"{name}, {n} micro-batches", partial(step, micro_batches=n), fake="gpu:0", allow=WAITS)
@@ -26,5 +29,24 @@ def test_a_path_costs_what_was_committed_and_copies_nothing(path: HotPath) -> No
 def test_a_training_step_stays_on_its_device(path: HotPath) -> None:
     cost = count(path, tiny=True)
     assert not cost["copies"]
-    # One wait for each of two loss terms, their sum and the gradients; one for the progress line.
-    assert cost["waits"] == {"stopping.py:check_finite": 4, "cuda.py:update": 1}
+    # One for the losses, the gradient and the stop signal together, in an update that is logged.
+    assert cost["waits"] == {"stopping.py:read": 1}
+
+
+def test_the_contrastive_loss_never_holds_its_matrix_of_logits() -> None:
+    """1,024 images on each of 32 processes, seven captions: one matrix of logits has 4 GiB."""
+    images, captions, width = 32 * 1024, 7, 512
+    with Counter("gpu:0") as counter:
+        device = counter.device
+        image, text = (
+            torch.empty(shape, device=device, requires_grad=True)
+            for shape in ((images, width), (images, captions, width))
+        )
+        scale = torch.ones((), device=device, requires_grad=True)
+        with counter.counting() as cost:
+            multi_caption_clip_loss(image, text, scale).backward()
+    features = 4 * images * (1 + captions) * width
+    logits = 4 * images**2
+    assert not cost.waits
+    # The features, their gradients, and a few blocks of 64 MiB.
+    assert cost.peak < 3 * features + 8 * (64 << 20) < logits

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from effml_common import logging
-from effml_common.logging import Progress, RunLog, jsonable, rank, say, set_quiet, warn
+from effml_common.errors import ConfigError
+from effml_common.logging import Progress, RunLog, jsonable, load_sink, rank, say, set_quiet, warn
 
 
 @pytest.fixture(autouse=True)
@@ -194,3 +195,21 @@ def test_on_a_terminal_a_bar_with_the_fields_is_drawn(monkeypatch: pytest.Monkey
 def test_nested_values_become_plain_json() -> None:
     value = {"a": (1, Path("x/y")), 2: {"b": torch.tensor(3)}, "c": None, "d": True}
     assert jsonable(value) == {"a": [1, "x/y"], "2": {"b": 3}, "c": None, "d": True}
+
+
+def test_a_sink_is_found_by_its_address_and_a_wrong_one_is_named(tmp_path, monkeypatch) -> None:
+    (tmp_path / "my_tracker.py").write_text(
+        "lines = []\ndef note(step, metrics): lines.append(step)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sink = load_sink("my_tracker:note")
+    assert sink is not None
+    with RunLog(None, sink=sink) as log:
+        log.log(3, {"loss": 1.0})
+    assert sys.modules["my_tracker"].lines == [3]
+    assert load_sink(None) is None
+    for address, why in (("nowhere:f", "cannot be imported: No module"), ("my_tracker", "give module:f"),
+                         ("my_tracker:lines", "is no function")):  # fmt: skip
+        with pytest.raises(ConfigError, match=why):
+            load_sink(address)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from effml_common.errors import Interrupted, NonFiniteError
-from effml_common.stopping import StopSignal, check_finite
+from effml_common.stopping import StepMonitor, StopSignal, check_finite
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -129,3 +129,76 @@ def test_outside_the_main_thread_it_does_nothing() -> None:
 def test_no_ordinary_except_clause_swallows_an_interruption() -> None:
     assert not issubclass(Interrupted, Exception)
     assert issubclass(Interrupted, KeyboardInterrupt)
+
+
+def test_a_monitor_keeps_the_first_bad_step_however_late_it_is_read(tmp_path: Path) -> None:
+    monitor = StepMonitor(torch.device("cpu"), last_good=tmp_path)
+    verdicts = []
+    for step, (ce, kd) in enumerate([(1.0, 2.0), (1.0, math.inf), (math.nan, 1.0), (1.0, 1.0)], 1):
+        values = {"loss term ce": torch.tensor(ce), "loss term kd": torch.tensor(kd)}
+        verdicts.append(float(monitor.judge(step, values)))
+        if step == 1:
+            assert monitor.read().values == {"loss term ce": 1.0, "loss term kd": 2.0}
+    # From the bad step on every later one is bad as well, so that nothing is built on it.
+    assert verdicts == [0.0, 1.0, 1.0, 1.0]
+    with pytest.raises(NonFiniteError, match=rf"loss term kd is inf at step 2 .*{tmp_path}"):
+        monitor.read()
+
+
+AGREEMENT = """
+import math, os, signal, sys, torch
+from torch import distributed
+from effml_common.errors import Interrupted, NonFiniteError
+from effml_common.stopping import StepMonitor, StopSignal, check_finite
+rank = int(sys.argv[1])
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+reductions, reduce = [], distributed.all_reduce
+distributed.all_reduce = lambda *args, **kw: (reductions.append(1), reduce(*args, **kw))
+
+def judge(monitor, step, value):
+    monitor.judge(step, {"loss": torch.tensor(value)})
+    return monitor.read().values["loss"]
+
+for way in ("monitor", "check_finite", "agree"):
+    with StopSignal() as stop:
+        monitor = StepMonitor(torch.device("cpu"), stop)
+        for step in (1, 2, 3, 4):
+            if step == 3 and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert not stop.requested  # the other rank does not know yet
+            if way == "monitor":
+                assert judge(monitor, step, rank + 1.0) == 1.5
+            elif way == "check_finite":
+                check_finite(1.0, step=step, term="ce", stop=stop)
+            else:
+                stop.agree()
+            try:
+                stop.check()
+            except Interrupted as stopped:
+                print(way, step, stopped.signum, len(reductions))
+                break
+try:
+    judge(StepMonitor(torch.device("cpu")), 7, math.nan if rank == 1 else 1.0)
+except NonFiniteError as error:
+    print(error)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_a_signal_and_on_values_in_one_reduction_a_step(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", AGREEMENT, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=300)[0].splitlines() for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    for lines in said:
+        assert lines[:3] == ["monitor 3 15 3", "check_finite 3 15 6", "agree 3 15 9"]
+        assert lines[3].startswith("loss is nan at step 7 (no checkpoint yet); lower")

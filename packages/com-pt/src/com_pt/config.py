@@ -9,13 +9,15 @@ from typing import Any, Literal, get_args
 
 from effml_common.device import DEVICE_HELP
 from effml_common.errors import ConfigError
+from effml_common.logging import SINK_HELP
 from effml_common.parsing import require, setting
 
 # Where ruff checks a default it knows the word Literal only, so fields spell these out.
 GrowthMode = Literal["embed", "official", "lossless", "random"]
 DepthRule = Literal["interleave", "stack", "identity", "leading"]
 Cap = Literal["off", "warn", "scale"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Keep = Literal["last", "best"]
 
 # Epochs of the second and of the last member as shares of the individual epochs: they fit the
 # authors' 24 ... 15 of 128.
@@ -36,6 +38,9 @@ class StageConfig:
     epochs: float | None = setting(None, "passes over the data; fractions are allowed")
     warmup_steps: int = setting(1000, "linear warm-up, at most a tenth of the stage")
     lr: float = setting(1e-3, "peak learning rate of AdamW")
+    individual_lr: float | None = setting(
+        None, "peak rate of the member trained alone; none: the first member's lr"
+    )
     weight_decay: float = setting(0.1, "not for norms, biases and scales")
     batch_size: int = setting(1024, "samples per update, over all processes")
     growth: Literal["embed", "official", "lossless", "random"] = setting(
@@ -58,6 +63,8 @@ class StageConfig:
             self.epochs is None or self.epochs > 0, f"epochs are {self.epochs}", "give more than 0"
         )
         require(0 < self.lr < math.inf, f"lr is {self.lr}", "try 1e-3")
+        alone = self.individual_lr
+        require(alone is None or 0 < alone < math.inf, f"individual_lr is {alone}", "try 1e-3")
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}", "give 1 or more")
         require(
             self.feature_weight >= 0,
@@ -92,7 +99,10 @@ class ChainConfig:
     data: Mapping[str, Any] = field(default_factory=dict)
     individual_epochs: float = setting(128, "epochs of a member that is trained alone")
     seed: int = 0
-    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "fp32, bf16 or fp16")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "fp32, bf16 or fp16; auto: bf16 on a card, else fp32"
+    )
+    compile: bool = setting(False, "compile both models' forward passes with torch.compile")
     accum_freq: int = setting(
         1, "micro-batches per update; contrastive losses see them all at once"
     )
@@ -110,6 +120,10 @@ class ChainConfig:
     allow_weak: bool = setting(False, "no warning about a predecessor at chance level")
     resize_pos: bool = setting(False, "interpolate positions when the image size changes")
     workers: int | None = setting(None, "processes that read data; none: by the CPUs, at most 8")
+    eval_every: int = setting(0, "updates between evaluations; 0: at the start and end of a stage")
+    keep: Literal["last", "best"] = setting(
+        "last", "model that a stage hands over: the last, or the best evaluated one"
+    )
     save_every: int = setting(500, "updates between checkpoints")
     log_every: int = setting(20, "updates between lines of metrics.jsonl")
     published_ratio: float | None = setting(
@@ -129,10 +143,16 @@ class ChainConfig:
             require(value >= 1, f"{name} is {value}", "give 1 or more")
         _require_choice("precision", self.precision, get_args(Precision))
         _require_choice("cap", self.cap, get_args(Cap))
+        _require_choice("keep", self.keep, get_args(Keep))
+        require(self.eval_every >= 0, f"eval_every is {self.eval_every}", "give 0 or more")
 
         # Settings that exclude one another.
         fp16_shards = self.shard and self.precision == "fp16"
         require(not fp16_shards, "shard with fp16 is not supported", "use bf16")
+        has_best = self.keep == "last" or self.eval_every > 0
+        require(has_best, "keep is best and nothing is evaluated", "set eval_every")
+        compiled_shards = self.shard and self.compile
+        require(not compiled_shards, "shard with compile is not supported", "set one to false")
         for stage in self.stages[1:]:
             require(
                 stage.init_from is None, f"{stage.name} has init_from", "give it to the first only"
@@ -156,16 +176,23 @@ class ChainConfig:
     def individual(self, member: str) -> "ChainConfig":
         """Return the chain of one member alone, with the individual epochs: the fair baseline.
 
+        Its rate is ``individual_lr``, or that of the first member, which is trained alone as well; never
+        one that a later stage has for a start from its predecessor.
+
         Raises:
             ConfigError: If there is no such member.
         """
         names = [stage.name for stage in self.stages]
         if member not in names:
             raise ConfigError(f"there is no member {member}; use one of {', '.join(names)}")
-        stage = self.stages[names.index(member)]
-        alone = replace(stage, epochs=self.individual_epochs, init_from=None)
-        if names.index(member) > 0:  # alone it warms up as long as the first member does
-            alone = replace(alone, warmup_steps=self.stages[0].warmup_steps)
+        first, stage = self.stages[0], self.stages[names.index(member)]
+        alone = replace(
+            stage,
+            epochs=self.individual_epochs,
+            init_from=None,
+            lr=first.lr if stage.individual_lr is None else stage.individual_lr,
+            warmup_steps=first.warmup_steps,
+        )
         return replace(self, stages=(alone,))
 
     def digest(self) -> str:
@@ -271,7 +298,7 @@ class TrainConfig:
     out: str | None = setting(None, "folder of the members; default runs/<command>-<time>")
     train_data: str | None = setting(None, "replaces data: train of the chain file")
     val_data: str | None = setting(None, "replaces data: val")
-    precision: Literal["fp32", "bf16", "fp16"] | None = setting(None, "replaces precision")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = setting(None, "replaces precision")
     accum_freq: int | None = setting(None, "replaces accum_freq, micro-batches per update")
     grad_checkpointing: bool | None = setting(None, "replaces grad_checkpointing")
     device: str = setting("auto", DEVICE_HELP)
@@ -279,6 +306,7 @@ class TrainConfig:
         "never", "auto continues an interrupted run in the same --out"
     )
     force: bool = setting(False, "resume although settings changed")
+    sink: str | None = setting(None, SINK_HELP)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from com_pt_tiny import clip_chain
 
-from com_pt.adapters.accelerator import make_accelerator
+from com_pt.adapters.accelerator import make_accelerator, resolve_precision, tf32_products
 from com_pt.training.chain import parse_chain
 from com_pt.training.run import run_chain
 from effml_common.errors import ConfigError
@@ -36,3 +36,21 @@ def test_a_launch_for_another_kind_of_device_is_refused(monkeypatch) -> None:
 def test_half_precision_with_a_scaler_needs_more_than_a_cpu() -> None:
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         make_accelerator("fp16", torch.device("cpu"))
+
+
+def test_auto_is_bf16_on_a_card_that_has_it_and_fp32_elsewhere(monkeypatch) -> None:
+    assert make_accelerator("auto", torch.device("cpu")).mixed_precision == "no"
+    for has_it, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has_it=has_it: has_it)
+        assert resolve_precision("auto", "cuda") == precision
+    assert resolve_precision("fp32", "cuda") == "fp32"
+    assert resolve_precision("auto", "mps") == "fp32"
+
+
+def test_tf32_is_on_for_cards_and_while_they_train_only() -> None:
+    before = torch.get_float32_matmul_precision()
+    with tf32_products(torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == before
+    with tf32_products(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before == "highest"

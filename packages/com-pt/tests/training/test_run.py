@@ -11,11 +11,13 @@ import torch
 from com_pt_tiny import clip_chain, llama_settings, spec, task_of
 from safetensors.torch import load_file
 
+from com_pt.training import run_folder
 from com_pt.training.chain import parse_chain
 from com_pt.training.plan import plan_chain
 from com_pt.training.run import run_chain
 from com_pt.training.trainer import StageTrainer
-from effml_common.errors import Interrupted, NonFiniteError
+from effml_common import checkpoint
+from effml_common.errors import InputError, Interrupted, NonFiniteError
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent  # conftest.py and the helpers
@@ -96,6 +98,33 @@ def test_a_finished_chain_is_not_trained_again_and_a_changed_one_is_refused(
         run_chain(chain, tmp_path / "out", resume=True)
 
 
+def test_weights_are_read_to_be_hashed_once(pictures, tmp_path, monkeypatch) -> None:
+    """A resumed stage reads its checkpoint once, and a finished member is hashed once a run."""
+    loads, hashes = [], []
+    load, hash_weights = checkpoint.load, run_folder._hash_weights
+    monkeypatch.setattr(checkpoint, "load", lambda path: loads.append(path.name) or load(path))
+    monkeypatch.setattr(
+        run_folder, "_hash_weights", lambda path: hashes.append(path.name) or hash_weights(path)
+    )
+    chain = parse_chain(clip_chain(pictures, 32, 48, 64, epochs=0.5, save_every=2))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)  # the last update of the second stage
+        with pytest.raises(Interrupted):
+            run_chain(chain, tmp_path / "out")
+    assert (loads, hashes) == ([], ["W32"])
+    hashes.clear()
+    run_chain(chain, tmp_path / "out", resume=True)
+    assert loads == ["step-2"]
+    assert hashes == ["W32", "W48", "W64"]
+
+
+def test_a_member_that_a_machine_does_not_see_is_named(pictures, tmp_path) -> None:
+    document = clip_chain(pictures, 32, 48)
+    document["stages"][0]["init_from"] = str(tmp_path / "elsewhere" / "W32")
+    with pytest.raises(InputError, match=r"elsewhere/W32 is not there for process 0; give a path"):
+        run_chain(parse_chain(document), tmp_path / "out")
+
+
 def test_the_ledger_of_a_run_adds_up_to_its_plan(pictures, tmp_path) -> None:
     chain = parse_chain(clip_chain(pictures, 32, 64))
     members = run_chain(chain, tmp_path / "out")
@@ -120,6 +149,7 @@ import conftest
 from pathlib import Path
 import torch
 from test_run import interrupted_once, with_projector
+from com_pt.training import run_folder
 from com_pt.training.chain import parse_chain
 from com_pt.training.run import run_chain
 from com_pt.training.trainer import StageTrainer

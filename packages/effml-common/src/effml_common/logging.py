@@ -7,10 +7,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from effml_common.errors import ConfigError
 from effml_common.files import atomic_write
+
+Sink = Callable[[int, Mapping[str, Any]], object]  # gets a step and its metrics
+SINK_HELP = "module:function that gets (step, metrics) of every logged step, for a tracker"
 
 _LINE_SECONDS = 10.0  # without a terminal, a log file should not fill with progress lines
 _quiet = False
@@ -119,6 +124,32 @@ class Progress:
             say(f"{self._description}: {share}{fields}, {elapsed:.0f} s elapsed, {left:.0f} s left")
 
 
+def load_sink(address: str | None) -> Sink | None:
+    """Return the function that ``module:function`` names; the module may stand in the working folder.
+
+    Raises:
+        ConfigError: If it cannot be imported, or is no function.
+
+    Example:
+        >>> load_sink("builtins:print")
+        <built-in function print>
+    """
+    if address is None:
+        return None
+    module, _, name = address.partition(":")
+    try:
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        sink = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"sink {address} cannot be imported: {error}; give module:function"
+        ) from error
+    if not callable(sink):
+        raise ConfigError(f"sink {address} is no function; give one that takes (step, metrics)")
+    return sink
+
+
 class RunLog:
     """Context that writes one JSON object per logged step to ``metrics.jsonl``.
 
@@ -137,7 +168,7 @@ class RunLog:
         run_dir: Path | None,
         *,
         every: int = 10,
-        sink: Callable[[int, Mapping[str, Any]], None] | None = None,
+        sink: Sink | None = None,
         resume_step: int | None = None,
     ) -> None:
         self._path = None if run_dir is None or rank() else run_dir / "metrics.jsonl"

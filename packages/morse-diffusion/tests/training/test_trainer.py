@@ -118,10 +118,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatc
     first = trainer()
     step = first._step
 
-    def stopping(number, root):
+    def stopping(number, root, stop):
         if number == 6:
             raise Interrupted(2)
-        return step(number, root)
+        return step(number, root, stop)
 
     monkeypatch.setattr(first, "_step", stopping)
     with pytest.raises(Interrupted):

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from com_pt.adapters.checkpoint_file import read_weights
 from com_pt.adapters.llama_models import llama_config
+from com_pt.adapters.model_folder import load_weights
 from com_pt.adapters.open_clip_models import FOLDER as CLIP_FOLDER
 from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip, save_clip
 from com_pt.adapters.timm_models import build_timm, load_timm, save_timm
@@ -55,20 +57,9 @@ def load_any(path: str, small_model: str | None = None) -> LoadedModel:
 
 
 def _load_checkpoint(file: Path, name: str | None) -> nn.Module:
-    from open_clip.factory import load_state_dict
-
     if name is None:
         raise InputError(f"{file} does not tell its model; add --small-model NAME")
-    model = build_clip(clip_config(name))
-    try:
-        tensors: Any = load_state_dict(str(file), device="cpu", weights_only=True)
-        model.load_state_dict(tensors)
-    except Exception as error:  # torch names the class it refuses, or the keys that differ
-        raise InputError(
-            f"{file} is refused as {name}: {one_line(str(error))[:300]}; give a checkpoint of plain "
-            "tensors of that model"
-        ) from error
-    return model
+    return load_weights(build_clip(clip_config(name)), read_weights(file), file)
 
 
 def build_like(small: LoadedModel, large: str, seed: int) -> tuple[nn.Module, Any]:

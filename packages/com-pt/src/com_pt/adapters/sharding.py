@@ -4,7 +4,7 @@ accelerate shards on GPUs only; ``fully_shard`` itself runs on CPUs too, where t
 process. Every process grows the whole model first, so that growth never sees a shard.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +61,11 @@ def gather_shards(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(gather_shards(value) for value in tree)
     return tree
+
+
+def own_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return this process's part of each tensor, without copying; whole tensors are their own part."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def split_checkpoint(checkpoint: Checkpoint, module: nn.Module, optimizer: Any) -> Checkpoint:

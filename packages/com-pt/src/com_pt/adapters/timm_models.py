@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from com_pt.adapters.model_folder import FolderFormat, load_weights
 from effml_common.errors import ConfigError
+from effml_common.logging import warn
 from effml_common.parsing import one_line
 
 FOLDER = FolderFormat("timm", "config.json", "model.safetensors")
@@ -48,17 +50,28 @@ def build_timm(spec: Any, classes: int) -> nn.Module:
 
 
 def save_timm(model: Any, spec: Any, classes: int, folder: Path) -> None:
-    """Write a folder for ``timm.create_model("local-dir:FOLDER")``."""
-    # Preprocessing as timm reads it from a folder.
+    """Write a folder for ``timm.create_model("local-dir:FOLDER")``.
+
+    timm takes no eps of norms from a folder; a warning tells if the model's is another.
+    """
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    # Preprocessing as in the data of this package: CLIP's, the whole picture, no border cut off.
     name, arguments = timm_arguments(spec, classes)
-    keep = ("mean", "std", "interpolation", "crop_pct", "first_conv", "classifier")
     known = getattr(model, "pretrained_cfg", None) or {}
-    size = list(getattr(model.patch_embed, "img_size", (224, 224)))
-    pretrained = {k: known[k] for k in keep if k in known}
+    height, width = getattr(model.patch_embed, "img_size", (224, 224))
+    pretrained = {k: known[k] for k in ("first_conv", "classifier") if k in known}
     pretrained |= {
-        "input_size": [model.patch_embed.proj.in_channels, *size],
+        "input_size": [model.patch_embed.proj.in_channels, height, width],
         "num_classes": classes,
+        "mean": list(OPENAI_DATASET_MEAN),
+        "std": list(OPENAI_DATASET_STD),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center" if height == width else "squash",
     }
+    with torch.device("meta"):
+        _warn_of_lost_eps(model, build_timm(spec, classes))
 
     # Architecture and arguments make the model again.
     document = {
@@ -69,6 +82,17 @@ def save_timm(model: Any, spec: Any, classes: int, folder: Path) -> None:
         "model_args": {k: v for k, v in arguments.items() if k != "num_classes"},
     }
     FOLDER.write(model, document, folder)
+
+
+def _warn_of_lost_eps(model: nn.Module, reloaded: nn.Module) -> None:
+    eps = {n: m.eps for n, m in reloaded.named_modules() if hasattr(m, "eps")}
+    for name, module in model.named_modules():
+        if name in eps and eps[name] != module.eps:
+            warn(
+                f"eps of {name} is {module.eps:.3g} and will be {eps[name]:.3g} when timm loads the "
+                "folder, so that outputs move a little; grow by a whole multiple of the width, or embed"
+            )
+            return
 
 
 def load_timm(folder: Path | str) -> nn.Module:

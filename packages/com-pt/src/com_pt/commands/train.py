@@ -13,7 +13,7 @@ from com_pt.training.run_folder import Member
 from com_pt.training.tasks.registry import open_task
 from effml_common.device import resolve_device
 from effml_common.folders import run_folder
-from effml_common.logging import say
+from effml_common.logging import load_sink, say
 from effml_common.report import Report, ReportBuilder, Row, write_report
 
 LIBRARIES = ("open-clip-torch", "timm", "transformers", "accelerate")
@@ -60,8 +60,15 @@ def train_and_report(
     builder = ReportBuilder("com-pt", LIBRARIES)
     out = run_folder(config.out, command)
     task = open_task(chain.task, chain.data)
-    resume = config.resume == "auto"
-    members = run_chain(chain, out, task=task, resume=resume, force=config.force, device=device)
+    members = run_chain(
+        chain,
+        out,
+        task=task,
+        resume=config.resume == "auto",
+        force=config.force,
+        device=device,
+        sink=load_sink(config.sink),
+    )
 
     # Report each member beside its plan.
     planned = plan_chain(chain, task)

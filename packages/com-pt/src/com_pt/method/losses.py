@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, distributed, nn
 
+from com_pt.method.contrastive import contrastive_loss
 from effml_common.errors import ConfigError, InputError
 
 
@@ -109,17 +110,23 @@ def multi_caption_clip_loss(
     text: Float[Tensor, "b k d"],
     logit_scale: Float[Tensor, ""],
     logit_bias: Tensor | None = None,
+    *,
+    local_loss: bool = False,
+    gather_with_grad: bool = True,
 ) -> Float[Tensor, ""]:
     """Return the symmetric cross-entropy of each caption set in turn, averaged over the k sets.
 
-    Negatives of the k-th caption are the k-th captions of other images, over all processes; the
-    gradient flows through the gathering, so that any number of processes has the same gradient.
+    Negatives of the k-th caption are the k-th captions of other images, over all processes. The two
+    settings are open_clip's; with ``gather_with_grad`` any number of processes has the gradient of one.
 
     Args:
         image: Unit vectors.
         text: Unit vectors.
         logit_scale: Already exponentiated.
         logit_bias: Added to every logit.
+        local_loss: Each process computes the loss of its own images and texts against those of all, so
+            that the work is divided among them; its mean over processes is the loss of all.
+        gather_with_grad: Let the gradient flow to the processes that the features came from.
 
     Raises:
         InputError: If texts and images do not pair up.
@@ -131,25 +138,56 @@ def multi_caption_clip_loss(
         )
 
     # Every process sees the features of all, so that negatives come from the whole batch.
-    image, text = gather_features(image.float()), gather_features(text.float())
+    image, text, scale = (_at_least_float32(t) for t in (image, text, logit_scale))
+    bias = None if logit_bias is None else logit_bias.to(scale.dtype)
+    keep_own = not local_loss
+    images = gather_features(image, with_grad=gather_with_grad, keep_own=keep_own)
+    texts = gather_features(text, with_grad=gather_with_grad, keep_own=keep_own)
 
     # One caption set after the other, image to text and text to image.
-    target = torch.arange(image.shape[0], device=image.device)
     losses = []
     for k in range(text.shape[1]):
-        logits = logit_scale.float() * image @ text[:, k].T
-        if logit_bias is not None:
-            logits = logits + logit_bias
-        losses.append((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2)
+        if not local_loss:
+            losses.append(contrastive_loss(images, texts[:, k], scale, bias))
+            continue
+        offset = len(image) * _rank()
+        pairs = ((image, texts[:, k]), (text[:, k], images))
+        sides = [
+            contrastive_loss(own, all_, scale, bias, offset=offset, symmetric=False)
+            for own, all_ in pairs
+        ]
+        losses.append((sides[0] + sides[1]) / 2)
     return torch.stack(losses).mean()
 
 
-def gather_features(features: Tensor) -> Tensor:
-    """Return the features of all processes, in their order, with gradient."""
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def gather_features(features: Tensor, *, with_grad: bool = True, keep_own: bool = True) -> Tensor:
+    """Return the features of all processes, in their order.
+
+    Args:
+        features: Of this process; as many on every one.
+        with_grad: Let the gradient flow to the process that each came from.
+        keep_own: Without that, let it flow to those of this process.
+    """
     if not (distributed.is_available() and distributed.is_initialized()):
         return features
     if distributed.get_world_size() == 1:
         return features
-    from torch.distributed.nn.functional import all_gather
+    features = features.contiguous()
+    if with_grad:
+        from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(list(all_gather(features.contiguous())))
+        return torch.cat(list(all_gather(features)))
+    parts = [torch.empty_like(features) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, features.detach())
+    if keep_own:
+        parts[_rank()] = features
+    return torch.cat(parts)
+
+
+def _rank() -> int:
+    is_alone = not (distributed.is_available() and distributed.is_initialized())
+    return 0 if is_alone else distributed.get_rank()

@@ -1,5 +1,6 @@
 """The optimizer of a stage."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,18 +8,52 @@ from torch import Tensor, nn
 
 from com_pt.config import ChainConfig, StageConfig
 
+FUSED_DEVICES = {"cuda", "xpu"}  # of which torch has fused kernels; the CPU's round differently
 # Parts of names that open_clip and the released code spare from decay, whatever their shape.
 NO_DECAY = ("bn", "ln", "bias", "logit_scale")
 
 
-def make_optimizer(module: nn.Module, chain: ChainConfig, stage: StageConfig) -> torch.optim.AdamW:
-    """Make a stage's own AdamW."""
+def make_optimizer(
+    module: nn.Module, chain: ChainConfig, stage: StageConfig, *, fused: bool | None = None
+) -> torch.optim.AdamW:
+    """Make a stage's own AdamW.
+
+    Args:
+        module: What it trains.
+        chain: Settings that all stages share.
+        stage: Settings of this one.
+        fused: Update all parameters in one kernel, which can also leave an update out; None does so on
+            a card.
+    """
+    if fused is None:
+        fused = {parameter.device.type for parameter in module.parameters()} <= FUSED_DEVICES
     return torch.optim.AdamW(
         parameter_groups(module, stage.weight_decay),
         lr=stage.lr,
         betas=chain.betas,
         eps=chain.eps,
+        fused=fused or None,
     )
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Return torch's optimizer, whether accelerate wrapped it or not."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def is_fused(optimizer: Any) -> bool:
+    """Return whether the optimizer itself leaves an update out where ``found_inf`` is 1."""
+    return all(group.get("fused") for group in unwrapped(optimizer).param_groups)
+
+
+def with_own_kernels(state: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """Return a saved state that keeps this optimizer's choice of kernels.
+
+    The state of a run on another device would otherwise bring its choice along.
+    """
+    fused = True if is_fused(optimizer) else None
+    groups = [{**group, "fused": fused} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def parameter_groups(module: nn.Module, decay: float) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from com_pt.method.cost import ChainCost, StageCost
 from com_pt.training.tasks.base import Task
 from com_pt.training.tasks.registry import open_task
 from effml_common.errors import InputError
+from effml_common.logging import Sink
+from effml_common.stopping import StopSignal
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Run:
         out: Folder of the members, and of ``run``.
         accelerator: An ``accelerate.Accelerator``.
         resume: Whether an interrupted run goes on.
+        stop: Signals that ask the run to stop.
+        sink: Gets (step, metrics) of every logged step, with the ``stage``.
     """
 
     chain: ChainConfig
@@ -31,6 +35,8 @@ class Run:
     out: Path
     accelerator: Any
     resume: bool
+    stop: StopSignal
+    sink: Sink | None = None
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,13 @@ from com_pt.config import ChainConfig, StageConfig
 from com_pt.method.cost import steps_of
 from com_pt.training.data.loading import Batches, seed_of
 from com_pt.training.feature_loss import make_feature_loss
+from com_pt.training.frozen import freeze, hold_in_autocast_type
 from com_pt.training.optimizer import make_optimizer
 from com_pt.training.stage_model import StageModel
 from com_pt.training.tasks.base import Task
 from effml_common.errors import ConfigError
+
+COMPILER = "inductor"  # backend of torch.compile
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,11 @@ def prepare_stage(
         use_checkpointing(model)
     loss, frozen = None, None
     if predecessor is not None and settings.feature_weight > 0:
-        predecessor = predecessor.to(accelerator.device).eval().requires_grad_(False)
+        predecessor = freeze(predecessor, accelerator.device)
         examples = task.collate([batches.readable[0, i][0] for i in range(2)])
         model.to(accelerator.device)
         loss = make_feature_loss(task, chain, settings, model, predecessor, examples)
+        hold_in_autocast_type(predecessor, accelerator)
         frozen = StageModel(task, predecessor, None)
     module = StageModel(task, model.train(), loss).to(accelerator.device)
 
@@ -98,12 +102,7 @@ def prepare_stage(
         for part in (module, frozen):
             if part is not None:
                 shard(part, accelerator.device)
-    wrapped: nn.Module = module
-    optimizer: Any = make_optimizer(module, chain, settings)
-    if unsharded is not None:
-        optimizer = accelerator.prepare(optimizer)
-    else:
-        wrapped, optimizer = accelerator.prepare(module, optimizer)
+    wrapped, optimizer = _wrap(module, frozen, chain, settings, accelerator, unsharded is not None)
 
     return PreparedStage(
         chain=chain,
@@ -117,6 +116,34 @@ def prepare_stage(
         optimizer=optimizer,
         unsharded=unsharded,
     )
+
+
+def _wrap(
+    module: StageModel,
+    frozen: StageModel | None,
+    chain: ChainConfig,
+    settings: StageConfig,
+    accelerator: Any,
+    is_sharded: bool,
+) -> tuple[nn.Module, Any]:
+    """Return the module as its processes share it, and its optimizer."""
+    if chain.compile:
+        compile_forward(module)
+        if frozen is not None:
+            compile_forward(frozen)
+    optimizer = make_optimizer(module, chain, settings)
+    if is_sharded:
+        return module, accelerator.prepare(optimizer)
+    return accelerator.prepare(module, optimizer)
+
+
+def compile_forward(module: nn.Module) -> None:
+    """Compile a module's forward pass; the names of its parameters stay as they are.
+
+    Random numbers are those of the uncompiled module, so that micro-batches repeat their dropout.
+    """
+    options = {"fallback_random": True} if COMPILER == "inductor" else None
+    module.compile(backend=COMPILER, options=options)
 
 
 def use_checkpointing(model: Any) -> None:

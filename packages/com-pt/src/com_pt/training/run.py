@@ -11,7 +11,8 @@ from com_pt.training.plan import Run, plan_stages
 from com_pt.training.run_folder import Member, open_run_folder, save_member
 from com_pt.training.tasks.base import Task
 from com_pt.training.tasks.registry import open_task
-from effml_common.logging import say
+from effml_common.logging import Sink, say
+from effml_common.stopping import StopSignal
 
 
 def run_chain(
@@ -22,6 +23,7 @@ def run_chain(
     resume: bool = False,
     force: bool = False,
     device: torch.device | None = None,
+    sink: Sink | None = None,
 ) -> list[Member]:
     """Train every member in turn.
 
@@ -32,6 +34,8 @@ def run_chain(
         resume: Go on where an interrupted run stopped, inside a stage or between two.
         force: Resume although settings have changed.
         device: Where to compute; None leaves the choice to accelerate.
+        sink: Called with (step, metrics) of every logged step, for any tracker; ``metrics["stage"]``
+            is the member's name, and steps begin at 1 in each stage.
 
     Returns:
         The members, from small to large.
@@ -44,18 +48,21 @@ def run_chain(
     task = open_task(chain.task, chain.data) if task is None else task
     stages = plan_stages(chain, task)
 
-    # Prepare the processes and the folder.
-    run = Run(chain, task, Path(out), make_accelerator(chain.precision, device), resume)
-    members = open_run_folder(run, force=force)
-    say(
-        f"{len(task)} training samples; batches of "
-        f"{', '.join(str(stage.batch_size) for stage in chain.stages)} over "
-        f"{run.accelerator.num_processes} processes"
-    )
+    # Prepare the processes and the folder; from here on a signal waits for a safe place.
+    accelerator = make_accelerator(chain.precision, device)
+    with StopSignal() as stop:
+        run = Run(chain, task, Path(out), accelerator, resume, stop, sink)
+        members = open_run_folder(run, force=force)
+        say(
+            f"{len(task)} training samples; batches of "
+            f"{', '.join(str(stage.batch_size) for stage in chain.stages)} over "
+            f"{accelerator.num_processes} processes"
+        )
 
-    # Train stage by stage; a finished one may have been the last thing before an interruption.
-    for stage in stages[len(members) :]:
-        model, member = train_member(stage, run)
-        members.append(member)
-        save_member(run, stage, model, members)
+        # Train stage by stage; a finished one may have been the last thing before an interruption.
+        for stage in stages[len(members) :]:
+            model, member = train_member(stage, run)
+            members.append(member)
+            save_member(run, stage, model, members)
+            del model  # the next stage reads it again, where it is needed
     return members

@@ -138,12 +138,20 @@ def _publish_model(run: Run, stage: StagePlan, model: nn.Module) -> None:
 
 def _record_members(chain: ChainConfig, out: Path, members: Sequence[Member]) -> None:
     """Write which members are finished, with the hashes of their weights, and the ledger."""
-    hashes = {member.name: _hash_weights(out / member.name) for member in members}
+    # Earlier members were hashed when they were recorded, or when this run was resumed.
+    known = _read_hashes(out)
+    hashes = {m.name: known[m.name] for m in members[:-1]}
+    hashes[members[-1].name] = _hash_weights(out / members[-1].name)
     entries = [asdict(member) for member in members]
     state = {"digest": chain.digest(), "sha256": hashes, "members": entries}
     atomic_write(out / "run" / STATE, json.dumps(state, indent=1) + "\n")
     lines = [json.dumps(entry) for entry in entries]
     atomic_write(out / "run" / LEDGER, "\n".join(lines) + "\n")
+
+
+def _read_hashes(out: Path) -> dict[str, str]:
+    path = out / "run" / STATE
+    return json.loads(path.read_text(encoding="utf-8"))["sha256"] if path.exists() else {}
 
 
 def _hash_weights(folder: Path) -> str:

@@ -7,17 +7,20 @@ each micro-batch carries that on to the weights: the same gradient as without mi
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from com_pt.adapters.sharding import gather_shards
+from com_pt.adapters.sharding import own_shards
+from com_pt.training.optimizer import is_fused, unwrapped
+from com_pt.training.overflow import OverflowCounter
 from com_pt.training.stage_model import PROJECTED, StageModel
 from effml_common.checkpoint import rng_state, set_rng_state
-from effml_common.stopping import check_finite
+from effml_common.stopping import StepMonitor
+
+TERM, TOTAL = "loss term ", "total"  # names of what the monitor gets
 
 
 def train_step(
@@ -28,11 +31,15 @@ def train_step(
     optimizer: Any,
     accelerator: Any,
     *,
+    monitor: StepMonitor,
+    overflows: OverflowCounter | None = None,
     micro_batches: int = 1,
     step: int = 1,
-    last_good: Path | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> None:
     """Make one update from a batch that is on the device already; nothing is logged.
+
+    A fused optimizer leaves the update out on the device where a value is not finite, and the host is
+    not waited for: the monitor tells when it is read. With any other optimizer it is read here.
 
     Args:
         stage: The unwrapped module.
@@ -41,12 +48,10 @@ def train_step(
         batch: Tensors in tuples, lists or dicts.
         optimizer: The optimizer of the module's parameters.
         accelerator: An ``accelerate.Accelerator``.
+        monitor: Gets the loss (``total``), its terms and the norm of the gradient.
+        overflows: Counts what the scaler of fp16 skips; None without a scaler.
         micro_batches: Equal parts that the batch is computed in.
-        step: The number of the update, for messages.
-        last_good: The checkpoint folder, for messages.
-
-    Returns:
-        The loss and its named terms, detached, on the device.
+        step: The number of the update.
 
     Raises:
         NonFiniteError: If a loss or gradient is NaN or infinite; the weights are unchanged then.
@@ -59,17 +64,24 @@ def train_step(
     optimizer.zero_grad()
     total, terms = accumulate(stage, wrapped, parts, targets, accelerator)
 
-    # With fp16 the scaler looks at the gradients itself.
-    for name, value in terms.items():
-        check_finite(value, step=step, term=name, last_good=last_good)
-    if accelerator.scaler is None:
-        norm = nn.utils.get_total_norm([p.grad for p in stage.parameters() if p.grad is not None])
-        check_finite(total, gather_shards(norm), step=step, term="total", last_good=last_good)
+    # Every rank's values in one reduction; with fp16 the scaler looks at the gradients itself.
+    gradients = own_shards([p.grad for p in stage.parameters() if p.grad is not None])
+    norm = nn.utils.get_total_norm(gradients)
+    values = {**{TERM + name: value for name, value in terms.items()}, TERM + TOTAL: total}
+    is_bad = monitor.judge(step, values if overflows else {**values, "gradient norm": norm})
 
-    # The update itself, and what the task does to the model after it.
+    # The update itself is left out where a value is bad.
+    if overflows is not None:
+        overflows.count(norm)
+        torch._foreach_mul_(gradients, torch.where(is_bad > 0, torch.nan, 1.0))
+    elif is_fused(optimizer):
+        unwrapped(optimizer).found_inf = is_bad
+    else:
+        monitor.read()
     optimizer.step()
+
+    # What the task does to the model after it.
     stage.task.after_step(stage.model)
-    return total, terms
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:

@@ -203,7 +203,7 @@ class DotTrainer:
             bar.advance(start)
             began = time.monotonic()
             for step in range(start + 1, steps + 1):
-                loss = self._step(step, root)
+                loss = self._step(step, root, stop)
                 if step % self.config.log_every == 0 or step == steps:
                     log.log(step, {"loss": loss, "residual left": self.unexplained})
                 if step == start + TIMED_STEPS:
@@ -218,7 +218,7 @@ class DotTrainer:
         self._adopt_average()
         return self.unexplained
 
-    def _step(self, step: int, root: Path | None) -> Tensor:
+    def _step(self, step: int, root: Path | None, stop: StopSignal | None = None) -> Tensor:
         """Make update number ``step``, from 1; returns its mean squared error, on the device."""
         # The same data and random numbers in every process, whatever came before.
         config, accelerator = self.config, self.accelerator
@@ -250,6 +250,7 @@ class DotTrainer:
             step=step,
             middle=self.dot if is_rolled_out else None,
             last_good=root,
+            stop=stop,
         )
 
         # Averages: of the share that is unexplained, and of the weights.
@@ -300,6 +301,7 @@ def update_dot(
     step: int,
     middle: Callable[..., Tensor] | None = None,
     last_good: Path | None = None,
+    stop: StopSignal | None = None,
 ) -> tuple[Tensor, float]:
     """Make one update of a Dot; nothing is moved between devices and nothing is logged.
 
@@ -314,6 +316,7 @@ def update_dot(
         step: Number of this update, from 1.
         middle: See ``make_pair``.
         last_good: Checkpoint that an error names.
+        stop: Signals, which the processes agree on in the same reduction.
 
     Returns:
         Mean squared error, a scalar on the device, and the share of the residual that is unexplained.
@@ -333,7 +336,12 @@ def update_dot(
     accelerator.backward(loss)
     gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
     check_finite(
-        loss.detach(), gradient_norm, step=step, term="squared residual", last_good=last_good
+        loss.detach(),
+        gradient_norm,
+        step=step,
+        term="squared residual",
+        last_good=last_good,
+        stop=stop,
     )
     optimizer.step()
 

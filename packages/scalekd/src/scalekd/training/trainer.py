@@ -46,6 +46,7 @@ def training_step(
     clip: float = 0.0,
     step: int = 0,
     last_good: Path | None = None,
+    stop: StopSignal | None = None,
 ) -> dict[str, Tensor]:
     """Make one update: passes, gradients, the check that they are finite, the optimizer.
 
@@ -58,6 +59,7 @@ def training_step(
         clip: Largest norm of the gradient; 0 for no limit.
         step: Number of the update, for the error.
         last_good: Folder of checkpoints, for the error.
+        stop: Signals, which the processes agree on in the same reduction.
 
     Returns:
         The task's result for the last batch, and ``grad_norm``.
@@ -91,6 +93,7 @@ def training_step(
         step=step,
         term=" and ".join(bad) or "loss",
         last_good=last_good,
+        stop=stop,
     )
     scaler.step(optimizer)
     scaler.update()
@@ -270,7 +273,7 @@ class Trainer:
                 epoch, skip = divmod(step, self.updates)
                 for batches in self._epoch_batches(epoch, skip, rng):
                     step += 1
-                    result = self._update(batches, epoch, step)
+                    result = self._update(batches, epoch, step, stop)
                     if step == 1 or step % self.plan.config.log_every == 0 or step == total:
                         self._log(log, step, result)
                     bar.advance()
@@ -310,7 +313,9 @@ class Trainer:
         for _ in range(self.updates - skip):
             yield [next(batches) for _ in range(per_update)]
 
-    def _update(self, batches: list[Any], epoch: int, step: int) -> dict[str, Tensor]:
+    def _update(
+        self, batches: list[Any], epoch: int, step: int, stop: StopSignal
+    ) -> dict[str, Tensor]:
         """Make one update, and move the schedule and the average along."""
         result = training_step(
             self.task,
@@ -321,6 +326,7 @@ class Trainer:
             clip=self.plan.recipe.clip,
             step=step,
             last_good=self.checkpoints,
+            stop=stop,
         )
 
         self.scheduler.step_update(num_updates=step)

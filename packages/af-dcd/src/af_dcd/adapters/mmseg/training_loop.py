@@ -76,7 +76,7 @@ class AfDCDTrainLoop(IterBasedTrainLoop):
 
                 # A stop signal is obeyed here: save first, then leave with Interrupted.
                 is_last = self._iter == self._max_iters
-                if is_last or stop.requested or self._iter % self.save_every == 0:
+                if stop.agree() or is_last or self._iter % self.save_every == 0:
                     self._save()
                 stop.check()
 

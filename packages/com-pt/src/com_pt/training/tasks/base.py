@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -53,6 +53,7 @@ class Task(ABC):
     headline: ClassVar[str] = ""  # the metric of ``evaluate`` that tables show
     has_readers: ClassVar[bool] = False  # whether samples take long enough for reader processes
     stream: Any = None  # a ``ShardStream``, whose numbers are then those of the samples
+    headline_is_better: ClassVar[Literal["higher", "lower"]] = "higher"
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         unknown = sorted(set(data) - self.settings) if self.settings else []

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class CausalLMTask(Task):
     )
     streams: ClassVar[tuple[str, ...]] = ("hidden",)
     headline: ClassVar[str] = "loss"
+    headline_is_better: ClassVar[Literal["higher", "lower"]] = "lower"
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)

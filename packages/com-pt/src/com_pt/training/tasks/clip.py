@@ -39,7 +39,8 @@ class ClipTask(Task):
     the other), ``samples`` of an epoch and ``shuffle_buffer`` for it, ``tokenizer`` (``simple``, a
     list of words or a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``,
     ``context_length``, ``zero_shot`` (``images``: CSV of path and class, class folders or data set;
-    ``classes``; ``templates`` with ``{}``).
+    ``classes``; ``templates`` with ``{}``), ``local_loss`` and ``gather_with_grad``
+    (``multi_caption_clip_loss``).
     """
 
     settings: ClassVar[frozenset[str]] = frozenset(
@@ -60,6 +61,8 @@ class ClipTask(Task):
             "image_size",
             "context_length",
             "val_batch",
+            "local_loss",
+            "gather_with_grad",
         }
     )
     streams: ClassVar[tuple[str, ...]] = ("image", "text")
@@ -171,7 +174,12 @@ class ClipTask(Task):
     def loss(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the contrastive loss over all captions."""
         value = multi_caption_clip_loss(
-            outputs["image"], outputs["text"], outputs["logit_scale"], outputs.get("logit_bias")
+            outputs["image"],
+            outputs["text"],
+            outputs["logit_scale"],
+            outputs.get("logit_bias"),
+            local_loss=bool(self.data.get("local_loss", False)),
+            gather_with_grad=bool(self.data.get("gather_with_grad", True)),
         )
         return {"contrastive": value}
 
