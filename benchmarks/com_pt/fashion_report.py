@@ -1,0 +1,196 @@
+"""Tables, claims and the figure of the study on Fashion-MNIST, from the records of its cells."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.com_pt.fashion import BATCH, LATE, TASKS, UPDATES, WAYS, WEIGHT_DECAY, FashionConfig
+from effml_common.files import atomic_write
+from effml_common.report import Claim, Report, Row, environment
+
+MAY_LOSE = 0.005  # of the accuracy alone: what the paper calls lossless
+SATURATED = 0.002  # what a saturated member gains in the last fifth of its updates, at most
+MEMBERS = ("T", "S", "B")
+COLORS = {"alone": "black", "chain": "C0", "lossless chain": "C2", "short": "C1"}
+Record = Mapping[str, Any]
+
+
+def write_results(config: FashionConfig) -> None:
+    """Write ``fashion-<family>.json`` and ``.png`` beside the folder of the cells."""
+    folder = Path(config.results) / config.family
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    confirmed = [r for r in records if r["role"] == "confirm" and r["seed"] in config.seeds]
+    if not confirmed:
+        return print("no confirming cells yet")
+
+    # Tables, claims and how the rates were found.
+    _, metric = TASKS[config.family]
+    report = Report(
+        package="com-pt",
+        version=version("com-pt"),
+        command=sys.argv,
+        seeds=sorted({r["seed"] for r in confirmed}),
+        seconds=sum(r["seconds"] for r in records),
+        rows=[*member_rows(confirmed, metric), *family_rows(confirmed)],
+        claims=claims_of(confirmed),
+        notes=notes_of(records, metric),
+        environment=environment(("open-clip-torch", "timm", "accelerate")),
+    )
+    out = Path(config.results).parent / f"fashion-{config.family}"
+    document = report.to_json()
+    atomic_write(out.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
+    draw(confirmed, metric, out.with_suffix(".png"))
+
+    # What a reader looks for first.
+    for row in document["rows"]:
+        values = {k: f"{v['mean']:.4g} +- {v['stderr']:.2g}" for k, v in row["metrics"].items()}
+        print(row["name"], values)
+    for claim in document["claims"]:
+        print(claim["holds"], claim["text"], claim["value"], claim["stderr"])
+    return None
+
+
+def by_seed(records: Sequence[Record], member: str, way: str) -> dict[int, Record]:
+    """Return the cells of a member and a way by seed."""
+    return {r["seed"]: r for r in records if (r["member"], r["way"]) == (member, way)}
+
+
+def member_rows(records: Sequence[Record], metric: str) -> list[Row]:
+    """Return a row for each member and way: accuracy, cost, and what the last updates gained."""
+    rows = []
+    for member in MEMBERS:
+        for way in WAYS:
+            group = [*by_seed(records, member, way).values()]
+            if not group:
+                continue
+            metrics = {
+                metric: [r["value"] for r in group],
+                "gain of the last fifth": [r["value"] - r["late"] for r in group],
+                "TMAC": [r["macs"] / 1e12 for r in group],
+                "seconds": [r["seconds"] for r in group],
+            }
+            if group[0]["source"] is not None:
+                metrics["at the start"] = [r["start"] for r in group]
+            setting = f"{group[0]['updates']} updates, rate {group[0]['rate']:g}"
+            rows.append(Row(f"{member} {way}", setting, metrics))
+    return rows
+
+
+def family_rows(records: Sequence[Record]) -> list[Row]:
+    """Return what the whole family costs in each way, and how much cheaper than alone."""
+    rows = []
+    alone = [by_seed(records, member, "alone") for member in MEMBERS]
+    for way in ("alone", "chain", "lossless chain"):
+        cells = [alone[0], *(by_seed(records, member, way) for member in MEMBERS[1:])]
+        seeds = [s for s in cells[0] if all(s in cell for cell in (*cells, *alone))]
+        if not seeds:
+            continue
+
+        # Ratios are taken within a seed, so that both sides ran on the same machine.
+        def total(part: Sequence[Mapping[int, Record]], key: str, seed: int) -> float:
+            return sum(cell[seed][key] for cell in part)
+
+        metrics: dict[str, list[float]] = {}
+        for key, name in (("macs", "MACs"), ("seconds", "seconds")):
+            values = [total(cells, key, s) for s in seeds]
+            metrics[f"{name} of the family"] = values
+            metrics[f"times cheaper in {name}"] = [
+                total(alone, key, s) / value for s, value in zip(seeds, values, strict=True)
+            ]
+        rows.append(Row(f"T, S, B {way}", "the family", metrics))
+    return rows
+
+
+def claims_of(records: Sequence[Record]) -> list[Claim]:
+    """Return the questions of the study, as gaps over paired seeds."""
+    claims = []
+
+    def add(key: str, text: str, better: Any, worse: Any, shift: float = 0.0) -> None:
+        gaps = [better[s]["value"] - worse[s]["value"] + shift for s in better if s in worse]
+        if gaps:
+            claims.append(Claim(key, text, gaps))
+
+    for member in MEMBERS[1:]:
+        alone, short = (by_seed(records, member, way) for way in ("alone", "short"))
+        for way in ("chain", "lossless chain"):
+            chain = by_seed(records, member, way)
+            text = f"{member} of the {way} is within {100 * MAY_LOSE:g} points of {member} alone"
+            add(f"{member}-{way}-within", text, chain, alone, MAY_LOSE)
+            text = (
+                f"{member} of the {way} is better than {member} with as many updates from scratch"
+            )
+            add(f"{member}-{way}-short", text, chain, short)
+
+    # Members alone must be saturated, or the comparison favours the chain.
+    for member in MEMBERS:
+        gaps = [
+            SATURATED - (r["value"] - r["late"]) for r in by_seed(records, member, "alone").values()
+        ]
+        if gaps:
+            text = f"{member} alone is saturated: the last fifth gains under {100 * SATURATED:g} points"
+            claims.append(Claim(f"{member}-saturated", text, gaps))
+    return claims
+
+
+def notes_of(records: Sequence[Record], metric: str) -> list[str]:
+    """Say what all cells share, and list the trials of the rates."""
+    notes = [
+        f"members alone get {UPDATES} updates of {BATCH} pictures, S and B of a chain 0.19 and 0.12 "
+        f"of them; AdamW, weight decay {WEIGHT_DECAY:g}, a cosine of its own for every training",
+        f"pictures are not augmented; {metric} on the 10,000 test pictures",
+        f"the gain of the last fifth is from {100 * LATE:g} % of the updates to the end",
+        "seconds were measured on a machine that other jobs used too",
+    ]
+    tuned: dict[str, list[str]] = {}
+    for record in records:
+        if record["role"] == "tune":
+            trial = f"{record['rate']:g} {100 * record['value']:.2f} %"
+            tuned.setdefault(record["name"], []).append(trial)
+    notes += [f"rates tried for {name}: {', '.join(trials)}" for name, trials in tuned.items()]
+    return notes
+
+
+def draw(records: Sequence[Record], metric: str, path: Path) -> None:
+    """Draw accuracy against the compute of everything that a member was grown from."""
+    if find_spec("matplotlib") is None:
+        return
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    markers = dict(zip(MEMBERS, "os^", strict=True))
+    for way, color in COLORS.items():
+        for member in MEMBERS:
+            group = [*by_seed(records, member, way).values()]
+            if not group:
+                continue
+            values = [100 * r["value"] for r in group]
+            mean = sum(values) / len(values)
+            error = [[mean - min(values)], [max(values) - mean]]
+            macs = total_macs(records, member, way) / 1e12
+            axes.errorbar(macs, mean, error, fmt=markers[member], color=color, capsize=3)
+
+    # One legend for the shapes, one for the colours.
+    ways = [Line2D([], [], color=c, marker="o", ls="", label=w) for w, c in COLORS.items()]
+    shapes = [Line2D([], [], color="grey", marker=m, ls="", label=n) for n, m in markers.items()]
+    axes.legend(handles=[*ways, *shapes], frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_xscale("log")
+    axes.set_xlabel("training TMAC, all predecessors included")
+    axes.set_ylabel(f"{metric}, %")
+    seeds = len({r["seed"] for r in records})
+    axes.set_title(f"Fashion-MNIST: mean and range over seeds ({seeds})", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def total_macs(records: Sequence[Record], member: str, way: str) -> float:
+    """Return the MACs of a member and of all that it was grown from, of one seed."""
+    names = MEMBERS[: MEMBERS.index(member) + 1] if "chain" in way else (member,)
+    parts = [by_seed(records, n, "alone" if n == "T" else way) for n in names]
+    return sum(next(iter(part.values()))["macs"] for part in parts)
