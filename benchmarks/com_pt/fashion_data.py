@@ -9,14 +9,14 @@ what they can learn from them in an affordable number of updates.
 import gzip
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from com_pt.method.metrics import evaluate_zero_shot
-from com_pt.training.data.captions import WordTokenizer
+from com_pt.training.data.tokenizers import WordTokenizer
 from com_pt.training.tasks.classify import ClassifyTask
 from com_pt.training.tasks.clip import ClipTask
 from effml_common.errors import InputError
@@ -66,6 +66,8 @@ class FashionMnist(ClassifyTask):
     Data settings: ``folder`` and ``role``, as ``FashionImages`` takes them.
     """
 
+    has_readers: ClassVar[bool] = False  # pictures are in memory
+
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__({"classes": len(CLASSES)})
         self.images = FashionImages(data.get("folder", FOLDER), data.get("role", "confirm"))
@@ -90,6 +92,8 @@ class FashionCaptions(ClipTask):
 
     Data settings: ``folder`` and ``role``, as ``FashionImages`` takes them.
     """
+
+    has_readers: ClassVar[bool] = False  # pictures are in memory
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(

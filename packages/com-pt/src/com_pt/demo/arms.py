@@ -41,6 +41,7 @@ class Setup:
         members: Model settings by name, from small to large.
         metric: Held-out metric that is compared.
         batch: Samples of an update.
+        warmup_steps: Updates of the warm-up, at most a tenth of a training.
     """
 
     task: Task
@@ -49,6 +50,18 @@ class Setup:
     members: Mapping[str, Any]
     metric: str
     batch: int
+    warmup_steps: int = 50
+
+    def stage(self, member: str, lr: float, **settings: Any) -> StageConfig:
+        """Return the settings of a stage that trains, or takes, a member."""
+        return StageConfig(
+            name=member,
+            model=self.members[member],
+            batch_size=self.batch,
+            lr=lr,
+            warmup_steps=self.warmup_steps,
+            **settings,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +75,7 @@ class CellPlan:
         steps: How many updates it gets.
         seed: The seed of initialisation and order.
         lr: Peak learning rate.
+        eval_every: Updates between evaluations within the training; 0 is none.
     """
 
     cell: str
@@ -70,6 +84,7 @@ class CellPlan:
     steps: int
     seed: int
     lr: float
+    eval_every: int = 0
 
     def folder(self, parent: Path) -> Path:
         """Return the folder of this cell in that of all cells."""
@@ -125,24 +140,22 @@ def train_cell(
     """
     # The chain has one or two members, of which the first is finished.
     mode, weight = ARMS[plan.arm]
-    common: dict[str, Any] = {"batch_size": setup.batch, "lr": plan.lr, "warmup_steps": 50}
     stages = []
     macs_before = 0.0
     if source is not None:
         small = json.loads((source / "cell.json").read_text(encoding="utf-8"))
-        name, start = small["member"], str(source / "run" / small["member"])
-        stages.append(StageConfig(name=name, model=setup.members[name], init_from=start, **common))
+        start = str(source / "run" / small["member"])
+        stages.append(setup.stage(small["member"], plan.lr, init_from=start))
         macs_before = small["total_macs"] if plan.arm != "scratch" else 0.0
     epochs = plan.steps / (len(setup.task) // setup.batch)
     stages.append(
-        StageConfig(
-            name=plan.member,
-            model=setup.members[plan.member],
+        setup.stage(
+            plan.member,
+            plan.lr,
             epochs=epochs,
             growth=mode,
             depth=DEPTH.get(mode),
             feature_weight=weight,
-            **common,
         )
     )
 
@@ -153,6 +166,7 @@ def train_cell(
         stages=tuple(stages),
         seed=plan.seed,
         individual_epochs=epochs,
+        eval_every=plan.eval_every,
     )
     *_, member = run_chain(
         chain, folder / "run", task=setup.task, resume=True, force=True, device=device
