@@ -2,11 +2,10 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.com_pt import fashion_data
+from benchmarks.com_pt import fashion, fashion_data
 from benchmarks.com_pt.fashion import (
     RATES,
     TUNING_SEED,
@@ -21,7 +20,7 @@ from benchmarks.com_pt.fashion_data import DEVELOPMENT_IMAGES, FashionImages
 def measure_all(config: FashionConfig, accuracy) -> list[FashionCell]:
     """Walk through the cells as the study does, with made-up accuracies in place of trainings."""
     walked = []
-    folder = Path(config.results) / config.family
+    folder = config.records
     folder.mkdir(parents=True)
     for cell in cells(config):
         record = {**asdict(cell), "value": accuracy(cell), "seconds": 1.0}
@@ -77,3 +76,22 @@ def test_tuning_never_sees_the_test_pictures(monkeypatch) -> None:
     assert {*opened} == {"train"}
     assert len(images) == 7
     assert not {*images.labels.tolist()} & {*images.held_out_labels.tolist()}
+
+
+def test_a_predecessor_whose_model_is_gone_is_trained_once_more(tmp_path, monkeypatch) -> None:
+    config = FashionConfig(
+        results=str(tmp_path / "results"), cells=str(tmp_path / "cells"), seeds=(1,)
+    )
+    measure_all(config, lambda cell: -abs(cell.rate - 2e-3))
+    gone = next(config.records.glob("confirm-B-chain-*"))
+    gone.unlink()
+    trained = []
+
+    def train(config, cell, setup, device) -> dict:
+        trained.append(cell.name)
+        return {"value": 0.5}
+
+    monkeypatch.setattr(fashion, "train", train)
+    monkeypatch.setattr(fashion, "make_setup", lambda config, role: role)
+    fashion.run(config, torch.device("cpu"))
+    assert trained == ["T alone", "S chain", "B chain"]

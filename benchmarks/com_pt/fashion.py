@@ -12,6 +12,7 @@ is left to do and how long that takes, ``--report`` only writes the tables and t
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from effml_common.parsing import COMMON_FLAGS, parse
 
 PROG = "python -m benchmarks.com_pt.fashion"
 EXAMPLES = (f"{PROG} --plan", PROG, f"{PROG} --family clip --seeds 1")
-RESULTS = Path(__file__).parent / "results" / "fashion"
+RESULTS = Path(__file__).parent / "results"
 
 BATCH, UPDATES, WARMUP = 128, 11_232, 200  # 24 passes over 60,000 pictures
 WEIGHT_DECAY = 0.1  # the default of a stage
@@ -83,13 +84,22 @@ class FashionConfig:
     ways: tuple[str, ...] = field(default=tuple(WAYS), metadata={"help": "some of the ways"})
     data: str = field(default=FOLDER, metadata={"help": "folder of the data set's four files"})
     cells: str = field(default="runs/com-pt-fashion", metadata={"help": "folder of the models"})
-    results: str = field(default=str(RESULTS), metadata={"help": "folder of the finished cells"})
+    results: str | None = field(
+        default=None, metadata={"help": "folder of the finished cells; default one for each device"}
+    )
     device: str = field(default="auto", metadata={"help": DEVICE_HELP})
     minutes: float | None = field(
         default=None, metadata={"help": "begin no cell that would end later than this"}
     )
     plan: bool = field(default=False, metadata={"help": "only print what is left to do"})
     report: bool = field(default=False, metadata={"help": "only write the tables and the figure"})
+
+    @property
+    def records(self) -> Path:
+        """Folder of the family's finished cells; cards and CPUs have folders of their own."""
+        is_cpu = self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available())
+        folder = RESULTS / ("fashion" if is_cpu else "fashion-cuda")
+        return (folder if self.results is None else Path(self.results)) / self.family
 
 
 @dataclass(frozen=True)
@@ -142,32 +152,46 @@ def main() -> None:
 def run(config: FashionConfig, device: torch.device) -> None:
     """Train one missing cell after the other, as long as there is time."""
     began = time.monotonic()
-    tasks: dict[str, Any] = {}
+    setups: dict[str, Any] = {"tune": None, "confirm": None}
+    seen: dict[str, FashionCell] = {}
     for cell in cells(config):
+        seen[cell.file] = cell
         if measured(config, cell) is not None:
             continue
         seconds = estimate(config, cell)
-        if config.minutes is not None:
-            left = 60 * config.minutes - (time.monotonic() - began)
-            if seconds is not None and seconds > left:
-                print(f"no time left for {cell.file}", flush=True)
-                break
+        left = 60 * (config.minutes or math.inf) - (time.monotonic() - began)
+        if seconds is not None and seconds > left:
+            print(f"no time left for {cell.file}", flush=True)
+            break
 
-        # The data of both roles are read once.
-        name, metric = TASKS[config.family]
-        data = {"folder": config.data, "role": cell.role}
-        tasks.setdefault(cell.role, open_task(name, data))
-        setup = Setup(
-            task=tasks[cell.role],
-            task_name=name,
-            data=data,
-            members=MEMBERS[config.family],
-            metric=metric,
-            batch=BATCH,
-            warmup_steps=WARMUP,
-        )
-        record = train(config, cell, setup, device)
-        print(time.strftime("%H:%M:%S"), record["file"], record["value"], flush=True)
+        # Records are kept beside the results, models are not: what is gone is trained once more.
+        missing = [cell]
+        while missing[0].source is not None and not has_model(config, missing[0].source):
+            missing.insert(0, seen[missing[0].source])
+        setups[cell.role] = setups[cell.role] or make_setup(config, cell.role)
+        for each in missing:
+            record = train(config, each, setups[cell.role], device)
+            print(time.strftime("%H:%M:%S"), each.file, record["value"], flush=True)
+
+
+def has_model(config: FashionConfig, file: str) -> bool:
+    """Return whether the model of a cell is still there."""
+    return (Path(config.cells) / config.family / file / "cell.json").exists()
+
+
+def make_setup(config: FashionConfig, role: str) -> Setup:
+    """Read the data of a role, once for all its cells."""
+    name, metric = TASKS[config.family]
+    data = {"folder": config.data, "role": role}
+    return Setup(
+        task=open_task(name, data),
+        task_name=name,
+        data=data,
+        members=MEMBERS[config.family],
+        metric=metric,
+        batch=BATCH,
+        warmup_steps=WARMUP,
+    )
 
 
 def train(
@@ -207,15 +231,16 @@ def train(
         "forward": trained.forward,
         "device": str(device),
     }
-    path = Path(config.results) / config.family / f"{cell.file}.json"
+    path = config.records / f"{cell.file}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(record, indent=1) + "\n")
+    if not path.exists():
+        atomic_write(path, json.dumps(record, indent=1) + "\n")
     return record
 
 
 def measured(config: FashionConfig, cell: FashionCell) -> dict[str, Any] | None:
     """Return the record of a finished cell."""
-    path = Path(config.results) / config.family / f"{cell.file}.json"
+    path = config.records / f"{cell.file}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -316,7 +341,7 @@ def best_trial(
 
 def estimate(config: FashionConfig, cell: FashionCell) -> float | None:
     """Return the seconds that a cell will take, from a finished one like it; None without one."""
-    folder = Path(config.results) / config.family
+    folder = config.records
     records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     alike = [r for r in records if r["member"] == cell.member]
     alike = [r for r in alike if (r["source"] is None) == (cell.source is None)] or alike

@@ -20,8 +20,8 @@ Record = Mapping[str, Any]
 
 
 def write_results(config: FashionConfig) -> None:
-    """Write ``fashion-<family>.json`` and ``.png`` beside the folder of the cells."""
-    folder = Path(config.results) / config.family
+    """Write ``fashion-<family>.json`` and ``.png`` beside the folders of the cells."""
+    folder = config.records
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     confirmed = [r for r in records if r["role"] == "confirm" and r["seed"] in config.seeds]
     if not confirmed:
@@ -40,7 +40,7 @@ def write_results(config: FashionConfig) -> None:
         notes=notes_of(records, metric),
         environment=environment(("open-clip-torch", "timm", "accelerate")),
     )
-    out = Path(config.results).parent / f"fashion-{config.family}"
+    out = folder.parent.parent / f"{folder.parent.name}-{config.family}"
     document = report.to_json()
     atomic_write(out.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
     draw(confirmed, metric, out.with_suffix(".png"))
