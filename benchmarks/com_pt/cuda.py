@@ -5,19 +5,22 @@ prepared, as in the trainer, in bf16 autocast; on a fake device without autocast
 they are. AdamW is fused, and each step is one that is logged: it reads its values once.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.hot_path_timing import main
-from benchmarks.hot_paths import HotPath, Kit
+from benchmarks.hot_paths import HotPath, Kit, count, print_table
 from com_pt.adapters.accelerator import make_accelerator
 from com_pt.adapters.grow import grow
 from com_pt.adapters.open_clip_models import build_clip, clip_config
 from com_pt.config import ChainConfig, StageConfig
 from com_pt.method.losses import InverseFeatureLoss
 from com_pt.method.metrics import encode_images, encode_texts
+from com_pt.training.frozen import hold_in_autocast_type
 from com_pt.training.optimizer import make_optimizer
 from com_pt.training.stage_model import StageModel
 from com_pt.training.step import train_step
@@ -30,12 +33,14 @@ WAITS = {"stopping.py:read": 0.0}  # an update that is logged reads its values o
 VOCABULARY = 49408
 
 
-def clip_step(kit: Kit, tiny: bool, micro_batches: int = 1) -> Callable[[], object]:
-    """One update of a ViT-L/16 CLIP beside a frozen ViT-B/16; one caption an image."""
+def clip_step(
+    kit: Kit, tiny: bool, micro_batches: int = 1, images: int = 256, alone: bool = False
+) -> Callable[[], object]:
+    """One update of a ViT-L/16 CLIP beside a frozen ViT-B/16, or alone; one caption an image."""
     small, large = clip_specs(tiny)
-    batch, size = (4, 32) if tiny else (256, 224)
+    batch, size = (4, 32) if tiny else (images, 224)
     data = (kit.randn(batch, 3, size, size), kit.randint(VOCABULARY, batch, 1, 77))
-    return training(kit, ClipTask({}), small, large, data, micro_batches)
+    return training(kit, ClipTask({}), None if alone else small, large, data, micro_batches)
 
 
 def llama_step(
@@ -76,7 +81,10 @@ def evaluation(kit: Kit, tiny: bool) -> Callable[[], object]:
 def training(
     kit: Kit, task: Task, small: Any, large: Any, data: Any, micro_batches: int = 1
 ) -> Callable[[], object]:
-    """A step of the large model with the small one as its predecessor, as the trainer prepares it."""
+    """A step of the large model, with the small one as its predecessor if there is one.
+
+    All is as the trainer prepares it. Each step is one that is logged.
+    """
     autocast = kit.device.type in ("cpu", "cuda")
     accelerator = (
         make_accelerator("bf16", kit.device) if autocast
@@ -85,11 +93,14 @@ def training(
     accelerator.device_placement = False
 
     # Widths differ between the Llamas, so that a projector is trained beside the model.
-    pair = (large["hidden_size"], small["hidden_size"]) if "hidden_size" in large else (512, 512)
-    loss = InverseFeatureLoss(dict.fromkeys(task.streams, pair))
+    loss, predecessor = None, None
+    if small is not None:
+        pair = (
+            (large["hidden_size"], small["hidden_size"]) if "hidden_size" in large else (512, 512)
+        )
+        loss = InverseFeatureLoss(dict.fromkeys(task.streams, pair))
+        predecessor = held(kit, task, small, accelerator)
     stage: Any = kit.module(lambda: StageModel(task, task.build(large).train(), loss))
-    predecessor: Any = kit.module(lambda: StageModel(task, task.build(small).eval(), None))
-    predecessor.requires_grad_(False)
 
     settings = StageConfig(name="L", model=large)
     chain = ChainConfig(task="clip", stages=(settings,))
@@ -98,7 +109,6 @@ def training(
     wrapped = stage
     if autocast:
         wrapped, optimizer = accelerator.prepare(stage, optimizer)
-
     monitor = StepMonitor(kit.device)
 
     def update() -> object:
@@ -115,6 +125,17 @@ def training(
         return monitor.read()
 
     return update
+
+
+def held(kit: Kit, task: Task, spec: Any, accelerator: Any) -> Any:
+    """A frozen predecessor in the types that ``hold_in_autocast_type`` gives it."""
+
+    def make() -> StageModel:
+        model = task.build(spec).eval().requires_grad_(False)
+        hold_in_autocast_type(model, accelerator)
+        return StageModel(task, model, None)
+
+    return kit.module(make)
 
 
 def make_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -172,5 +193,41 @@ PATHS = [
     HotPath("evaluation, CLIP ViT-L/16, 256 images and texts", evaluation),
 ]  # fmt: skip
 
+# What the predecessor adds at the paper's batch, which takes eight cards; counted and not timed.
+PAPERS_BATCH = 1024
+ALONE, BESIDE = (
+    HotPath(
+        f"CLIP step, ViT-L/16 {name}, batch {PAPERS_BATCH:,}",
+        partial(clip_step, images=PAPERS_BATCH, alone=alone), fake="cpu", allow=WAITS,
+    )
+    for name, alone in (("alone", True), ("beside ViT-B/16", False))
+)  # fmt: skip
+
+
+def predecessor_overhead(alone: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, float]:
+    """What a predecessor adds to a step, as shares of the step alone, from both counts."""
+    flops = [sum(cost["flops"].values()) for cost in (alone, beside)]
+    pairs = {"FLOPs": flops}
+    for name, figure in (
+        ("device time", "device_ms"),
+        ("launches", "launches"),
+        ("memory", "peak"),
+    ):
+        pairs[name] = [alone[figure], beside[figure]]
+    pairs["bytes"] = [cost["read"] + cost["written"] for cost in (alone, beside)]
+    return {name: after / before - 1 for name, (before, after) in pairs.items()}
+
+
+def print_overhead() -> None:
+    """Print both counts, and what the predecessor adds."""
+    costs = {path.name: count(path) for path in (ALONE, BESIDE)}
+    print()
+    print_table([(name, cost, {}) for name, cost in costs.items()])
+    shares = predecessor_overhead(*costs.values())
+    print(f"the predecessor adds {', '.join(f'{v:.1%} {name}' for name, v in shares.items())}")
+
+
 if __name__ == "__main__":
     main("com_pt", PATHS)
+    if "--predict" in sys.argv:
+        print_overhead()

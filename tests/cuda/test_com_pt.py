@@ -4,9 +4,19 @@ from functools import partial
 
 import pytest
 import torch
-from benchmarks.com_pt.cuda import PATHS, WAITS, clip_step, llama_step
+from benchmarks.com_pt.cuda import (
+    ALONE,
+    BESIDE,
+    PATHS,
+    WAITS,
+    clip_step,
+    llama_step,
+    predecessor_overhead,
+)
 from benchmarks.hot_paths import HotPath, count
 
+from com_pt.adapters.open_clip_models import build_clip, clip_config
+from com_pt.method.cost import clip_macs
 from com_pt.method.losses import multi_caption_clip_loss
 from tests.cuda.budgets import assert_within_budget, each
 from tests.cuda.counter import Counter
@@ -31,6 +41,22 @@ def test_a_training_step_stays_on_its_device(path: HotPath) -> None:
     assert not cost["copies"]
     # One for the losses, the gradient and the stop signal together, in an update that is logged.
     assert cost["waits"] == {"stopping.py:read": 1}
+
+
+@pytest.mark.slow
+def test_a_predecessor_adds_little_more_than_its_share_of_flops() -> None:
+    """At the paper's batch of 1,024, ViT-L/16 beside ViT-B/16 and alone, one caption an image."""
+    alone, beside = (count(path) for path in (ALONE, BESIDE))
+    added = predecessor_overhead(alone, beside)
+    small, large = (clip_macs(clip_config(f"compt-ViT-{size}-16"), 1) for size in "BL")
+    # A forward pass of the small model on top of a forward and two backward passes of the large.
+    assert added["FLOPs"] == pytest.approx(small / (3 * large), rel=0.03)
+    assert added["device time"] < added["FLOPs"] + 0.02
+    assert added["launches"] < 0.3
+    # Its weights, of which the products' are in bf16, and one layer's activations at a time.
+    weights = sum(p.numel() for p in build_clip(clip_config("compt-ViT-B-16")).parameters())
+    assert beside["peak"] - alone["peak"] < 4 * weights
+    assert [cost["waits"] for cost in (alone, beside)] == [{"stopping.py:read": 1}] * 2
 
 
 def test_the_contrastive_loss_never_holds_its_matrix_of_logits() -> None:
