@@ -294,11 +294,24 @@ class EvalConfig:
         (), "CSV, TSV or tar of captions; CSV of path and class or label; or text files"
     )
     train: str | None = setting(None, "probe: CSV of path and class to fit on")
+    decay: float | None = setting(
+        None, "probe: L2 penalty; default the best on a held-out fifth of the training data"
+    )
     images: str | None = setting(None, "folder that paths are relative to")
-    classes: str | None = setting(None, "zero-shot: text or JSON file of class names")
-    templates: str | None = setting(None, "zero-shot: file of templates with {}")
+    classes: str | None = setting(
+        None, "zero-shot: text or JSON file of class names, or imagenet (open_clip's 1,000)"
+    )
+    templates: str | None = setting(
+        None, "zero-shot: file of templates with {}, or imagenet = openai (80) or simple (7)"
+    )
     tokenizer: str = setting("simple", "simple (open_clip), bytes, or a tokenizer's folder")
     length: int = setting(512, "perplexity: tokens of a block")
+    batch_size: int | None = setting(
+        None, "items of a forward pass; default 256, and 16 for perplexity"
+    )
+    workers: int | None = setting(
+        None, "processes that read data; default 0 for small sets, else by the number of CPUs"
+    )
     device: str = setting("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
@@ -308,6 +321,13 @@ class EvalConfig:
             require(has_words, "zero-shot needs class names", "give --classes and --templates")
         if self.suite == "probe":
             require(self.train is not None, "a probe needs data to fit", "give --train FILE")
+            is_penalty = self.decay is None or 0 <= self.decay < math.inf
+            require(is_penalty, f"decay is {self.decay}", "give 0 or more")
+
+        # How data are read.
+        batch, workers = self.batch_size, self.workers
+        require(batch is None or batch >= 1, f"batch_size is {batch}", "give 1 or more")
+        require(workers is None or workers >= 0, f"workers is {workers}", "give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

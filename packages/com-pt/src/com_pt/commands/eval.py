@@ -1,14 +1,22 @@
 """``com-pt eval``: judge a finished model on the user's own data."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from com_pt.adapters.accelerator import make_accelerator
 from com_pt.adapters.files import load_any
 from com_pt.config import EvalConfig
-from com_pt.method.metrics import encode_images, evaluate_retrieval, linear_probe, perplexity
+from com_pt.method.metrics import linear_probe
 from com_pt.training.data.captions import CaptionData
+from com_pt.training.embedding import (
+    encode_pictures,
+    evaluate_retrieval,
+    pool_pictures,
+)
+from com_pt.training.streaming import Reading
 from com_pt.training.tasks.causal_lm import CausalLMTask
 from com_pt.training.tasks.classify import ClassifyTask
 from com_pt.training.tasks.clip import ClipTask
@@ -16,12 +24,18 @@ from effml_common.device import resolve_device
 from effml_common.errors import InputError
 from effml_common.report import Summary
 
-# Libraries whose models a suite is for; the others are for CLIP.
-LIBRARY_OF_SUITE = {"top1": "timm", "perplexity": "llama"}
+# Libraries whose models a suite judges.
+LIBRARIES_OF_SUITE = {
+    "zero-shot": ("clip",),
+    "retrieval": ("clip",),
+    "probe": ("clip", "timm"),
+    "top1": ("timm",),
+    "perplexity": ("llama",),
+}
 
 
 def evaluate(config: EvalConfig) -> Summary:
-    """Judge a model.
+    """Judge a model; several processes share the work and find what one would find.
 
     Raises:
         InputError: If the model or its data do not fit the suite.
@@ -29,12 +43,14 @@ def evaluate(config: EvalConfig) -> Summary:
     # Read the model.
     device = resolve_device(config.device)
     loaded = load_any(config.model)
-    library = LIBRARY_OF_SUITE.get(config.suite, "clip")
-    if loaded.library != library:
+    libraries = LIBRARIES_OF_SUITE[config.suite]
+    if loaded.library not in libraries:
         raise InputError(
-            f"{config.suite} is for {library}, and {config.model} is {loaded.library}; "
-            "choose another --suite"
+            f"{config.suite} is for {' and '.join(libraries)}, and {config.model} is "
+            f"{loaded.library}; choose another --suite"
         )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        make_accelerator("fp32", device)  # lets the processes talk with one another
 
     # Judge it.
     model: Any = loaded.model.to(device).eval()
@@ -45,7 +61,9 @@ def evaluate(config: EvalConfig) -> Summary:
             return Summary(_judge_classifier(config, model, loaded.classes))
         if config.suite == "zero-shot":
             return Summary(_judge_zero_shot(config, model))
-        return Summary(_judge_embeddings(config, model))
+        if config.suite == "probe":
+            return Summary(_judge_probe(config, model, loaded.library))
+        return Summary(_judge_retrieval(config, model))
 
 
 def forward_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -53,16 +71,22 @@ def forward_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
+def _reading_settings(config: EvalConfig) -> dict[str, Any]:
+    """Return the data settings of the flags that say how data are read."""
+    flags = {"val_batch": config.batch_size, "val_workers": config.workers}
+    return {name: value for name, value in flags.items() if value is not None}
+
+
 def _judge_language_model(config: EvalConfig, model: Any) -> dict[str, float]:
     tokenizer = "bytes" if config.tokenizer == "simple" else config.tokenizer
     settings = {"val": list(config.data), "length": config.length, "tokenizer": tokenizer}
-    return perplexity(model, CausalLMTask(settings).blocks("val"))
+    return CausalLMTask({**settings, **_reading_settings(config)}).evaluate(model)
 
 
 def _judge_classifier(config: EvalConfig, model: Any, classes: int) -> dict[str, float]:
+    data = {"val": config.data[0], "images": config.images, "classes": classes}
     size = list(model.patch_embed.img_size)
-    data = {"val": config.data[0], "images": config.images}
-    return ClassifyTask({**data, "classes": classes, "image_size": size}).evaluate(model)
+    return ClassifyTask({**data, "image_size": size, **_reading_settings(config)}).evaluate(model)
 
 
 def _judge_zero_shot(config: EvalConfig, model: Any) -> dict[str, float]:
@@ -71,24 +95,35 @@ def _judge_zero_shot(config: EvalConfig, model: Any) -> dict[str, float]:
     return ClipTask(settings).evaluate(model)
 
 
-def _judge_embeddings(config: EvalConfig, model: Any) -> dict[str, float]:
-    """Retrieval, or a linear probe of the image embeddings."""
+def _judge_retrieval(config: EvalConfig, model: Any) -> dict[str, float]:
     data = _clip_data(config, model)
     held_out = CaptionData.open({**data, "val": list(config.data)}, "val", captions=None)
-    images, texts = held_out.for_retrieval()
-    if config.suite == "retrieval":
-        return evaluate_retrieval(model, images, texts)
+    return evaluate_retrieval(model, held_out, Reading.of(data, model))
 
-    # The classes of the probe are those of both files, in alphabetical order.
-    fit = CaptionData.open({**data, "val": config.train}, "val", captions=None)
+
+def _judge_probe(config: EvalConfig, model: Any, library: str) -> dict[str, float]:
+    """Fit a linear probe on the features of the images of ``--train``."""
+    # Both files; the classes of the probe are those of both, in alphabetical order.
+    data = _clip_data(config, model)
+    fit, held_out = (
+        CaptionData.open({**data, "val": source}, "val", captions=None)
+        for source in (config.train, list(config.data))
+    )
     names = sorted({line[0] for line in fit.texts + held_out.texts})
     fit_labels, labels = (
         torch.tensor([names.index(line[0]) for line in part.texts]) for part in (fit, held_out)
     )
+
+    # Features as users of the model take them: a CLIP's unit embeddings, a timm model's pooled features.
+    encode = encode_pictures if library == "clip" else pool_pictures
     fit_features, features = (
-        encode_images(model, part).cpu() for part in (fit.for_retrieval()[0], images)
+        encode(model, part, Reading.of(data, model)) for part in (fit, held_out)
     )
-    return linear_probe(fit_features, fit_labels, features, labels)
+
+    # The regression wants float64, which Apple's GPUs lack.
+    place = torch.device("cpu") if fit_features.device.type == "mps" else fit_features.device
+    tensors = (fit_features, fit_labels, features, labels)
+    return linear_probe(*(tensor.to(place) for tensor in tensors), decay=config.decay)
 
 
 def _clip_data(config: EvalConfig, model: Any) -> dict[str, Any]:
@@ -99,4 +134,5 @@ def _clip_data(config: EvalConfig, model: Any) -> dict[str, Any]:
         "tokenizer": config.tokenizer,
         "image_size": model.visual.image_size,
         "context_length": text.context_length,
+        **_reading_settings(config),
     }

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from com_pt.adapters.flop_counter import count_macs
 from com_pt.adapters.timm_models import build_timm, load_timm, save_timm
-from com_pt.method.metrics import top_k_accuracy
+from com_pt.method.metrics import label_ranks, name_accuracies
 from com_pt.training.data.labelled import labelled_images
+from com_pt.training.embedding import rank_labels
+from com_pt.training.streaming import Reading
 from com_pt.training.tasks.base import Task
 
 
@@ -19,11 +21,22 @@ class ClassifyTask(Task):
     """Images with one label each.
 
     Data settings: ``train`` and ``val`` (CSV of path and label), ``images`` (folder of the paths),
-    ``classes``, ``image_size``, ``crop_scale``, ``smoothing`` of the labels.
+    ``classes``, ``image_size``, ``crop_scale``, ``smoothing`` of the labels, ``val_batch`` and
+    ``val_workers`` of the evaluation.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset(
-        {"train", "val", "images", "classes", "image_size", "crop_scale", "smoothing", "val_batch"}
+        {
+            "train",
+            "val",
+            "images",
+            "classes",
+            "image_size",
+            "crop_scale",
+            "smoothing",
+            "val_batch",
+            "val_workers",
+        }
     )
     streams: ClassVar[tuple[str, ...]] = ("pooled",)
     headline: ClassVar[str] = "top-1"
@@ -78,15 +91,20 @@ class ClassifyTask(Task):
         if "val" not in self.data:
             return {}
         images, labels = labelled_images(self.data, "val", self.classes)
-        pictures = torch.stack([images.image(i) for i in range(len(labels))])
-        return self.accuracy(model, pictures, torch.tensor(labels))
+        ranks = rank_labels(model, images, labels, Reading.of(self.data, model))
+        return name_accuracies(ranks, self.classes)
 
     @torch.no_grad()
     def accuracy(self, model: Any, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Measure a model on images in memory."""
-        device, batch = next(model.parameters()).device, int(self.data.get("val_batch", 256))
-        logits = torch.cat([model(part.to(device)).float() for part in images.split(batch)])
-        return top_k_accuracy(logits.cpu(), labels)
+        reading = Reading.of(self.data, model)
+        ranks = [
+            label_ranks(model(part.to(reading.device)).float(), own)
+            for part, own in zip(
+                images.split(reading.batch), labels.split(reading.batch), strict=True
+            )
+        ]
+        return name_accuracies(torch.cat(ranks), self.classes)
 
     def chance(self) -> float | None:
         """Return one in the number of classes, where there are held-out images."""

@@ -1,8 +1,7 @@
 """Contrastive image-text pre-training with open_clip models."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +12,17 @@ from com_pt.adapters.flop_counter import count_macs
 from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip, save_clip
 from com_pt.method.cost import clip_macs
 from com_pt.method.losses import multi_caption_clip_loss
-from com_pt.method.metrics import evaluate_retrieval, evaluate_zero_shot
+from com_pt.method.metrics import class_embeddings, name_accuracies, zero_shot_ranks
 from com_pt.training.data.captions import CaptionData, vocabulary_size
+from com_pt.training.embedding import encode_pictures, encode_texts, evaluate_retrieval
+from com_pt.training.streaming import Reading
 from com_pt.training.tasks.base import Task, height_and_width
+from com_pt.training.tasks.zero_shot import (
+    make_prompts,
+    number_classes,
+    read_classes,
+    read_templates,
+)
 from effml_common.errors import ConfigError
 
 LARGEST_LOGIT_SCALE = math.log(100)  # of the parameter, which is exponentiated
@@ -27,7 +34,8 @@ class ClipTask(Task):
     Data settings: ``train`` and ``val`` (CSV, TSV or WebDataset tars), ``images`` (folder that paths
     are relative to), ``captions`` (K, drawn anew each time), ``tokenizer`` (``simple``, a list of
     words or a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``, ``context_length``,
-    ``zero_shot`` (``images``: CSV of path and class; ``classes``; ``templates`` with ``{}``).
+    ``zero_shot`` (``images``: CSV of path and class; ``classes``; ``templates`` with ``{}``),
+    ``val_batch`` and ``val_workers`` of the evaluation.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset(
@@ -42,6 +50,7 @@ class ClipTask(Task):
             "image_size",
             "context_length",
             "val_batch",
+            "val_workers",
         }
     )
     streams: ClassVar[tuple[str, ...]] = ("image", "text")
@@ -119,36 +128,43 @@ class ClipTask(Task):
     def evaluate(self, model: Any) -> dict[str, float]:
         """Measure zero-shot accuracy and retrieval, as far as there is data for them."""
         metrics: dict[str, float] = {}
-        batch = int(self.data.get("val_batch", 256))
+        reading = Reading.of(self.data, model)
         if "zero_shot" in self.data:
-            metrics |= self._zero_shot(model, self.data["zero_shot"], batch)
+            metrics |= self._zero_shot(model, self.data["zero_shot"], reading)
         if "val" in self.data:
             held_out = CaptionData.open(self.data, "val", captions=None)
-            metrics |= evaluate_retrieval(model, *held_out.for_retrieval(), batch=batch)
+            metrics |= evaluate_retrieval(model, held_out, reading)
         return metrics
 
     def chance(self) -> float | None:
         """Return the chance of zero-shot classification."""
         if "zero_shot" not in self.data:
             return None
-        return 1 / len(_read_lines(self.data["zero_shot"]["classes"]))
+        return 1 / len(read_classes(self.data["zero_shot"]["classes"]))
 
-    def _zero_shot(self, model: Any, settings: Mapping[str, Any], batch: int) -> dict[str, float]:
-        # Images and the names of their classes.
-        classes, templates = _read_lines(settings["classes"]), _read_lines(settings["templates"])
+    def _zero_shot(
+        self, model: Any, settings: Mapping[str, Any], reading: Reading
+    ) -> dict[str, float]:
+        # Images and the numbers of their classes.
+        classes, templates = (
+            read_classes(settings["classes"]),
+            read_templates(settings["templates"]),
+        )
         held_out = CaptionData.open({**self.data, "val": settings["images"]}, "val", captions=None)
-        images = torch.stack([held_out.image(i) for i in range(len(held_out))])
         names = [line[0] for line in held_out.texts]
-        missing = sorted(set(names) - set(classes))
-        if missing:
-            raise ConfigError(f"class {missing[0]} is not listed; add it to zero_shot classes")
-        labels = torch.tensor([classes.index(name) for name in names])
+        found = sorted(set(names))
+        number = dict(zip(found, number_classes(found, settings["classes"]), strict=True))
 
-        # Every class in every template.
-        prompts = [
-            held_out.tokenize([template.format(name) for template in templates]) for name in classes
-        ]
-        return evaluate_zero_shot(model, images, labels, torch.stack(prompts), batch=batch)
+        # Every class in every template, and every image; only their embeddings are kept.
+        prompts = make_prompts(classes, templates)
+        prompt_features = encode_texts(model, prompts, held_out.tokenize, reading, "prompts")
+        image_features = encode_pictures(model, held_out, reading)
+
+        # Each image belongs to the nearest class.
+        labels = torch.tensor([number[name] for name in names])
+        class_features = class_embeddings(prompt_features, len(templates))
+        ranks = zero_shot_ranks(image_features, class_features, labels)
+        return name_accuracies(ranks, len(classes), "zero-shot ")
 
     def macs(self, spec: Any) -> int:
         """Return the forward MACs of the image tower plus K times the text tower."""
@@ -167,11 +183,3 @@ class ClipTask(Task):
     def load(self, folder: Path, spec: Any) -> nn.Module:
         """Load the model of such a folder."""
         return load_clip(folder)
-
-
-def _read_lines(value: str | Sequence[str]) -> list[str]:
-    """Return a list, or the lines of a text or JSON file."""
-    if not isinstance(value, str):
-        return [str(item) for item in value]
-    text = Path(value).read_text(encoding="utf-8")
-    return json.loads(text) if value.endswith(".json") else text.splitlines()
