@@ -291,15 +291,15 @@ class EvalConfig:
         "retrieval", "zero-shot, retrieval and probe for CLIP; top1 for timm; perplexity for Llama"
     )
     data: tuple[str, ...] = setting(
-        (), "CSV, TSV or tar of captions; CSV of path and class or label; or text files"
+        (), "captions (CSV, TSV, tar), labelled images (CSV, class folders, hf:NAME) or text files"
     )
-    train: str | None = setting(None, "probe: CSV of path and class to fit on")
+    train: str | None = setting(None, "probe: labelled images to fit on")
     decay: float | None = setting(
         None, "probe: L2 penalty; default the best on a held-out fifth of the training data"
     )
     images: str | None = setting(None, "folder that paths are relative to")
     classes: str | None = setting(
-        None, "zero-shot: text or JSON file of class names, or imagenet (open_clip's 1,000)"
+        None, "zero-shot, top1: text or JSON file of class names, or imagenet (open_clip's 1,000)"
     )
     templates: str | None = setting(
         None, "zero-shot: file of templates with {}, or imagenet = openai (80) or simple (7)"

@@ -15,14 +15,14 @@ from com_pt_tiny import clip, clip_data
 import com_pt.training.streaming as streaming
 from com_pt.training.data.captions import CaptionData
 from com_pt.training.embedding import encode_pictures, encode_texts, evaluate_retrieval
-from com_pt.training.streaming import Pictures, Reading, stream_rows
+from com_pt.training.streaming import HeldOutPictures, Reading, stream_rows
 from effml_common.errors import InputError
 
 CPU = torch.device("cpu")
 
 
 class Counted:
-    """Pictures that count how many of them are alive."""
+    """HeldOutPictures that count how many of them are alive."""
 
     def __init__(self, count: int) -> None:
         self.count, self.alive, self.most = count, 0, 0
@@ -51,7 +51,7 @@ def test_no_more_than_two_batches_of_pictures_are_alive_at_once() -> None:
         data.track(batch)
         return batch[:, 0, 0, :2].clone()
 
-    rows = stream_rows(compute, Pictures(data), Reading(CPU, batch=4), "reading")
+    rows = stream_rows(compute, HeldOutPictures(data), Reading(CPU, batch=4), "reading")
     assert rows[:, 0].tolist() == [*range(60)]
     # The pictures of one batch, the batch itself, and the one before it while it is replaced.
     assert 4 <= data.most <= 12
@@ -88,9 +88,7 @@ def test_a_held_out_picture_that_cannot_be_read_is_named(pictures, workers) -> N
     data = CaptionData.open({**clip_data(pictures), "val": str(pictures / "captions.tsv")},
                             "val", captions=None)  # fmt: skip
     (pictures / "17.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(
-        InputError, match=r"held-out picture 17 cannot be read: .*17\.png.*; repair"
-    ):
+    with pytest.raises(InputError, match=r"17\.png.*; replace the picture"):
         encode_pictures(clip(32), data, Reading(CPU, batch=8, workers=workers))
 
 

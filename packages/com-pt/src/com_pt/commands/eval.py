@@ -1,6 +1,7 @@
 """``com-pt eval``: judge a finished model on the user's own data."""
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,17 +10,20 @@ import torch
 from com_pt.adapters.accelerator import make_accelerator
 from com_pt.adapters.files import load_any
 from com_pt.config import EvalConfig
-from com_pt.method.metrics import linear_probe
+from com_pt.method.metrics import linear_probe, name_accuracies
 from com_pt.training.data.captions import CaptionData
+from com_pt.training.data.labelled import open_labelled
+from com_pt.training.data.transforms import image_transform
 from com_pt.training.embedding import (
     encode_pictures,
     evaluate_retrieval,
     pool_pictures,
+    rank_labels,
 )
 from com_pt.training.streaming import Reading
 from com_pt.training.tasks.causal_lm import CausalLMTask
-from com_pt.training.tasks.classify import ClassifyTask
 from com_pt.training.tasks.clip import ClipTask
+from com_pt.training.tasks.zero_shot import read_labels
 from effml_common.device import resolve_device
 from effml_common.errors import InputError
 from effml_common.report import Summary
@@ -84,46 +88,59 @@ def _judge_language_model(config: EvalConfig, model: Any) -> dict[str, float]:
 
 
 def _judge_classifier(config: EvalConfig, model: Any, classes: int) -> dict[str, float]:
-    data = {"val": config.data[0], "images": config.images, "classes": classes}
-    size = list(model.patch_embed.img_size)
-    return ClassifyTask({**data, "image_size": size, **_reading_settings(config)}).evaluate(model)
+    # The names of the model's classes, or their number: then labels are numbers or named folders.
+    names = None if config.classes is None else read_labels(config.classes)
+    data = {"val": one_or_all(config.data), "images": config.images, "classes": names or classes}
+    transform = image_transform(list(model.patch_embed.img_size), None)
+    held_out = open_labelled(data, "val", transform)
+
+    # Folders are numbered by themselves: with one missing, all labels after it would be wrong.
+    if len(held_out.classes) != classes:
+        raise InputError(
+            f"{config.data[0]} has {len(held_out.classes)} classes and the model {classes}; "
+            "give --classes FILE with the names of all of them, in the model's order"
+        )
+    ranks = rank_labels(model, held_out, Reading.of(_reading_settings(config), model))
+    return name_accuracies(ranks, classes)
 
 
 def _judge_zero_shot(config: EvalConfig, model: Any) -> dict[str, float]:
     files = {"classes": config.classes, "templates": config.templates}
-    settings = {**_clip_data(config, model), "zero_shot": {"images": config.data[0], **files}}
+    settings = {
+        **_clip_data(config, model),
+        "zero_shot": {"images": one_or_all(config.data), **files},
+    }
     return ClipTask(settings).evaluate(model)
 
 
 def _judge_retrieval(config: EvalConfig, model: Any) -> dict[str, float]:
     data = _clip_data(config, model)
-    held_out = CaptionData.open({**data, "val": list(config.data)}, "val", captions=None)
+    held_out = CaptionData.open({**data, "val": one_or_all(config.data)}, "val", captions=None)
     return evaluate_retrieval(model, held_out, Reading.of(data, model))
 
 
 def _judge_probe(config: EvalConfig, model: Any, library: str) -> dict[str, float]:
     """Fit a linear probe on the features of the images of ``--train``."""
-    # Both files; the classes of the probe are those of both, in alphabetical order.
-    data = _clip_data(config, model)
-    fit, held_out = (
-        CaptionData.open({**data, "val": source}, "val", captions=None)
-        for source in (config.train, list(config.data))
-    )
-    names = sorted({line[0] for line in fit.texts + held_out.texts})
-    fit_labels, labels = (
-        torch.tensor([names.index(line[0]) for line in part.texts]) for part in (fit, held_out)
-    )
+    # Both parts have the same classes.
+    size = model.visual.image_size if library == "clip" else list(model.patch_embed.img_size)
+    data = {"train": config.train, "val": one_or_all(config.data), "images": config.images}
+    transform = image_transform(size, None)
+    fit, held_out = (open_labelled(data, part, transform) for part in ("train", "val"))
 
     # Features as users of the model take them: a CLIP's unit embeddings, a timm model's pooled features.
     encode = encode_pictures if library == "clip" else pool_pictures
-    fit_features, features = (
-        encode(model, part, Reading.of(data, model)) for part in (fit, held_out)
-    )
+    reading = Reading.of(_reading_settings(config), model)
+    fit_features, features = (encode(model, part, reading) for part in (fit, held_out))
 
     # The regression wants float64, which Apple's GPUs lack.
     place = torch.device("cpu") if fit_features.device.type == "mps" else fit_features.device
-    tensors = (fit_features, fit_labels, features, labels)
+    tensors = (fit_features, fit.labels, features, held_out.labels)
     return linear_probe(*(tensor.to(place) for tensor in tensors), decay=config.decay)
+
+
+def one_or_all(sources: Sequence[str]) -> str | list[str]:
+    """Return a source that may be a folder or a data set, or several tables."""
+    return sources[0] if len(sources) == 1 else list(sources)
 
 
 def _clip_data(config: EvalConfig, model: Any) -> dict[str, Any]:

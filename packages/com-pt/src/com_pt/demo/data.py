@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from com_pt.method.metrics import encode_images, encode_texts, evaluate_zero_shot, similarities
-from com_pt.training.data.captions import WordTokenizer
+from com_pt.training.data.tokenizers import WordTokenizer
 from com_pt.training.tasks.classify import ClassifyTask
 from com_pt.training.tasks.clip import ClipTask
 

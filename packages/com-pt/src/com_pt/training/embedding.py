@@ -13,13 +13,16 @@ from com_pt.method.metrics import (
     label_ranks,
     retrieval_metrics,
 )
-from com_pt.training.streaming import Pictures, Reading, stream_rows
+from com_pt.training.streaming import HeldOutPictures, Reading, stream_rows
 
 
 def encode_pictures(model: Any, data: Any, reading: Reading) -> Tensor:
     """Return the unit embeddings [n, d] of the pictures of ``data`` by a CLIP model."""
     return stream_rows(
-        lambda batch: embed_images(model, batch), Pictures(data), reading, "encoding pictures"
+        lambda batch: embed_images(model, batch),
+        HeldOutPictures(data),
+        reading,
+        "encoding pictures",
     )
 
 
@@ -47,15 +50,15 @@ def evaluate_retrieval(model: Any, data: Any, reading: Reading) -> dict[str, flo
     return retrieval_metrics(image_features, text_features, owner.to(text_features.device))
 
 
-def rank_labels(model: Any, data: Any, labels: Sequence[int], reading: Reading) -> Tensor:
-    """Return the rank, from 0, of the label of each picture by a classifier."""
+def rank_labels(model: Any, data: Any, reading: Reading) -> Tensor:
+    """Return the rank, from 0, of the label of each picture of ``data`` by a classifier."""
 
     @torch.no_grad()
     def compute(batch: Any) -> Tensor:
         pictures, own = (part.to(reading.device, non_blocking=True) for part in batch)
         return label_ranks(model(pictures).float(), own)
 
-    return stream_rows(compute, Pictures(data, labels), reading, "classifying pictures")
+    return stream_rows(compute, HeldOutPictures(data, data.labels), reading, "classifying pictures")
 
 
 def pool_pictures(model: Any, data: Any, reading: Reading) -> Tensor:
@@ -66,7 +69,7 @@ def pool_pictures(model: Any, data: Any, reading: Reading) -> Tensor:
         features = model.forward_features(batch.to(reading.device, non_blocking=True))
         return model.forward_head(features, pre_logits=True).float()
 
-    return stream_rows(compute, Pictures(data), reading, "encoding pictures")
+    return stream_rows(compute, HeldOutPictures(data), reading, "encoding pictures")
 
 
 def stream_losses(model: Any, blocks: Any, reading: Reading) -> Tensor:

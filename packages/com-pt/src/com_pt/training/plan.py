@@ -83,6 +83,7 @@ def plan_stages(chain: ChainConfig, task: Task) -> list[StagePlan]:
     # Data are made for the models; where image sizes grow, for the last one.
     sized = chain.stages[-1:] if chain.resize_pos else chain.stages
     task.adopt({stage.name: stage.model for stage in sized})
+    task.check_data()
     if len(task) == 0:
         raise InputError("there are no training data; give some under data: train")
 

@@ -7,7 +7,7 @@ to the bit. Every process must call these functions together.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from effml_common.errors import InputError
 from effml_common.logging import Progress, say
-from effml_common.parsing import one_line
 
 SMALL_SET = 2048  # items that are read before a worker has started
 MOST_WORKERS = 8  # reader processes that are started by default
@@ -55,10 +54,10 @@ class Reading:
         return 0 if items < SMALL_SET else min(MOST_WORKERS, (os.cpu_count() or 1) // processes)
 
 
-class Pictures(Dataset[Tensor]):
+class HeldOutPictures(Dataset[Tensor]):
     """The pictures of a data set that has ``image(index)``, alone or with their labels."""
 
-    def __init__(self, data: Any, labels: Sequence[int] | None = None) -> None:
+    def __init__(self, data: Any, labels: Tensor | None = None) -> None:
         self.data, self.labels = data, labels
 
     def __len__(self) -> int:
@@ -71,11 +70,8 @@ class Pictures(Dataset[Tensor]):
         """
         try:
             picture = self.data.image(index)
-        except (OSError, ValueError, SyntaxError) as error:
-            return InputError(
-                f"held-out picture {index} cannot be read: {one_line(str(error))}; "
-                "repair it, or take it out of the data"
-            )
+        except InputError as error:
+            return error
         return picture if self.labels is None else (picture, self.labels[index])
 
 

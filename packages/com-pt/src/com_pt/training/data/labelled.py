@@ -1,48 +1,141 @@
-"""Labelled images from a CSV of path and label."""
+"""Labelled images: a table of path and label, class folders, or a Hugging Face data set."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from com_pt.training.data.captions import CaptionData, crop_range, image_transform, read_table
+from com_pt.training.data.decoding import decode_picture, read_names
+from com_pt.training.data.labelling import Labelling, Pictures, read_labelling, read_names_of
 from effml_common.errors import InputError
 
 
-def labelled_images(
-    data: Mapping[str, Any], part: str, classes: int
-) -> tuple[CaptionData, list[int]]:
-    """Open the images and labels of ``data[part]``.
+class LabelledImages:
+    """Images with one label each.
+
+    Args:
+        pictures: Undecoded pictures.
+        labels: Index of each picture's class, int64 [n].
+        classes: Names of the classes.
+        transform: A picture to a tensor [3, h, w].
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        labels: Tensor,
+        classes: list[str],
+        transform: Callable[[Any], Tensor],
+    ) -> None:
+        self.pictures, self.labels, self.classes = pictures, labels, classes
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Tensor:
+        """Read one image [3, h, w].
+
+        Raises:
+            InputError: If it cannot be decoded.
+        """
+        content, name = self.pictures.content(index), self.pictures.name(index)
+        return self.transform(decode_picture(content, name))
+
+
+def open_labelled(
+    data: Mapping[str, Any], part: str, transform: Callable[[Any], Tensor]
+) -> LabelledImages:
+    """Open the labelled images of ``data[part]``.
+
+    It names a CSV or TSV (or a list of them) of path and label, a folder of class folders, or a data set
+    of Hugging Face (``hf:NAME[/config][@split]``, or its folder).
+
+    Args:
+        data: ``train`` and ``val``; ``images``, the folder of paths; ``classes``: their number, a list
+            of names or a file of them; ``image_key`` and ``label_key``, columns of a data set. Without
+            ``classes`` the classes are those of the training part, or of the part itself.
+        part: ``train`` or ``val``.
+        transform: A picture to a tensor [3, h, w].
 
     Raises:
-        InputError: If there are none, a file is missing, or a label is no number below ``classes``.
+        InputError: If there are no images, or a label is no class; names the row, folder or class.
     """
-    # The file that the settings name.
-    source = data.get(part)
-    if not source:
-        raise InputError(
-            f"no {part} data are given; name a CSV of path and label under data: {part}"
-        )
-    path = Path(source)
-    if not path.is_file():
-        raise InputError(f"{path} is not there; check data: {part}")
-    places, texts = read_table(path, data.get("images"))
-    if not places:
-        raise InputError(f"{path} holds no samples; give a file with some")
+    # What is there, by the names that the source gives to its classes.
+    found = read_labelling(data, part)
+    if len(found.labels) == 0:
+        raise InputError(f"{found.source} holds no samples; give a file with some")
 
-    # Labels are numbers of classes.
-    labels = []
-    for number, (text, *_) in enumerate(texts, 2):
-        if not text.strip().isdecimal() or int(text) >= classes:
+    # The classes that the run has; labels may be their numbers.
+    classes = class_names(data, part, found)
+    is_numbered = found.has_numbers and data.get("classes") is not None
+    known = _numbers(classes) if is_numbered else classes
+    places = {name: place for place, name in enumerate(known)}
+    for number, name in enumerate(found.names):
+        if name not in places:
+            are_numbers = known == _numbers(known)
+            kind = f"number below {len(known)}" if are_numbers else "class"
+            remedy = "correct it" if are_numbers else "correct it or add it to classes"
+            raise InputError(f"{found.where(number)}: the label {name!r} is no {kind}; {remedy}")
+    order = torch.tensor([places[name] for name in found.names])
+    return LabelledImages(found.pictures, order[found.labels.long()], classes, transform)
+
+
+def class_names(data: Mapping[str, Any], part: str, found: Labelling | None = None) -> list[str]:
+    """Return the names of a run's classes: those of the settings, or else of the training part.
+
+    Args:
+        data: Settings of the data.
+        part: The part that is opened; it has the classes where there are no training data.
+        found: That part, if it has been read.
+
+    Raises:
+        InputError: If names repeat, there are too many, or those of two parts differ.
+    """
+    found = found or read_labelling(data, part)
+    setting: int | str | Sequence[str] | None = data.get("classes")
+
+    # A number bounds labels that are numbers; of named classes there may be as many at most.
+    if isinstance(setting, int):
+        if not found.is_complete:
+            return _numbers(range(setting))
+        if len(found.names) > setting:
             raise InputError(
-                f"{path}, line {number}: the label {text!r} is no number below {classes}; correct it"
+                f"{found.source} has {len(found.names)} classes, and classes is {setting}; "
+                "set data: classes"
             )
-        labels.append(int(text))
 
-    # The first caption of a row is its label, which nobody tokenizes.
-    transform: Callable[[Any], Tensor] = image_transform(
-        data.get("image_size", 224),
-        crop_range(data, (0.35, 1.0)) if part == "train" else None,
-    )
-    return CaptionData(places, texts, lambda _: None, transform, None), labels  # pyright: ignore
+    # A list of names says what the classes are.
+    elif setting is not None:
+        names = read_names(setting)
+        twice = [] if found.has_numbers else [n for n in found.names if names.count(n) > 1]
+        if twice:
+            raise InputError(f"the class {twice[0]!r} is listed twice; name each class once")
+        return names
+
+    # Otherwise the data say it.
+    return _same_names(data, part, found)
+
+
+def _same_names(data: Mapping[str, Any], part: str, found: Labelling) -> list[str]:
+    """Return the names of the training part, where there is one; a held-out part must have the same.
+
+    The classes of each part are numbered by themselves: one that is missing would shift the labels.
+    """
+    names, has_numbers = found.names, found.has_numbers
+    if part != "train" and data.get("train"):
+        names, has_numbers = read_names_of(data, "train")
+        if found.is_complete and {*names} != {*found.names}:
+            unmatched = min({*names} ^ {*found.names})
+            present, absent = ("train", part) if unmatched in names else (part, "train")
+            raise InputError(
+                f"class {unmatched} of {found.source} is in {present} but not in {absent}; "
+                "both need the same classes"
+            )
+    return _numbers(range(max(map(int, names)) + 1)) if has_numbers else names
+
+
+def _numbers(classes: Sequence[Any]) -> list[str]:
+    """Return the numbers of classes, as names."""
+    return [str(number) for number in range(len(classes))]

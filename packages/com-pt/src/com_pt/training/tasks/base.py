@@ -72,6 +72,15 @@ class Task(ABC):
             ConfigError: If a model and the data settings differ.
         """
 
+    def check_data(self) -> None:  # noqa: B027 (most need none)
+        """Look at the held-out data before training starts; called after ``adopt``.
+
+        Optional: otherwise a fault in them is met when the first member has been trained.
+
+        Raises:
+            InputError: If they cannot be read.
+        """
+
     def adopt_size(self, key: str, sizes: Mapping[str, Any]) -> None:
         """Set ``data[key]`` from the models' sizes, by stage, or check that it agrees with them."""
         data_size = self.data.get(key, [*sizes.values()][-1])

@@ -55,6 +55,15 @@ class CausalLMTask(Task):
                     f"vocab_size of {name} is {size} and bytes need {BYTE_TOKENS}; raise it"
                 )
 
+    def check_data(self) -> None:
+        """Read the held-out text.
+
+        Raises:
+            InputError: If there is none.
+        """
+        if "val" in self.data:
+            self.blocks("val")
+
     def blocks(self, part: str) -> Tensor:
         """Return token ids [n, length] of ``data[part]``.
 

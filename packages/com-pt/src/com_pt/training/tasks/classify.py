@@ -11,18 +11,25 @@ from torch import Tensor, nn
 from com_pt.adapters.flop_counter import count_macs
 from com_pt.adapters.timm_models import build_timm, load_timm, save_timm
 from com_pt.method.metrics import label_ranks, name_accuracies
-from com_pt.training.data.labelled import labelled_images
+from com_pt.training.data.decoding import read_names
+from com_pt.training.data.labelled import LabelledImages, class_names, open_labelled
+from com_pt.training.data.labelling import lists_classes
+from com_pt.training.data.transforms import crop_range, image_transform
 from com_pt.training.embedding import rank_labels
 from com_pt.training.streaming import Reading
 from com_pt.training.tasks.base import Task
+
+TRAINING_CROP = (0.35, 1.0)  # share of the area that a random crop keeps
+USUAL_CLASSES = 1000  # those of ImageNet, where neither the settings nor data tell
 
 
 class ClassifyTask(Task):
     """Images with one label each.
 
-    Data settings: ``train`` and ``val`` (CSV of path and label), ``images`` (folder of the paths),
-    ``classes``, ``image_size``, ``crop_scale``, ``smoothing`` of the labels, ``val_batch`` and
-    ``val_workers`` of the evaluation.
+    Data settings: ``train`` and ``val`` (CSV of path and label, folder of class folders, or data set of
+    Hugging Face with ``image_key`` and ``label_key``), ``images`` (folder of the paths), ``classes``
+    (number, names or a file of names), ``image_size``, ``crop_scale``, ``smoothing`` of the labels,
+    ``val_batch`` and ``val_workers`` of the evaluation.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset(
@@ -30,6 +37,8 @@ class ClassifyTask(Task):
             "train",
             "val",
             "images",
+            "image_key",
+            "label_key",
             "classes",
             "image_size",
             "crop_scale",
@@ -43,9 +52,22 @@ class ClassifyTask(Task):
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
-        self.classes = int(data.get("classes", 1000))
         self.smoothing = float(data.get("smoothing", 0.1))
-        self._samples: Any = None
+        self._classes: int | None = None
+        self._samples: LabelledImages | None = None
+
+    @property
+    def classes(self) -> int:
+        """Number of classes: of the settings, else of a folder or data set to train on, else 1000."""
+        if self._classes is None:
+            setting = self.data.get("classes")
+            if setting is not None:
+                self._classes = setting if isinstance(setting, int) else len(read_names(setting))
+            elif lists_classes(self.data.get("train")):
+                self._classes = len(class_names(self.data, "train"))
+            else:
+                self._classes = USUAL_CLASSES
+        return self._classes
 
     def build(self, spec: Any) -> nn.Module:
         """Build a timm model; the classes are the data's unless the stage says otherwise."""
@@ -62,15 +84,37 @@ class ClassifyTask(Task):
         if sizes:
             self.adopt_size("image_size", sizes)
 
-    def __len__(self) -> int:
+    def check_data(self) -> None:
+        """Open the held-out images and decode one.
+
+        Raises:
+            InputError: If they cannot be read, or their classes are not those of the training images.
+        """
+        if "val" in self.data:
+            self.open("val").image(0)
+
+    @property
+    def samples(self) -> LabelledImages:
+        """The training images, opened at first use."""
         if self._samples is None:
-            self._samples = labelled_images(self.data, "train", self.classes)
-        return len(self._samples[1])
+            self._samples = self.open("train")
+        return self._samples
+
+    def open(self, part: str) -> LabelledImages:
+        """Open the images of a part; those of ``train`` with random crops.
+
+        Raises:
+            InputError: If there are none, a file is missing, or a label is no class.
+        """
+        crop = crop_range(self.data, TRAINING_CROP) if part == "train" else None
+        data = self.data if "classes" in self.data else {**self.data, "classes": self.classes}
+        return open_labelled(data, part, image_transform(data.get("image_size", 224), crop))
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        len(self)
-        images, labels = self._samples
-        return images.image(index), labels[index]
+        return self.samples.image(index), int(self.samples.labels[index])
 
     def features(self, model: Any, batch: Any) -> dict[str, Tensor]:
         """Return pooled features before the classifier [b, w], logits and labels."""
@@ -90,8 +134,7 @@ class ClassifyTask(Task):
         """Measure top-1 (and top-5) on the held-out images."""
         if "val" not in self.data:
             return {}
-        images, labels = labelled_images(self.data, "val", self.classes)
-        ranks = rank_labels(model, images, labels, Reading.of(self.data, model))
+        ranks = rank_labels(model, self.open("val"), Reading.of(self.data, model))
         return name_accuracies(ranks, self.classes)
 
     @torch.no_grad()

@@ -13,14 +13,16 @@ from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip,
 from com_pt.method.cost import clip_macs
 from com_pt.method.losses import multi_caption_clip_loss
 from com_pt.method.metrics import class_embeddings, name_accuracies, zero_shot_ranks
-from com_pt.training.data.captions import CaptionData, vocabulary_size
+from com_pt.training.data.captions import CaptionData, caption_transform
+from com_pt.training.data.labelled import LabelledImages, open_labelled
+from com_pt.training.data.tokenizers import make_tokenizer, vocabulary_size
 from com_pt.training.embedding import encode_pictures, encode_texts, evaluate_retrieval
 from com_pt.training.streaming import Reading
 from com_pt.training.tasks.base import Task, height_and_width
 from com_pt.training.tasks.zero_shot import (
     make_prompts,
-    number_classes,
     read_classes,
+    read_labels,
     read_templates,
 )
 from effml_common.errors import ConfigError
@@ -31,10 +33,12 @@ LARGEST_LOGIT_SCALE = math.log(100)  # of the parameter, which is exponentiated
 class ClipTask(Task):
     """CLIP on image-caption pairs.
 
-    Data settings: ``train`` and ``val`` (CSV, TSV or WebDataset tars), ``images`` (folder that paths
-    are relative to), ``captions`` (K, drawn anew each time), ``tokenizer`` (``simple``, a list of
-    words or a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``, ``context_length``,
-    ``zero_shot`` (``images``: CSV of path and class; ``classes``; ``templates`` with ``{}``),
+    Data settings: ``train`` and ``val`` (CSV, TSV, WebDataset tars or a data set of Hugging Face with
+    ``image_key`` and ``caption_key``), ``images`` (folder that paths are relative to), ``captions`` (K,
+    drawn anew each time), ``sentences`` (all but the first are sentences), ``tokenizer`` (``simple``,
+    a list of words or a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``,
+    ``context_length``, ``zero_shot`` (``images``: CSV of path and class, class folders or data set;
+    ``classes``, or ``imagenet``; ``templates`` with ``{}``, or ``imagenet``, ``openai``, ``simple``),
     ``val_batch`` and ``val_workers`` of the evaluation.
     """
 
@@ -43,8 +47,11 @@ class ClipTask(Task):
             "train",
             "val",
             "images",
+            "image_key",
+            "caption_key",
             "tokenizer",
             "captions",
+            "sentences",
             "crop_scale",
             "zero_shot",
             "image_size",
@@ -60,6 +67,11 @@ class ClipTask(Task):
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
         self.captions = int(data.get("captions", 1))
+        if data.get("sentences") and self.captions < 2:
+            raise ConfigError(
+                f"captions is {self.captions}, and sentences come beside the raw caption; "
+                "set captions: 7, as the paper does, or 2 at least"
+            )
         self._samples: CaptionData | None = None
 
     def adopt(self, specs: Mapping[str, Any]) -> None:
@@ -88,6 +100,32 @@ class ClipTask(Task):
         if self._samples is None:
             self._samples = CaptionData.open(self.data, "train", captions=self.captions)
         return self._samples
+
+    def check_data(self) -> None:
+        """Open the held-out data and decode an image of each.
+
+        Raises:
+            InputError: If they cannot be read, or a class or template is wrong.
+        """
+        if "val" in self.data:
+            CaptionData.open(self.data, "val", captions=None).image(0)
+        if "zero_shot" in self.data:
+            self.open_zero_shot().image(0)
+            read_templates(self.data["zero_shot"]["templates"])
+
+    def open_zero_shot(self) -> LabelledImages:
+        """Open the images of ``zero_shot`` with their classes.
+
+        Raises:
+            InputError: If a setting or file is missing, or a class is not listed.
+        """
+        settings = self.data["zero_shot"]
+        for name in ("images", "classes", "templates"):
+            if not settings.get(name):
+                raise ConfigError(f"zero_shot has no {name}; set data: zero_shot: {name}")
+        keys = {key: self.data.get(key) for key in ("images", "image_key")}
+        data = {**keys, "val": settings["images"], "classes": read_labels(settings["classes"])}
+        return open_labelled(data, "val", caption_transform(self.data, "val"))
 
     def build(self, spec: Any) -> nn.Module:
         """Build an open_clip model with class ``CLIP`` or ``CustomTextCLIP``."""
@@ -145,26 +183,17 @@ class ClipTask(Task):
     def _zero_shot(
         self, model: Any, settings: Mapping[str, Any], reading: Reading
     ) -> dict[str, float]:
-        # Images and the numbers of their classes.
-        classes, templates = (
-            read_classes(settings["classes"]),
-            read_templates(settings["templates"]),
-        )
-        held_out = CaptionData.open({**self.data, "val": settings["images"]}, "val", captions=None)
-        names = [line[0] for line in held_out.texts]
-        found = sorted(set(names))
-        number = dict(zip(found, number_classes(found, settings["classes"]), strict=True))
-
-        # Every class in every template, and every image; only their embeddings are kept.
-        prompts = make_prompts(classes, templates)
-        prompt_features = encode_texts(model, prompts, held_out.tokenize, reading, "prompts")
-        image_features = encode_pictures(model, held_out, reading)
+        # A class is the mean of all its prompts.
+        names, templates = read_classes(settings["classes"]), read_templates(settings["templates"])
+        prompts, tokenize = make_prompts(names, templates), make_tokenizer(self.data)
+        prompt_features = encode_texts(model, prompts, tokenize, reading, "prompts")
+        class_features = class_embeddings(prompt_features, len(templates))
 
         # Each image belongs to the nearest class.
-        labels = torch.tensor([number[name] for name in names])
-        class_features = class_embeddings(prompt_features, len(templates))
-        ranks = zero_shot_ranks(image_features, class_features, labels)
-        return name_accuracies(ranks, len(classes), "zero-shot ")
+        held_out = self.open_zero_shot()
+        image_features = encode_pictures(model, held_out, reading)
+        ranks = zero_shot_ranks(image_features, class_features, held_out.labels)
+        return name_accuracies(ranks, len(names), "zero-shot ")
 
     def macs(self, spec: Any) -> int:
         """Return the forward MACs of the image tower plus K times the text tower."""
