@@ -4,8 +4,9 @@ from functools import partial
 
 import pytest
 from benchmarks.com_pt.cuda import PATHS, WAITS, clip_step, llama_step
-from benchmarks.hot_paths import HotPath, count
+from benchmarks.hot_paths import HotPath, Kit, count
 
+from com_pt.method.metrics import first_own_rank
 from tests.cuda.budgets import assert_within_budget, each
 
 STEPS = [
@@ -28,3 +29,26 @@ def test_a_training_step_stays_on_its_device(path: HotPath) -> None:
     assert not cost["copies"]
     # One wait for each of two loss terms, their sum and the gradients; one for the progress line.
     assert cost["waits"] == {"stopping.py:check_finite": 4, "cuda.py:update": 1}
+
+
+def rank_captions(kit: Kit, tiny: bool):
+    """Retrieval on CC3M's validation set: 13,000 images with seven captions each, both ways."""
+    images, captions = 13_000, 7
+    image_features, text_features = kit.randn(images, 512), kit.randn(captions * images, 512)
+    number, owner = kit.randint(images, images), kit.randint(images, captions * images)
+
+    def rank() -> object:
+        first_own_rank(image_features, text_features, number, owner)
+        return first_own_rank(text_features, image_features, owner, number)
+
+    return rank
+
+
+def test_retrieval_ranks_in_chunks_below_a_gibibyte_and_waits_for_nothing() -> None:
+    cost = count(HotPath("retrieval", rank_captions))
+    features = 4 * 512 * (13_000 + 7 * 13_000)
+    assert features < cost["peak"] < 2**30
+    # All pairs at once would take 4.7 GB for the similarities alone.
+    assert cost["written"] > 2 * 4 * 13_000 * 91_000
+    assert not cost["copies"]
+    assert not cost["waits"]
