@@ -331,6 +331,51 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneConfig:
+    """Train a finished image model on labelled images, with a new head that starts at zero.
+
+    MODEL is a folder of timm, or of open_clip, whose image tower is taken. The result is a folder of
+    timm, or of tower and head; eval --suite top1 judges both.
+    """
+
+    model: str = field(metadata={"help": "folder of a timm model or of a CLIP"})
+    train: str | None = setting(None, "labelled images: CSV, class folders or hf:NAME")
+    data: str | None = setting(None, "held-out images, judged once at the end")
+    images: str | None = setting(None, "folder that paths are relative to")
+    out: str | None = setting(None, "folder of the result; default runs/finetune-<time>")
+    epochs: float = setting(10, "passes over the data; fractions are allowed")
+    lr: float = setting(
+        1e-4, "peak learning rate of AdamW, after a tenth of warm-up; then a cosine"
+    )
+    weight_decay: float = setting(0.05, "not for norms, biases, tokens and positions")
+    batch_size: int = setting(128, "images per update, over all processes")
+    smoothing: float = setting(0.1, "label smoothing")
+    crop: float = setting(
+        0.35, "smallest share of an image that a random crop keeps; 1 for no crops"
+    )
+    flip: bool = setting(True, "mirror images at random; not for digits or letters")
+    freeze: bool = setting(False, "train the head alone")
+    precision: Literal["fp32", "bf16", "fp16"] | None = setting(
+        None, "default bf16 on CUDA, else fp32"
+    )
+    workers: int = setting(0, "processes that read images")
+    seed: int = setting(0, "of order and augmentation")
+    device: str = setting("auto", DEVICE_HELP)
+    resume: Literal["never", "auto"] = setting(
+        "never", "auto continues an interrupted run in the same --out"
+    )
+    force: bool = setting(False, "resume although settings changed")
+
+    def __post_init__(self) -> None:
+        require(self.train is not None, "there are no data to train on", "give --train FOLDER")
+        require(self.data is not None, "there are no data to judge on", "give --data FOLDER")
+        in_range = 0 <= self.smoothing < 1
+        require(in_range, f"smoothing is {self.smoothing}", "give 0 or more, and less than 1")
+        require(0 < self.crop <= 1, f"crop is {self.crop}", "give more than 0, and 1 at most")
+        require(self.workers >= 0, f"workers is {self.workers}", "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class InspectConfig:
     """A model's axes, sizes and cost, from its settings alone."""
 

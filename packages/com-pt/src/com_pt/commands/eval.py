@@ -3,12 +3,14 @@
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from com_pt.adapters.accelerator import make_accelerator
 from com_pt.adapters.files import load_any
+from com_pt.adapters.image_models import NAMES, image_size_of
 from com_pt.config import EvalConfig
 from com_pt.method.metrics import linear_probe, name_accuracies
 from com_pt.training.data.captions import CaptionData
@@ -33,7 +35,7 @@ LIBRARIES_OF_SUITE = {
     "zero-shot": ("clip",),
     "retrieval": ("clip",),
     "probe": ("clip", "timm"),
-    "top1": ("timm",),
+    "top1": ("timm", "classifier"),
     "perplexity": ("llama",),
 }
 
@@ -88,10 +90,12 @@ def _judge_language_model(config: EvalConfig, model: Any) -> dict[str, float]:
 
 
 def _judge_classifier(config: EvalConfig, model: Any, classes: int) -> dict[str, float]:
-    # The names of the model's classes, or their number: then labels are numbers or named folders.
-    names = None if config.classes is None else read_labels(config.classes)
+    # The names of the model's classes, or their number: then labels are numbers or class folders.
+    beside = Path(config.model) / NAMES
+    listed = config.classes or (str(beside) if beside.is_file() else None)
+    names = None if listed is None else read_labels(listed)
     data = {"val": one_or_all(config.data), "images": config.images, "classes": names or classes}
-    transform = image_transform(list(model.patch_embed.img_size), None)
+    transform = image_transform(image_size_of(model), None)
     held_out = open_labelled(data, "val", transform)
 
     # Folders are numbered by themselves: with one missing, all labels after it would be wrong.
@@ -122,9 +126,8 @@ def _judge_retrieval(config: EvalConfig, model: Any) -> dict[str, float]:
 def _judge_probe(config: EvalConfig, model: Any, library: str) -> dict[str, float]:
     """Fit a linear probe on the features of the images of ``--train``."""
     # Both parts have the same classes.
-    size = model.visual.image_size if library == "clip" else list(model.patch_embed.img_size)
     data = {"train": config.train, "val": one_or_all(config.data), "images": config.images}
-    transform = image_transform(size, None)
+    transform = image_transform(image_size_of(model), None)
     fit, held_out = (open_labelled(data, part, transform) for part in ("train", "val"))
 
     # Features as users of the model take them: a CLIP's unit embeddings, a timm model's pooled features.
