@@ -109,7 +109,7 @@ class ChainConfig:
     projector: bool = setting(True, "add a linear map where the members' feature widths differ")
     allow_weak: bool = setting(False, "no warning about a predecessor at chance level")
     resize_pos: bool = setting(False, "interpolate positions when the image size changes")
-    workers: int = setting(0, "processes that read data")
+    workers: int | None = setting(None, "processes that read data; none: by the CPUs, at most 8")
     save_every: int = setting(500, "updates between checkpoints")
     log_every: int = setting(20, "updates between lines of metrics.jsonl")
 

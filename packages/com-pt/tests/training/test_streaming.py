@@ -51,7 +51,9 @@ def test_no_more_than_two_batches_of_pictures_are_alive_at_once() -> None:
         data.track(batch)
         return batch[:, 0, 0, :2].clone()
 
+    state = torch.get_rng_state()
     rows = stream_rows(compute, HeldOutPictures(data), Reading(CPU, batch=4), "reading")
+    assert torch.equal(torch.get_rng_state(), state)  # a training run goes on as without it
     assert rows[:, 0].tolist() == [*range(60)]
     # The pictures of one batch, the batch itself, and the one before it while it is replaced.
     assert 4 <= data.most <= 12

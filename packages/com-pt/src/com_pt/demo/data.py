@@ -6,7 +6,7 @@ training never showed.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ class DigitPairs(ClipTask):
 
     Data settings: ``pairs`` (samples of an epoch), ``held_out`` (test pairs), ``pair_seed``.
     """
+
+    has_readers: ClassVar[bool] = False  # they are in memory
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(
@@ -99,6 +101,8 @@ class DigitPairs(ClipTask):
 
 class DigitImages(ClassifyTask):
     """8x8 digits with random shifts and noise; ``noise`` is the deviation added in training."""
+
+    has_readers: ClassVar[bool] = False  # they are in memory
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__({"classes": 10})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from com_pt.training.data.counts import read_count
 from effml_common.errors import InputError
 from effml_common.logging import Progress, say
 
@@ -44,7 +45,7 @@ class Reading:
         workers = data.get("val_workers")
         device = next(model.parameters()).device
         workers = None if workers is None else int(workers)
-        return cls(device, int(data.get("val_batch", 256)), workers)
+        return cls(device, read_count(data, "val_batch", 256), workers)
 
     def workers_for(self, items: int) -> int:
         """Return the number of reader processes for a set."""
@@ -108,6 +109,7 @@ def stream_rows(
         collate_fn=_Collate(collate),
         num_workers=reading.workers_for(len(items)),
         pin_memory=reading.device.type == "cuda",
+        generator=torch.Generator(),  # else it would draw from the generator of a training run
     )
     rows = []
     for batch in _with_progress(loader, len(own), what):

@@ -1,10 +1,14 @@
 """The order of samples, and those that cannot be read."""
 
+import multiprocessing
+import os
+import signal
+
 import pytest
 import torch
 from com_pt_tiny import task_of
 
-from com_pt.training.data.loading import Batches
+from com_pt.training.data.loading import Batches, reader_count
 from effml_common.errors import InputError
 
 
@@ -48,3 +52,30 @@ def test_batches_do_not_depend_on_processes_or_on_where_they_start(pictures) -> 
 def test_batches_that_cannot_be_made_are_refused(pictures, batch, world, message) -> None:
     with pytest.raises(InputError, match=message):
         Batches(task_of(pictures), batch, seed=0, world=world)
+
+
+def test_readers_outlive_signals_that_a_scheduler_sends_to_all_processes(pictures) -> None:
+    task = task_of(pictures)
+    expected = list(Batches(task, 8, seed=3).run(0, 12))
+    before = {*multiprocessing.active_children()}
+    batches = Batches(task, 8, seed=3, workers=1).run(0, 12)
+    read = [next(batches)]
+    for reader in {*multiprocessing.active_children()} - before:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            os.kill(reader.pid, signum)
+    read += batches
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(read, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "processes", "readers"), [(1, 1, 0), (2, 1, 1), (16, 2, 7), (192, 8, 8), (8, 8, 0)]
+)
+def test_readers_are_chosen_by_the_cpus_of_a_process(
+    pictures, monkeypatch, cpus, processes, readers
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(cpus)})
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    task = task_of(pictures)
+    assert reader_count(task) == Batches(task, 8, seed=0, workers=None).workers == readers
+    assert reader_count(range(9)) == 0
+    assert Batches(task, 8, seed=0, workers=3).workers == 3

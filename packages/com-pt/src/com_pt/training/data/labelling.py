@@ -19,6 +19,7 @@ from com_pt.training.data.huggingface import (
     open_hugging_face,
 )
 from com_pt.training.data.packed import FileBuffer
+from com_pt.training.data.patterns import expand_paths
 from com_pt.training.data.tables import check_file, read_rows
 from effml_common.errors import InputError
 
@@ -76,8 +77,7 @@ def read_labelling(data: Mapping[str, Any], part: str) -> Labelling:
         return _read_hugging_face(data, source, part)
     if lists_classes(source):
         return _read_folders(source, part)
-    paths = [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
-    return _read_tables(paths, part, data.get("images"))
+    return _read_tables(expand_paths(source, f"data: {part}"), data.get("images"))
 
 
 def lists_classes(source: Any) -> bool:
@@ -95,14 +95,12 @@ def read_names_of(data: Mapping[str, Any], part: str) -> tuple[list[str], bool]:
     return labelling.names, labelling.has_numbers
 
 
-def _read_tables(paths: list[Path], part: str, images: str | None) -> Labelling:
+def _read_tables(paths: list[Path], images: str | None) -> Labelling:
     # Labels become numbers in the order in which they are met.
     files, labels = FileBuffer(), array("i")
     numbers: dict[str, int] = {}
     places: list[str] = []
     for path in paths:
-        if not path.is_file():
-            raise InputError(f"{path} is not there; check data: {part}")
         root = Path(images) if images else path.parent
         for row, (file, label, *_) in read_rows(path, "labels"):
             label = _canonical(label)

@@ -14,6 +14,7 @@ from com_pt.training.data.huggingface import (
 )
 from com_pt.training.data.labelling import Pictures
 from com_pt.training.data.packed import FileBuffer, PackedTexts, TextBuffer
+from com_pt.training.data.patterns import expand_paths
 from com_pt.training.data.sentences import CaptionRule
 from com_pt.training.data.shards import scan_shard
 from com_pt.training.data.tables import check_file, read_rows
@@ -40,7 +41,7 @@ def read_pairs(
     source = data.get(part)
     if not source:
         raise InputError(
-            f"no {part} data are given; name a CSV, TSV, tar or data set (hf:...) "
+            f"no {part} data are given; name a CSV, TSV or tar, or a data set (hf:...), "
             f"under data: {part}"
         )
     if is_hugging_face(source):
@@ -48,14 +49,12 @@ def read_pairs(
 
     # One file after the other.
     files, texts = FileBuffer(), TextBuffer()
-    paths = [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
+    paths = expand_paths(source, f"data: {part}")
     for path in paths:
         if path.is_dir():
             raise InputError(
                 f"{path} is a folder without captions; name its table or tars under data: {part}"
             )
-        if not path.is_file():
-            raise InputError(f"{path} is not there; check data: {part}")
         if path.suffix.lower() in COMPRESSED:
             raise InputError(f"{path} is compressed; unpack it")
         if path.suffix.lower() == ".tar":

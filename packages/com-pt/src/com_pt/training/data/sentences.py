@@ -80,11 +80,12 @@ class CaptionRule:
         if not self.sentences:
             if self.drawn >= len(texts):
                 return list(texts)
-            return [texts[i] for i in torch.randperm(len(texts))[: self.drawn].tolist()]
+            places: list[int] = torch.randperm(len(texts))[: self.drawn].tolist()
+            return [texts[i] for i in places]
 
         # The raw caption, then sentences of all others.
-        raw, *others = texts
-        sentences = [sentence for text in others for sentence in split_sentences(text)]
+        raw = texts[0]
+        sentences = [sentence for text in texts[1:] for sentence in split_sentences(text)]
         count = self.drawn - 1
         if count <= len(sentences):
             chosen = torch.randperm(len(sentences))[:count]

@@ -51,6 +51,8 @@ class Task(ABC):
     streams: ClassVar[tuple[str, ...]] = ()  # outputs that are pulled to the predecessor's
     couples_samples: ClassVar[bool] = False  # whether the loss compares samples of a batch
     headline: ClassVar[str] = ""  # the metric of ``evaluate`` that tables show
+    has_readers: ClassVar[bool] = False  # whether samples take long enough for reader processes
+    stream: Any = None  # a ``ShardStream``, whose numbers are then those of the samples
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         unknown = sorted(set(data) - self.settings) if self.settings else []

@@ -1,23 +1,23 @@
 """Causal language modelling with transformers' Llama."""
 
-import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from com_pt.adapters.llama_models import llama_config
 from com_pt.method.cost import llama_macs
 from com_pt.method.metrics import perplexity
+from com_pt.training.data.counts import read_count
+from com_pt.training.data.texts import BYTE_TOKENS, TextBlocks, load_tokenizer
 from com_pt.training.embedding import stream_losses
 from com_pt.training.streaming import Reading
 from com_pt.training.tasks.base import Task
 from effml_common.errors import ConfigError, InputError
 
-BYTE_TOKENS = 257  # 256 bytes and an end of text
 VAL_BATCH = 16  # blocks of a forward pass in evaluation: the logits of a block take much memory
 
 
@@ -37,8 +37,8 @@ class CausalLMTask(Task):
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
-        self.length = int(data.get("length", 512))
-        self._blocks: dict[str, Tensor] = {}
+        self.length = read_count(data, "length", 512)
+        self._blocks: dict[str, TextBlocks] = {}
 
     def build(self, spec: Any) -> nn.Module:
         """Build a fresh Llama from the settings of its config, or a folder with a ``config.json``."""
@@ -64,31 +64,15 @@ class CausalLMTask(Task):
         if "val" in self.data:
             self.blocks("val")
 
-    def blocks(self, part: str) -> Tensor:
-        """Return token ids [n, length] of ``data[part]``.
+    def blocks(self, part: str) -> TextBlocks:
+        """Return the blocks of ``data[part]``, by number or slice; they are opened once.
 
         Raises:
             InputError: If there is no text.
         """
         if part not in self._blocks:
-            source = self.data.get(part)
-            if not source:
-                raise InputError(f"no {part} data are given; name text files under data: {part}")
-            self._blocks[part] = self._read([source] if isinstance(source, str) else list(source))
+            self._blocks[part] = TextBlocks.open(self.data, part, self.length)
         return self._blocks[part]
-
-    def _read(self, patterns: list[str]) -> Tensor:
-        files = sorted({file for pattern in patterns for file in glob.glob(pattern)})
-        if not files:
-            raise InputError(f"no file matches {patterns[0]}; check the data section")
-        encode = _make_encoder(self.data.get("tokenizer", "bytes"))
-        ids = torch.cat([encode(Path(file)) for file in files])
-        blocks = len(ids) // self.length
-        if blocks == 0:
-            raise InputError(
-                f"the text has {len(ids)} tokens, fewer than a block of {self.length}; add text"
-            )
-        return ids[: blocks * self.length].reshape(blocks, self.length)
 
     def __len__(self) -> int:
         return len(self.blocks("train"))
@@ -110,9 +94,10 @@ class CausalLMTask(Task):
         """Measure perplexity and loss on the held-out text."""
         if "val" not in self.data:
             return {}
-        blocks = self.blocks("val")[: int(self.data.get("val_blocks", 10**9))]
+        blocks: Any = self.blocks("val")
+        judged = range(min(len(blocks), read_count(self.data, "val_blocks", len(blocks))))
         reading = Reading.of({"val_batch": VAL_BATCH, **self.data}, model)
-        return perplexity(stream_losses(model, blocks, reading), self.length)
+        return perplexity(stream_losses(model, Subset(blocks, judged), reading), self.length)
 
     def macs(self, spec: Any) -> int:
         """Return the forward MACs of one block."""
@@ -123,9 +108,7 @@ class CausalLMTask(Task):
         model.save_pretrained(folder)
         tokenizer = self.data.get("tokenizer", "bytes")
         if tokenizer != "bytes":
-            from transformers import AutoTokenizer
-
-            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+            load_tokenizer(tokenizer).save_pretrained(folder)
 
     def load(self, folder: Path, spec: Any) -> nn.Module:
         """Load the model of such a folder."""
@@ -134,20 +117,3 @@ class CausalLMTask(Task):
         if not (Path(folder) / "config.json").is_file():
             raise InputError(f"{folder} is no transformers folder; give one with a config.json")
         return LlamaForCausalLM.from_pretrained(folder)
-
-
-def _make_encoder(tokenizer: str) -> Any:
-    """Return a function from a text file to its token ids, with an end of text."""
-    if tokenizer == "bytes":
-        return lambda path: torch.tensor([*path.read_bytes(), BYTE_TOKENS - 1])
-    from transformers import AutoTokenizer
-
-    if not Path(tokenizer).is_dir():
-        raise InputError(f"there is no tokenizer {tokenizer}; use bytes or a tokenizer's folder")
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
-
-    def encode(path: Path) -> Tensor:
-        ids = loaded(path.read_text(encoding="utf-8", errors="replace"))["input_ids"]
-        return torch.tensor([*ids, loaded.eos_token_id])
-
-    return encode

@@ -48,6 +48,7 @@ class ClassifyTask(Task):
         }
     )
     streams: ClassVar[tuple[str, ...]] = ("pooled",)
+    has_readers: ClassVar[bool] = True
     headline: ClassVar[str] = "top-1"
 
     def __init__(self, data: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,15 @@ from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip,
 from com_pt.method.cost import clip_macs
 from com_pt.method.losses import multi_caption_clip_loss
 from com_pt.method.metrics import class_embeddings, name_accuracies, zero_shot_ranks
-from com_pt.training.data.captions import CaptionData, caption_transform
+from com_pt.training.data.captions import (
+    CaptionData,
+    StreamedCaptionData,
+    caption_transform,
+    is_streamed,
+)
+from com_pt.training.data.counts import read_count
 from com_pt.training.data.labelled import LabelledImages, open_labelled
+from com_pt.training.data.stream import ShardStream
 from com_pt.training.data.tokenizers import make_tokenizer, vocabulary_size
 from com_pt.training.embedding import encode_pictures, encode_texts, evaluate_retrieval
 from com_pt.training.streaming import Reading
@@ -35,8 +42,9 @@ class ClipTask(Task):
 
     Data settings: ``train`` and ``val`` (CSV, TSV, WebDataset tars or a data set of Hugging Face with
     ``image_key`` and ``caption_key``), ``images`` (folder that paths are relative to), ``captions`` (K,
-    drawn anew each time), ``sentences`` (all but the first are sentences), ``tokenizer`` (``simple``,
-    a list of words or a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``,
+    drawn anew each time), ``sentences`` (all but the first are sentences), ``stream`` (tars one after
+    the other), ``samples`` of an epoch and ``shuffle_buffer`` for it, ``tokenizer`` (``simple``, a
+    list of words or a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``,
     ``context_length``, ``zero_shot`` (``images``: CSV of path and class, class folders or data set;
     ``classes``, or ``imagenet``; ``templates`` with ``{}``, or ``imagenet``, ``openai``, ``simple``),
     ``val_batch`` and ``val_workers`` of the evaluation.
@@ -52,6 +60,9 @@ class ClipTask(Task):
             "tokenizer",
             "captions",
             "sentences",
+            "stream",
+            "samples",
+            "shuffle_buffer",
             "crop_scale",
             "zero_shot",
             "image_size",
@@ -62,17 +73,18 @@ class ClipTask(Task):
     )
     streams: ClassVar[tuple[str, ...]] = ("image", "text")
     couples_samples: ClassVar[bool] = True
+    has_readers: ClassVar[bool] = True
     headline: ClassVar[str] = "zero-shot top-1"
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
-        self.captions = int(data.get("captions", 1))
+        self.captions = read_count(data, "captions", 1)
         if data.get("sentences") and self.captions < 2:
             raise ConfigError(
                 f"captions is {self.captions}, and sentences come beside the raw caption; "
                 "set captions: 7, as the paper does, or 2 at least"
             )
-        self._samples: CaptionData | None = None
+        self._samples: CaptionData | StreamedCaptionData | None = None
 
     def adopt(self, specs: Mapping[str, Any]) -> None:
         """Take image size and context length of the models, unless the data settings have them."""
@@ -95,11 +107,21 @@ class ClipTask(Task):
                 )
 
     @property
-    def samples(self) -> CaptionData:
+    def samples(self) -> CaptionData | StreamedCaptionData:
         """The training pairs, opened at first use."""
         if self._samples is None:
-            self._samples = CaptionData.open(self.data, "train", captions=self.captions)
+            if is_streamed(self.data):
+                self._samples = StreamedCaptionData.open(self.data, captions=self.captions)
+            else:
+                self._samples = CaptionData.open(self.data, "train", captions=self.captions)
         return self._samples
+
+    @property
+    def stream(self) -> ShardStream | None:
+        """The shards that the training pairs are streamed from; None where they have numbers."""
+        if not is_streamed(self.data):
+            return None
+        return cast(StreamedCaptionData, self.samples).stream
 
     def check_data(self) -> None:
         """Open the held-out data and decode an image of each.
