@@ -201,6 +201,10 @@ def _require_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     require(value in allowed, f"{name} is {value}", f"use one of {', '.join(map(str, allowed))}")
 
 
+def _require_readers(workers: int | None) -> None:
+    require(workers is None or workers >= 0, f"workers is {workers}", "give 0 or more")
+
+
 def _chain_setting() -> str:
     return field(metadata={"help": "chain file (YAML), or a recipe such as cc3m-vit-tsbl"})
 
@@ -310,7 +314,7 @@ class EvalConfig:
         None, "items of a forward pass; default 256, and 16 for perplexity"
     )
     workers: int | None = setting(
-        None, "processes that read data; default 0 for small sets, else by the number of CPUs"
+        None, "processes that read images; default 0 for small sets, else by the CPUs, at most 8"
     )
     device: str = setting("auto", DEVICE_HELP)
 
@@ -325,18 +329,14 @@ class EvalConfig:
             require(is_penalty, f"decay is {self.decay}", "give 0 or more")
 
         # How data are read.
-        batch, workers = self.batch_size, self.workers
+        batch = self.batch_size
         require(batch is None or batch >= 1, f"batch_size is {batch}", "give 1 or more")
-        require(workers is None or workers >= 0, f"workers is {workers}", "give 0 or more")
+        _require_readers(self.workers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneConfig:
-    """Train a finished image model on labelled images, with a new head that starts at zero.
-
-    MODEL is a folder of timm, or of open_clip, whose image tower is taken. The result is a folder of
-    timm, or of tower and head; eval --suite top1 judges both.
-    """
+    """Train a finished image model on labelled images with a new head; eval --suite top1 judges it."""
 
     model: str = field(metadata={"help": "folder of a timm model or of a CLIP"})
     train: str | None = setting(None, "labelled images: CSV, class folders or hf:NAME")
@@ -358,7 +358,9 @@ class FinetuneConfig:
     precision: Literal["fp32", "bf16", "fp16"] | None = setting(
         None, "default bf16 on CUDA, else fp32"
     )
-    workers: int = setting(0, "processes that read images")
+    workers: int | None = setting(
+        None, "processes that read images; default by the CPUs, at most 8"
+    )
     seed: int = setting(0, "of order and augmentation")
     device: str = setting("auto", DEVICE_HELP)
     resume: Literal["never", "auto"] = setting(
@@ -372,7 +374,7 @@ class FinetuneConfig:
         in_range = 0 <= self.smoothing < 1
         require(in_range, f"smoothing is {self.smoothing}", "give 0 or more, and less than 1")
         require(0 < self.crop <= 1, f"crop is {self.crop}", "give more than 0, and 1 at most")
-        require(self.workers >= 0, f"workers is {self.workers}", "give 0 or more")
+        _require_readers(self.workers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

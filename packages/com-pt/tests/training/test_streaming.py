@@ -99,13 +99,17 @@ def test_an_empty_set_is_refused() -> None:
         stream_rows(lambda batch: batch, [], Reading(CPU), "reading")
 
 
-def test_readers_are_started_for_large_sets_and_shared_by_processes(monkeypatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    assert Reading(CPU).workers_for(100) == 0
-    assert Reading(CPU).workers_for(100_000) == 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert Reading(CPU).workers_for(100_000) == 3
-    assert Reading(CPU, workers=5).workers_for(100) == 5
+def test_readers_are_started_for_large_sets_of_pictures_and_shared_by_processes(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(9), raising=False)
+    small, large = HeldOutPictures(Counted(100)), HeldOutPictures(Counted(100_000))
+    assert Reading(CPU).workers_for(small) == 0
+    assert Reading(CPU).workers_for(large) == 8
+    assert Reading(CPU).workers_for(["a text"] * 100_000) == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert Reading(CPU).workers_for(large) == 2
+    assert Reading(CPU, workers=5).workers_for(small) == 5
 
 
 def test_a_long_set_is_announced_with_the_time_that_it_takes(monkeypatch, capsys) -> None:

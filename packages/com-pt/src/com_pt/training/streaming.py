@@ -5,7 +5,6 @@ receive the rows of all, in the order of the data. So the metrics of several pro
 to the bit. Every process must call these functions together.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from com_pt.training.data.counts import read_count
+from com_pt.training.data.loading import prepare_reader, reader_count
 from effml_common.errors import InputError
 from effml_common.logging import Progress, say
 
 SMALL_SET = 2048  # items that are read before a worker has started
-MOST_WORKERS = 8  # reader processes that are started by default
 SHOWN_BATCHES = 20  # a longer loop shows its progress
 ESTIMATE_AFTER = 5.0  # seconds until the speed is known well enough
 
@@ -47,16 +46,17 @@ class Reading:
         workers = None if workers is None else int(workers)
         return cls(device, read_count(data, "val_batch", 256), workers)
 
-    def workers_for(self, items: int) -> int:
-        """Return the number of reader processes for a set."""
+    def workers_for(self, items: Any) -> int:
+        """Return the number of reader processes for a set: as in training, but none for a small one."""
         if self.workers is not None:
             return self.workers
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return 0 if items < SMALL_SET else min(MOST_WORKERS, (os.cpu_count() or 1) // processes)
+        return 0 if len(items) < SMALL_SET else reader_count(items)
 
 
 class HeldOutPictures(Dataset[Tensor]):
     """The pictures of a data set that has ``image(index)``, alone or with their labels."""
+
+    has_readers = True  # decoding takes longer than handing over to another process
 
     def __init__(self, data: Any, labels: Tensor | None = None) -> None:
         self.data, self.labels = data, labels
@@ -107,7 +107,8 @@ def stream_rows(
         items,
         batch_sampler=own,
         collate_fn=_Collate(collate),
-        num_workers=reading.workers_for(len(items)),
+        num_workers=reading.workers_for(items),
+        worker_init_fn=prepare_reader,
         pin_memory=reading.device.type == "cuda",
         generator=torch.Generator(),  # else it would draw from the generator of a training run
     )
