@@ -17,9 +17,9 @@ from benchmarks.hot_paths import HotPath, Kit, count, print_table
 from com_pt.adapters.accelerator import make_accelerator
 from com_pt.adapters.grow import grow
 from com_pt.adapters.open_clip_models import build_clip, clip_config
-from com_pt.config import ChainConfig, StageConfig
 from com_pt.method.losses import InverseFeatureLoss
 from com_pt.method.metrics import encode_images, encode_texts
+from com_pt.method_config import ChainConfig, StageConfig
 from com_pt.training.frozen import hold_in_autocast_type
 from com_pt.training.optimizer import make_optimizer
 from com_pt.training.stage_model import StageModel

@@ -14,7 +14,7 @@ import timm
 import torch
 
 from com_pt import ChainConfig, plan_chain, run_chain
-from com_pt.config import StageConfig
+from com_pt.method_config import StageConfig
 
 train, val, classes = sys.argv[1], sys.argv[2], int(sys.argv[3])
 epochs, batch, image, patch = map(int, sys.argv[4:8] or (90, 1024, 224, 16))

@@ -50,7 +50,7 @@ def vit(width: int = 32, depth: int = 2, **more: Any) -> Any:
 
     return timm.create_model(
         "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=width, depth=depth,
-        num_heads=width // 16, num_classes=5, **more,
+        num_heads=width // 16, **{"num_classes": 5, **more},
     ).eval()  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from com_pt.adapters.timm_models import save_timm
 from com_pt.cli import COMMANDS
-from com_pt.config import ChainConfig, StageConfig
+from com_pt.method_config import ChainConfig, StageConfig
 from com_pt.training.chain import parse_chain
 from com_pt.training.plan import plan_chain
 from com_pt.training.run import run_chain

@@ -12,11 +12,11 @@ from com_pt.adapters.grow import grow, state_of
 from com_pt.adapters.layouts import layout_of
 from com_pt.adapters.open_clip_models import build_clip, clip_config
 from com_pt.cli import COMMANDS
-from com_pt.config import GrowthSettings
 from com_pt.errors import ChainOrderError
 from com_pt.method.copying import copy_leading_entries
 from com_pt.method.growth import check_models
 from com_pt.method.matching import match_parameters
+from com_pt.method_config import GrowthSettings
 from com_pt.training.chain import RECIPES, load_chain
 from com_pt.training.plan import check_order, plan_chain
 from effml_common.cli import main

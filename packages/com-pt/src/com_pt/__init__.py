@@ -10,10 +10,10 @@ from effml_common.exports import lazy_exports
 if TYPE_CHECKING:
     from com_pt.adapters.grow import grow as grow
     from com_pt.adapters.layouts import register_layout as register_layout
-    from com_pt.config import ChainConfig as ChainConfig
     from com_pt.method.growth import GrowthReport as GrowthReport
     from com_pt.method.layout import Layout as Layout
     from com_pt.method.losses import InverseFeatureLoss as InverseFeatureLoss
+    from com_pt.method_config import ChainConfig as ChainConfig
     from com_pt.training.chain import load_chain as load_chain
     from com_pt.training.plan import plan_chain as plan_chain
     from com_pt.training.run import run_chain as run_chain
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 lazy_exports(
     __name__,
     {
-        "ChainConfig": "config",
+        "ChainConfig": "method_config",
         "GrowthReport": "method.growth",
         "InverseFeatureLoss": "method.losses",
         "Layout": "method.layout",

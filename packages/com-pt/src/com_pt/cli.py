@@ -63,7 +63,19 @@ COMMANDS = (
         examples=(
             "com-pt eval runs/chain/B --suite zero-shot --data val.csv --classes classes.txt "
             "--templates templates.txt",
+            "com-pt eval runs/chain/B --suite zero-shot --data imagenet/val --classes imagenet "
+            "--templates imagenet",
             "com-pt eval runs/chain/B --suite retrieval --data captions.tsv --json",
+        ),
+    ),
+    Command(
+        "finetune",
+        "train a finished image model on labelled images of another task",
+        config="com_pt.config:FinetuneConfig",
+        run="com_pt.commands.finetune:finetune",
+        examples=(
+            "com-pt finetune runs/chain/B --train flowers/train --data flowers/val --out runs/flowers",
+            "com-pt finetune runs/chain/B --train train.csv --data val.csv --freeze --lr 1e-2",
         ),
     ),
     Command(

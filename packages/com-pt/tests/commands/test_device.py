@@ -12,6 +12,7 @@ COMPUTING = {
     "train": ["cc3m-vit-tsbl"],
     "individual": ["cc3m-vit-tsbl", "--member", "S"],
     "eval": ["model", "--data", "captions.tsv"],
+    "finetune": ["model", "--train", "train.csv", "--data", "val.csv"],
 }
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from com_pt.config import GrowthSettings
 from com_pt.errors import GrowthError
 from com_pt.method.matching import depth_map
+from com_pt.method_config import GrowthSettings
 
 
 def test_depth_maps_are_those_of_the_paper() -> None:

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from com_pt_tiny import clip
+from com_pt_tiny import clip, llama
 
 import com_pt.method.metrics as evaluation
 from com_pt.method.metrics import (
+    block_losses,
     evaluate_zero_shot,
     linear_probe,
     perplexity,
@@ -62,15 +63,62 @@ def test_retrieval_counts_a_hit_of_any_caption_of_an_image() -> None:
     assert metrics["image to text R@5"] == 1
 
 
-def test_the_linear_probe_agrees_with_scikit_learn() -> None:
+def blobs(n: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of three overlapping classes, of different spreads, with a fifth of wrong labels."""
+    x = torch.randn(n, 5) * torch.tensor([0.1, 1, 1, 5, 1]) + 2
+    y = ((x - 2) / torch.tensor([0.1, 1, 1, 5, 1]) @ torch.randn(5, 3)).argmax(1)
+    wrong = torch.rand(n) < 0.2
+    return x, torch.where(wrong, torch.randint(3, (n,)), y)
+
+
+def scikit_learn(x: torch.Tensor, y: torch.Tensor, decay: float):
+    """A pipeline whose objective is n times ours: C = 1 / (2 n decay)."""
     linear_model = pytest.importorskip("sklearn.linear_model")
-    x = torch.randn(120, 5)
-    y = (x @ torch.randn(5, 3)).argmax(1)
-    ours = linear_probe(x[:80], y[:80], x[80:], y[80:], decay=1e-3)["linear probe top-1"]
-    z = (x - x[:80].mean(0)) / x[:80].std(0)
-    theirs = linear_model.LogisticRegression(C=1 / (2 * 1e-3 * 80), max_iter=1000)
-    theirs.fit(z[:80].numpy(), y[:80].numpy())
-    assert ours == pytest.approx(theirs.score(z[80:].numpy(), y[80:].numpy()), abs=0.026)
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    regression = linear_model.LogisticRegression(
+        C=1 / (2 * decay * len(x)), max_iter=10000, tol=1e-10
+    )
+    return make_pipeline(StandardScaler(), regression).fit(x.double().numpy(), y.numpy())
+
+
+@pytest.mark.parametrize("decay", [1e-4, 1e-2, 1.0])
+def test_the_linear_probe_agrees_with_scikit_learn(decay, monkeypatch) -> None:
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 30)  # ten samples at once
+    x, y = blobs()
+    predict = evaluation.fit_logistic_regression(x[:150], y[:150], 3, decay=decay, steps=500)
+    theirs = scikit_learn(x[:150], y[:150], decay)
+    expected = torch.tensor(theirs.predict_proba(x[150:].double().numpy()))
+    torch.testing.assert_close(predict(x[150:]).softmax(1), expected, atol=1e-4, rtol=0)
+
+    metrics = linear_probe(x[:150], y[:150], x[150:], y[150:], decay=decay, steps=500)
+    score = theirs.score(x[150:].double().numpy(), y[150:].numpy())
+    assert metrics["linear probe top-1"] == pytest.approx(score)
+
+
+def test_the_penalty_is_chosen_on_a_held_out_fifth_of_the_training_data() -> None:
+    # Few samples of many features: what fits them best is not what predicts best.
+    torch.manual_seed(3)
+    x = torch.randn(60, 40)
+    y = (x[:, 0] + torch.randn(60) > 0).long()
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    choose, fit = order[:12], order[12:]
+    scores = {
+        decay: scikit_learn(x[fit], y[fit], decay).score(
+            x[choose].double().numpy(), y[choose].numpy()
+        )
+        for decay in evaluation.DECAYS
+    }
+    best = max(scores.values())
+    expected = max(decay for decay, score in scores.items() if score == best)
+    assert len(set(scores.values())) > 1
+
+    # The labels of the test samples play no part.
+    for test_labels in (torch.zeros(5).long(), torch.ones(5).long()):
+        metrics = linear_probe(x, y, torch.randn(5, 40), test_labels, steps=500)
+        assert metrics["linear probe decay"] == expected
+    assert linear_probe(x, y, x, y, decay=0.5)["linear probe decay"] == 0.5
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
@@ -84,7 +132,9 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
 
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 11))
 
-    metrics = perplexity(Uniform(), torch.randint(0, 11, (3, 6)), batch=2)
+    losses = block_losses(Uniform(), torch.randint(0, 11, (3, 6)))
+    assert losses.dtype == torch.float64
+    metrics = perplexity(losses, 6)
     assert metrics["perplexity"] == pytest.approx(11)
     assert metrics["loss"] == pytest.approx(math.log(11))
 
@@ -112,3 +162,54 @@ def test_ranking_in_chunks_is_ranking_at_once(monkeypatch) -> None:
         evaluation, "SIMILARITIES_AT_ONCE", 32
     )  # two images, or four texts, at once
     assert evaluation.retrieval_metrics(images, texts, owner) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 2**25])
+def test_ranks_are_those_of_a_stable_sort_also_where_scores_are_equal(at_once, monkeypatch) -> None:
+    monkeypatch.setattr(evaluation, "SIMILARITIES_AT_ONCE", at_once)
+    for levels in (2, 3, 100):
+        # Few different values: many scores are equal. Image 3 has no caption at all.
+        images = torch.randint(levels, (7, 2)).float()
+        texts = torch.randint(levels, (15, 2)).float()
+        owner = torch.tensor([0, 1, 1, 2, 4, 5, 6, 0, 0, 2, 4, 5, 6, 6, 1])
+        for queries, keys, of_query, of_key in (
+            (images, texts, torch.arange(7), owner),
+            (texts, images, owner, torch.arange(7)),
+        ):
+            ranks = evaluation.first_own_rank(queries, keys, of_query, of_key)
+            order = (queries @ keys.T).argsort(dim=1, descending=True, stable=True)
+            for i, row in enumerate(order):
+                places = [p for p, key in enumerate(row) if of_key[key] == of_query[i]]
+                assert ranks[i] == (places[0] if places else len(keys))
+
+        logits, labels = torch.randint(levels, (20, 6)).float(), torch.randint(6, (20,))
+        order = logits.argsort(dim=1, descending=True, stable=True)
+        places = (order == labels[:, None]).int().argmax(1)
+        assert torch.equal(evaluation.label_ranks(logits, labels), places)
+
+
+def test_outputs_that_are_all_alike_score_what_chance_does() -> None:
+    images, texts, owner = torch.ones(20, 4), torch.ones(40, 4), torch.arange(40) // 2
+    metrics = retrieval_metrics(images, texts, owner)
+    assert metrics["image to text R@1"] == metrics["text to image R@1"] == 1 / 20
+    assert metrics["text to image R@10"] == 10 / 20
+    labels = torch.arange(40) % 8
+    assert top_k_accuracy(torch.zeros(40, 8), labels) == {"top-1": 1 / 8, "top-5": 5 / 8}
+
+
+def test_what_is_nan_is_a_miss() -> None:
+    images, texts = torch.eye(12), torch.eye(12)
+    images[3] = torch.nan
+    metrics = retrieval_metrics(images, texts, torch.arange(12))
+    assert metrics["image to text R@10"] == metrics["image to text R@1"] == 11 / 12
+    logits = torch.eye(12)
+    logits[5, 5] = logits[6, 0] = torch.nan
+    assert top_k_accuracy(logits, torch.arange(12))["top-1"] == 10 / 12
+
+
+def test_the_loss_of_a_block_is_that_of_its_next_tokens() -> None:
+    model = llama(32)
+    tokens = torch.randint(0, 257, (3, 9))
+    expected = torch.stack([model(input_ids=t[None], labels=t[None]).loss * 8 for t in tokens])
+    ours = block_losses(model, tokens)
+    torch.testing.assert_close(ours.float(), expected.detach(), atol=1e-4, rtol=0)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from com_pt.adapters.checkpoint_file import read_weights
+from com_pt.adapters.image_models import FOLDER as CLASSIFIER_FOLDER
+from com_pt.adapters.image_models import load_tower_classifier
 from com_pt.adapters.llama_models import llama_config
 from com_pt.adapters.model_folder import load_weights
 from com_pt.adapters.open_clip_models import FOLDER as CLIP_FOLDER
@@ -20,7 +22,10 @@ from effml_common.parsing import one_line
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, its library (``clip``, ``timm`` or ``llama``) and its number of classes."""
+    """A model, its library and its number of classes.
+
+    The library is ``clip``, ``timm`` or ``llama``; ``classifier`` is a CLIP's image tower with a head.
+    """
 
     model: nn.Module
     library: str
@@ -39,6 +44,9 @@ def load_any(path: str, small_model: str | None = None) -> LoadedModel:
         return LoadedModel(_load_checkpoint(folder, small_model), "clip")
     if (folder / CLIP_FOLDER.config).is_file():
         return LoadedModel(load_clip(folder), "clip")
+    if (folder / CLASSIFIER_FOLDER.config).is_file():
+        classifier = load_tower_classifier(folder)
+        return LoadedModel(classifier, "classifier", classifier.head.out_features)
 
     # The others are told by their config.json.
     try:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from com_pt.adapters.layout_open_clip import custom_text_names, is_open_clip
 from com_pt.adapters.layouts import layout_of
 from com_pt.adapters.norm_eps import scale_eps
-from com_pt.config import DepthRule, GrowthMode, GrowthSettings
 from com_pt.errors import GrowthError
 from com_pt.method.growth import GrowthReport, grow_state
 from com_pt.method.layout import Layout
+from com_pt.method_config import DepthRule, GrowthMode, GrowthSettings
 from effml_common.logging import warn
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)

@@ -1,27 +1,47 @@
 """``com-pt eval``: judge a finished model on the user's own data."""
 
+import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from com_pt.adapters.accelerator import make_accelerator
 from com_pt.adapters.files import load_any
+from com_pt.adapters.image_models import NAMES, image_size_of
 from com_pt.config import EvalConfig
-from com_pt.method.metrics import encode_images, evaluate_retrieval, linear_probe, perplexity
+from com_pt.method.metrics import linear_probe, name_accuracies
 from com_pt.training.data.captions import CaptionData
+from com_pt.training.data.labelled import open_labelled
+from com_pt.training.data.transforms import image_transform
+from com_pt.training.embedding import (
+    encode_pictures,
+    evaluate_retrieval,
+    pool_pictures,
+    rank_labels,
+)
+from com_pt.training.streaming import Reading
 from com_pt.training.tasks.causal_lm import CausalLMTask
-from com_pt.training.tasks.classify import ClassifyTask
 from com_pt.training.tasks.clip import ClipTask
+from com_pt.training.tasks.zero_shot import read_labels
 from effml_common.device import resolve_device
 from effml_common.errors import InputError
 from effml_common.report import Summary
 
-# Libraries whose models a suite is for; the others are for CLIP.
-LIBRARY_OF_SUITE = {"top1": "timm", "perplexity": "llama"}
+# Libraries whose models a suite judges.
+LIBRARIES_OF_SUITE = {
+    "zero-shot": ("clip",),
+    "retrieval": ("clip",),
+    "probe": ("clip", "timm"),
+    "top1": ("timm", "classifier"),
+    "perplexity": ("llama",),
+}
 
 
 def evaluate(config: EvalConfig) -> Summary:
-    """Judge a model.
+    """Judge a model; several processes share the work and find what one would find.
 
     Raises:
         InputError: If the model or its data do not fit the suite.
@@ -29,12 +49,14 @@ def evaluate(config: EvalConfig) -> Summary:
     # Read the model.
     device = resolve_device(config.device)
     loaded = load_any(config.model)
-    library = LIBRARY_OF_SUITE.get(config.suite, "clip")
-    if loaded.library != library:
+    libraries = LIBRARIES_OF_SUITE[config.suite]
+    if loaded.library not in libraries:
         raise InputError(
-            f"{config.suite} is for {library}, and {config.model} is {loaded.library}; "
-            "choose another --suite"
+            f"{config.suite} is for {' and '.join(libraries)}, and {config.model} is "
+            f"{loaded.library}; choose another --suite"
         )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        make_accelerator("fp32", device)  # lets the processes talk with one another
 
     # Judge it.
     model: Any = loaded.model.to(device).eval()
@@ -45,7 +67,9 @@ def evaluate(config: EvalConfig) -> Summary:
             return Summary(_judge_classifier(config, model, loaded.classes))
         if config.suite == "zero-shot":
             return Summary(_judge_zero_shot(config, model))
-        return Summary(_judge_embeddings(config, model))
+        if config.suite == "probe":
+            return Summary(_judge_probe(config, model, loaded.library))
+        return Summary(_judge_retrieval(config, model))
 
 
 def forward_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -53,42 +77,73 @@ def forward_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
+def _reading_settings(config: EvalConfig) -> dict[str, Any]:
+    """Return the data settings of the flags that say how data are read."""
+    flags = {"val_batch": config.batch_size, "val_workers": config.workers}
+    return {name: value for name, value in flags.items() if value is not None}
+
+
 def _judge_language_model(config: EvalConfig, model: Any) -> dict[str, float]:
     tokenizer = "bytes" if config.tokenizer == "simple" else config.tokenizer
     settings = {"val": list(config.data), "length": config.length, "tokenizer": tokenizer}
-    return perplexity(model, CausalLMTask(settings).blocks("val")[:])
+    return CausalLMTask({**settings, **_reading_settings(config)}).evaluate(model)
 
 
 def _judge_classifier(config: EvalConfig, model: Any, classes: int) -> dict[str, float]:
-    size = list(model.patch_embed.img_size)
-    data = {"val": config.data[0], "images": config.images}
-    return ClassifyTask({**data, "classes": classes, "image_size": size}).evaluate(model)
+    # The names of the model's classes, or their number: then labels are numbers or class folders.
+    beside = Path(config.model) / NAMES
+    listed = config.classes or (str(beside) if beside.is_file() else None)
+    names = None if listed is None else read_labels(listed)
+    data = {"val": one_or_all(config.data), "images": config.images, "classes": names or classes}
+    transform = image_transform(image_size_of(model), None)
+    held_out = open_labelled(data, "val", transform)
+
+    # Folders are numbered by themselves: with one missing, all labels after it would be wrong.
+    if len(held_out.classes) != classes:
+        raise InputError(
+            f"{config.data[0]} has {len(held_out.classes)} classes and the model {classes}; "
+            "give --classes FILE with the names of all of them, in the model's order"
+        )
+    ranks = rank_labels(model, held_out, Reading.of(_reading_settings(config), model))
+    return name_accuracies(ranks, classes)
 
 
 def _judge_zero_shot(config: EvalConfig, model: Any) -> dict[str, float]:
     files = {"classes": config.classes, "templates": config.templates}
-    settings = {**_clip_data(config, model), "zero_shot": {"images": config.data[0], **files}}
+    settings = {
+        **_clip_data(config, model),
+        "zero_shot": {"images": one_or_all(config.data), **files},
+    }
     return ClipTask(settings).evaluate(model)
 
 
-def _judge_embeddings(config: EvalConfig, model: Any) -> dict[str, float]:
-    """Retrieval, or a linear probe of the image embeddings."""
+def _judge_retrieval(config: EvalConfig, model: Any) -> dict[str, float]:
     data = _clip_data(config, model)
-    held_out = CaptionData.open({**data, "val": list(config.data)}, "val", captions=None)
-    images, texts = held_out.for_retrieval()
-    if config.suite == "retrieval":
-        return evaluate_retrieval(model, images, texts)
+    held_out = CaptionData.open({**data, "val": one_or_all(config.data)}, "val", captions=None)
+    return evaluate_retrieval(model, held_out, Reading.of(data, model))
 
-    # The classes of the probe are those of both files, in alphabetical order.
-    fit = CaptionData.open({**data, "val": config.train}, "val", captions=None)
-    names = sorted({line[0] for line in [*fit.texts, *held_out.texts]})
-    fit_labels, labels = (
-        torch.tensor([names.index(line[0]) for line in part.texts]) for part in (fit, held_out)
-    )
-    fit_features, features = (
-        encode_images(model, part).cpu() for part in (fit.for_retrieval()[0], images)
-    )
-    return linear_probe(fit_features, fit_labels, features, labels)
+
+def _judge_probe(config: EvalConfig, model: Any, library: str) -> dict[str, float]:
+    """Fit a linear probe on the features of the images of ``--train``."""
+    # Both parts have the same classes.
+    data = {"train": config.train, "val": one_or_all(config.data), "images": config.images}
+    transform = image_transform(image_size_of(model), None)
+    fit, held_out = (open_labelled(data, part, transform) for part in ("train", "val"))
+
+    # Features as users of the model take them: a CLIP's unit embeddings, a timm model's pooled features.
+    encode = encode_pictures if library == "clip" else pool_pictures
+    reading = Reading.of(_reading_settings(config), model)
+    fit_features, features = (encode(model, part, reading) for part in (fit, held_out))
+
+    # The regression wants float64, which Apple's GPUs lack.
+    place = torch.device("cpu") if fit_features.device.type == "mps" else fit_features.device
+    tensors = (fit_features, fit.labels, features, held_out.labels)
+    return linear_probe(*(tensor.to(place) for tensor in tensors), decay=config.decay)
+
+
+def one_or_all(sources: Sequence[str]) -> str | list[str]:
+    """Return a source that may be a folder or a data set, or several tables."""
+    return sources[0] if len(sources) == 1 else list(sources)
 
 
 def _clip_data(config: EvalConfig, model: Any) -> dict[str, Any]:
@@ -99,4 +154,5 @@ def _clip_data(config: EvalConfig, model: Any) -> dict[str, Any]:
         "tokenizer": config.tokenizer,
         "image_size": model.visual.image_size,
         "context_length": text.context_length,
+        **_reading_settings(config),
     }

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from com_pt.config import ChainConfig, PlanConfig
+from com_pt.config import PlanConfig
 from com_pt.method.cost import ChainCost
+from com_pt.method_config import ChainConfig
 from com_pt.training.chain import load_chain
 from com_pt.training.plan import plan_chain
 

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from com_pt.config import ChainConfig, TrainConfig
+from com_pt.config import TrainConfig
 from com_pt.method.cost import StageCost
+from com_pt.method_config import ChainConfig
 from com_pt.training.chain import load_chain
 from com_pt.training.plan import plan_chain
 from com_pt.training.run import run_chain

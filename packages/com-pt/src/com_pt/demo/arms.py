@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from com_pt.config import ChainConfig, DepthRule, GrowthMode, StageConfig
+from com_pt.method_config import ChainConfig, DepthRule, GrowthMode, StageConfig
 from com_pt.training.plan import plan_chain
 from com_pt.training.run import run_chain
 from com_pt.training.tasks.base import Task

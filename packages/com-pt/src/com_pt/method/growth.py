@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from com_pt.config import GrowthMode, GrowthSettings
 from com_pt.errors import ChainOrderError, GrowthError, LayoutError, NonFiniteWeightsError
 from com_pt.method.copying import copy_corner_block, copy_leading_entries
 from com_pt.method.layout import Layout, Rule
@@ -24,6 +23,7 @@ from com_pt.method.lossless import (
     plan_towers,
 )
 from com_pt.method.matching import State, match_parameters
+from com_pt.method_config import GrowthMode, GrowthSettings
 
 
 @dataclass

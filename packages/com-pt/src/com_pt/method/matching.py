@@ -6,9 +6,9 @@ from fnmatch import fnmatch
 
 from torch import Tensor
 
-from com_pt.config import DepthRule, GrowthSettings
 from com_pt.errors import GrowthError, LayoutError
 from com_pt.method.layout import Layout, Rule
+from com_pt.method_config import DepthRule, GrowthSettings
 
 State = Mapping[str, Tensor]  # parameters and saved buffers by name
 

@@ -2,10 +2,14 @@
 
 The model's forward passes run where the model is, in the caller's autocast if there is one; embeddings
 and logits come back as float32, and every metric is computed from them in float32 or better.
+
+Ties rank by number: of classes or keys with the same score the first comes first. So the metrics are the
+same on every device, and a model whose outputs are all alike scores what chance does. What is NaN counts
+as a miss.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,62 +17,34 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SIMILARITIES_AT_ONCE = 2**26  # similarities that are ranked at once, which takes about 2 GB
+SIMILARITIES_AT_ONCE = 2**25  # similarities that are ranked at once, which takes about 350 MB
+LOGITS_AT_ONCE = 2**24  # logits of a probe that are computed at once, which takes about 400 MB
+DECAYS = tuple(10.0**k for k in range(-6, 1))  # L2 penalties that a probe chooses from
+CHOOSING_SHARE = 0.2  # of the training samples, on which the penalty is chosen
 
 
 @torch.no_grad()
-def evaluate_zero_shot(
-    model: Any,
-    images: Float[Tensor, "n c h w"],
-    labels: Int[Tensor, " n"],
-    prompts: Int[Tensor, "classes templates length"],
-    *,
-    batch: int = 256,
-) -> dict[str, float]:
-    """Return top-1 and top-5 accuracy; a class is the renormalised mean of its unit prompts.
-
-    Args:
-        model: A CLIP model with ``encode_image`` and ``encode_text``.
-        images: Preprocessed images.
-        labels: Index of each image's class.
-        prompts: Token ids of every class in every template.
-        batch: Images or prompts in one forward pass.
-    """
-    # A class is the mean over templates of unit embeddings, of unit length again.
-    classes, templates, length = prompts.shape
-    prompt_features = encode_texts(model, prompts.reshape(classes * templates, length), batch)
-    class_features = F.normalize(prompt_features.reshape(classes, templates, -1).mean(1), dim=-1)
-
-    # Each image belongs to the nearest class.
-    logits = similarities(encode_images(model, images, batch), class_features)
-    accuracies = top_k_accuracy(logits, labels)
-    return {f"zero-shot {name}": value for name, value in accuracies.items()}
-
-
-def top_k_accuracy(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> dict[str, float]:
-    """Return top-1 accuracy in [0, 1], and top-5 where there are more than five classes."""
-    labels = labels.to(logits.device)
-    ranked = logits.argsort(dim=1, descending=True)
-    accuracies = {"top-1": float((ranked[:, 0] == labels).float().mean())}
-    if logits.shape[1] > 5:
-        accuracies["top-5"] = float((ranked[:, :5] == labels[:, None]).any(1).float().mean())
-    return accuracies
-
-
-@torch.no_grad()
-def encode_images(model: Any, images: Tensor, batch: int = 256) -> Tensor:
-    """Return unit image embeddings [n, d] in float32, on the model's device."""
+def embed_images(model: Any, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+    """Return unit image embeddings in float32, on the model's device."""
     device = next(model.parameters()).device
-    parts = [model.encode_image(part.to(device)).float() for part in images.split(batch)]
-    return F.normalize(torch.cat(parts), dim=-1)
+    return F.normalize(model.encode_image(images.to(device, non_blocking=True)).float(), dim=-1)
 
 
 @torch.no_grad()
-def encode_texts(model: Any, tokens: Int[Tensor, "n length"], batch: int = 256) -> Tensor:
-    """Return unit text embeddings [n, d] in float32, on the model's device."""
+def embed_texts(model: Any, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
+    """Return unit text embeddings in float32, on the model's device."""
     device = next(model.parameters()).device
-    parts = [model.encode_text(part.to(device)).float() for part in tokens.split(batch)]
-    return F.normalize(torch.cat(parts), dim=-1)
+    return F.normalize(model.encode_text(tokens.to(device, non_blocking=True)).float(), dim=-1)
+
+
+def encode_images(model: Any, images: Tensor, batch: int = 256) -> Float[Tensor, "n d"]:
+    """Return the unit embeddings of images that are in memory, computed batch by batch."""
+    return torch.cat([embed_images(model, part) for part in images.split(batch)])
+
+
+def encode_texts(model: Any, tokens: Tensor, batch: int = 256) -> Float[Tensor, "n d"]:
+    """Return the unit embeddings of texts that are in memory, computed batch by batch."""
+    return torch.cat([embed_texts(model, part) for part in tokens.split(batch)])
 
 
 def similarities(queries: Float[Tensor, "n d"], keys: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
@@ -77,29 +53,87 @@ def similarities(queries: Float[Tensor, "n d"], keys: Float[Tensor, "m d"]) -> F
         return queries @ keys.T
 
 
-@torch.no_grad()
-def evaluate_retrieval(
+def evaluate_zero_shot(
     model: Any,
     images: Float[Tensor, "n c h w"],
-    texts: Sequence[Int[Tensor, "k length"]],
+    labels: Int[Tensor, " n"],
+    prompts: Int[Tensor, "classes templates length"],
     *,
     batch: int = 256,
 ) -> dict[str, float]:
-    """Return R@1, R@5, R@10 and ranks both ways; images may have different numbers of captions.
+    """Return top-1 and top-5 accuracy on images that are in memory.
 
-    Image to text counts a hit if any of the image's captions is among the first k.
+    Args:
+        model: A CLIP model with ``encode_image`` and ``encode_text``.
+        images: Preprocessed images.
+        labels: Index of each image's class.
+        prompts: Token ids of every class in every template.
+        batch: Images or prompts in one forward pass.
     """
-    caption_counts = torch.tensor([len(captions) for captions in texts])
-    owner = torch.repeat_interleave(torch.arange(len(texts)), caption_counts)
-    text_features = encode_texts(model, torch.cat(list(texts)), batch)
-    image_features = encode_images(model, images, batch)
-    return retrieval_metrics(image_features, text_features, owner.to(text_features.device))
+    prompt_features = encode_texts(model, prompts.flatten(0, 1), batch)
+    class_features = class_embeddings(prompt_features, prompts.shape[1])
+    ranks = zero_shot_ranks(encode_images(model, images, batch), class_features, labels)
+    return name_accuracies(ranks, prompts.shape[0], "zero-shot ")
 
 
+def class_embeddings(prompts: Float[Tensor, "n d"], templates: int) -> Float[Tensor, "classes d"]:
+    """Return a unit embedding of each class: the renormalised mean of its unit prompts.
+
+    Args:
+        prompts: Unit embeddings, all templates of the first class first.
+        templates: Prompts of a class.
+    """
+    return F.normalize(prompts.unflatten(0, (-1, templates)).mean(1), dim=-1)
+
+
+def zero_shot_ranks(
+    images: Float[Tensor, "n d"], classes: Float[Tensor, "c d"], labels: Int[Tensor, " n"]
+) -> Int[Tensor, " n"]:
+    """Return the rank, from 0, of each image's own class among all classes by similarity."""
+    rows = max(1, SIMILARITIES_AT_ONCE // len(classes))
+    parts = zip(images.split(rows), labels.to(images.device).split(rows), strict=True)
+    return torch.cat([label_ranks(similarities(part, classes), own) for part, own in parts])
+
+
+def label_ranks(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Return the rank, from 0, of each label; equal logits rank by the number of their class."""
+    labels = labels.to(logits.device)[:, None]
+    own = logits.gather(1, labels)
+    is_lower = torch.arange(logits.shape[1], device=logits.device) < labels
+    # Not "greater": comparisons with NaN are false, and NaN must not rank last.
+    return (~(logits <= own) | (is_lower & (logits == own))).sum(1)
+
+
+def top_k_accuracy(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> dict[str, float]:
+    """Return top-1 accuracy in [0, 1], and top-5 where there are more than five classes."""
+    return name_accuracies(label_ranks(logits, labels), logits.shape[1])
+
+
+def name_accuracies(ranks: Int[Tensor, " n"], classes: int, prefix: str = "") -> dict[str, float]:
+    """Return top-1 accuracy in [0, 1] of label ranks, and top-5 where there are more classes."""
+    accuracies = {f"{prefix}top-1": _share_below(ranks, 1)}
+    if classes > 5:
+        accuracies[f"{prefix}top-5"] = _share_below(ranks, 5)
+    return accuracies
+
+
+def _share_below(ranks: Int[Tensor, " n"], k: int) -> float:
+    return int((ranks < k).sum()) / len(ranks)
+
+
+@torch.no_grad()
 def retrieval_metrics(
     images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"], owner: Int[Tensor, " m"]
 ) -> dict[str, float]:
-    """Return recalls and ranks (from 1) of embeddings; ``owner`` is the image of each text."""
+    """Return recalls and ranks (from 1) of embeddings both ways.
+
+    Image to text counts a hit if any of the image's captions is among the first k.
+
+    Args:
+        images: Unit embeddings of the images.
+        texts: Unit embeddings of all captions; images may have different numbers of them.
+        owner: Index of each caption's image.
+    """
     # Rank, from 0, of the nearest partner in both directions.
     number = torch.arange(len(images), device=images.device)
     ranks_by_direction = {
@@ -111,9 +145,9 @@ def retrieval_metrics(
     metrics = {}
     for direction, ranks in ranks_by_direction.items():
         for k in (1, 5, 10):
-            metrics[f"{direction} R@{k}"] = float((ranks < k).float().mean())
-        metrics[f"{direction} mean rank"] = float(ranks.float().mean() + 1)
-        metrics[f"{direction} median rank"] = float(ranks.float().median() + 1)
+            metrics[f"{direction} R@{k}"] = _share_below(ranks, k)
+        metrics[f"{direction} mean rank"] = float(ranks.double().mean() + 1)
+        metrics[f"{direction} median rank"] = float(ranks.double().median() + 1)
     return metrics
 
 
@@ -125,14 +159,23 @@ def first_own_rank(
 ) -> Int[Tensor, " n"]:
     """Return the rank, from 0, of the nearest key that has the query's owner.
 
-    Queries are ranked in chunks, so that the similarities fit into a card's memory.
+    It is the number of other keys that are nearer, or as near and before it. Nothing is sorted, and
+    queries are ranked in chunks, so that the similarities fit into a card's memory.
     """
     rows = max(1, SIMILARITIES_AT_ONCE // max(1, len(keys)))
+    number = torch.arange(len(keys), device=keys.device, dtype=torch.int32)
     ranks = []
     for part, owners in zip(queries.split(rows), query_owner.split(rows), strict=True):
-        best_first = similarities(part, keys).argsort(dim=1, descending=True)
-        own = key_owner[best_first] == owners[:, None]
-        ranks.append(own.float().argmax(dim=1))
+        # The nearest key of the query's own; of several that are as near, the first.
+        scores = similarities(part, keys)
+        is_foreign = key_owner != owners[:, None]
+        best = scores.masked_fill(is_foreign, -math.inf).amax(dim=1, keepdim=True)
+        ties = scores == best
+        first = number.where(ties & ~is_foreign, len(keys)).amin(dim=1, keepdim=True)
+
+        # Not "greater": comparisons with NaN are false, and NaN must not rank last.
+        is_ahead = ~(scores <= best) | ties.logical_and_(number < first)
+        ranks.append(is_ahead.logical_and_(is_foreign).sum(dim=1))
     return torch.cat(ranks)
 
 
@@ -142,50 +185,115 @@ def linear_probe(
     test: Float[Tensor, "m d"],
     test_labels: Int[Tensor, " m"],
     *,
-    decay: float = 1e-3,
+    decay: float | None = None,
     steps: int = 100,
 ) -> dict[str, float]:
-    """Return the accuracy of a logistic regression on frozen features.
+    """Return the accuracy of a logistic regression on frozen features, and its L2 penalty.
+
+    The test samples take no part in the choice of the penalty: as in CLIP's protocol, it is the one
+    of ``DECAYS`` that is best on a held-out fifth of the training samples, and the regression is
+    then fitted on all of them. Of equally good ones the strongest is taken.
 
     Args:
         train: Features to fit on; their mean and deviation standardise both sets.
         train_labels: Classes of these.
         test: Features to judge on.
         test_labels: Classes of these.
-        decay: L2 penalty of the weights.
+        decay: L2 penalty of the weights: the loss is the mean cross-entropy plus this times the sum
+            of their squares. None chooses it.
         steps: Iterations of L-BFGS at most.
     """
-    # The regression is convex, and float64 lets L-BFGS come close to its minimum.
-    mean, spread = train.mean(0), train.std(0).clamp(min=1e-6)
-    inputs = ((train - mean) / spread).double()
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    weight = torch.zeros(classes, train.shape[1] + 1, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
+    if decay is None:
+        decay = choose_decay(train, train_labels, classes, steps=steps)
+    predict = fit_logistic_regression(train, train_labels, classes, decay=decay, steps=steps)
+    ranks = label_ranks(predict(test), test_labels)
+    return {**name_accuracies(ranks, classes, "linear probe "), "linear probe decay": decay}
 
-    # The last column of the weights is the bias, which has no penalty.
-    def closure() -> Tensor:
+
+def choose_decay(
+    features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], classes: int, *, steps: int = 100
+) -> float:
+    """Return the penalty of ``DECAYS`` with the best top-1 accuracy on a held-out fifth."""
+    # The same fifth for every model, whatever order the samples come in.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    held_out = max(1, round(CHOOSING_SHARE * len(labels)))
+    choose, fit = order[:held_out].to(labels.device), order[held_out:].to(labels.device)
+
+    # From the strongest on; a weaker penalty must be better, not as good.
+    best_decay, most_hits = DECAYS[-1], -1
+    for decay in reversed(DECAYS):
+        predict = fit_logistic_regression(
+            features[fit], labels[fit], classes, decay=decay, steps=steps
+        )
+        hits = int((label_ranks(predict(features[choose]), labels[choose]) == 0).sum())
+        if hits > most_hits:
+            best_decay, most_hits = decay, hits
+    return best_decay
+
+
+def fit_logistic_regression(
+    features: Float[Tensor, "n d"],
+    labels: Int[Tensor, " n"],
+    classes: int,
+    *,
+    decay: float,
+    steps: int = 100,
+) -> Callable[[Tensor], Tensor]:
+    """Fit a logistic regression by L-BFGS, and return a function from features to logits.
+
+    Args:
+        features: Features; their mean and deviation standardise whatever is predicted later, too.
+        labels: Their classes.
+        classes: Number of classes.
+        decay: L2 penalty of the weights; the bias has none.
+        steps: Iterations at most.
+    """
+    # The problem is convex, and float64 lets L-BFGS come close to its minimum.
+    mean, spread = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
+    kind = {"dtype": torch.float64, "device": features.device}
+    weight = torch.zeros(classes, features.shape[1], **kind, requires_grad=True)
+    bias = torch.zeros(classes, **kind, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def predict(rows: Tensor) -> Tensor:
+        return F.linear(((rows - mean) / spread).double(), weight, bias)
+
+    # Gradients add up over chunks, so that the logits fit into memory.
+    chunk = max(1, LOGITS_AT_ONCE // classes)
+
+    def closure() -> float:
         optimizer.zero_grad()
-        logits = inputs @ weight[:, :-1].T + weight[:, -1]
-        loss = F.cross_entropy(logits, train_labels) + decay * weight[:, :-1].square().sum()
+        loss = decay * weight.square().sum()
         loss.backward()
-        return loss
+        total = loss.detach()
+        for rows, targets in zip(features.split(chunk), labels.split(chunk), strict=True):
+            part = F.cross_entropy(predict(rows), targets, reduction="sum") / len(labels)
+            part.backward()
+            total += part.detach()
+        return float(total)
 
-    optimizer.step(closure)
-
-    # Judge on the other set, standardised alike.
-    logits = ((test - mean) / spread).double() @ weight[:, :-1].detach().T + weight[:, -1].detach()
-    accuracies = top_k_accuracy(logits, test_labels)
-    return {f"linear probe {name}": value for name, value in accuracies.items()}
+    with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
+        optimizer.step(closure)
+    weight.requires_grad_(False)
+    bias.requires_grad_(False)
+    return predict
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokens: Int[Tensor, "n length"], *, batch: int = 64) -> dict[str, float]:
-    """Return perplexity and loss (nats a token) of a causal language model on blocks of tokens."""
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for part in tokens.split(batch):
-        logits = model(input_ids=part.to(device)).logits[:, :-1].float()
-        target = part[:, 1:].to(device)
-        total += float(F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum"))
-        count += target.numel()
-    return {"perplexity": math.exp(total / count), "loss": total / count}
+def block_losses(model: Any, tokens: Int[Tensor, "n length"]) -> Float[Tensor, " n"]:
+    """Return the loss of a causal language model on each block of tokens, in nats and float64."""
+    tokens = tokens.to(next(model.parameters()).device, non_blocking=True)
+    logits = model(input_ids=tokens).logits[:, :-1]
+    # Block by block: a large vocabulary makes float32 logits of a batch much larger than the model.
+    losses = [
+        F.cross_entropy(block.float(), target, reduction="none").double().sum()
+        for block, target in zip(logits, tokens[:, 1:], strict=True)
+    ]
+    return torch.stack(losses)
+
+
+def perplexity(losses: Float[Tensor, " n"], length: int) -> dict[str, float]:
+    """Return perplexity and loss (nats a token) of the losses of blocks of ``length`` tokens."""
+    loss = losses.sum() / (len(losses) * (length - 1))
+    return {"perplexity": float(loss.exp()), "loss": float(loss)}

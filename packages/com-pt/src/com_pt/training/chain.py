@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from com_pt.config import ChainConfig, StageConfig
+from com_pt.method_config import ChainConfig, StageConfig
 from effml_common.errors import ConfigError, InputError
 from effml_common.parsing import did_you_mean, one_line
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from com_pt.config import ChainConfig, StageConfig
 from com_pt.method.losses import InverseFeatureLoss
+from com_pt.method_config import ChainConfig, StageConfig
 from com_pt.training.data.loading import seed_of
 from com_pt.training.tasks.base import Task
 from effml_common.logging import say

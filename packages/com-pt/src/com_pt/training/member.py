@@ -11,7 +11,7 @@ from com_pt.adapters.grow import grow
 from com_pt.adapters.layouts import layout_of
 from com_pt.adapters.model_folder import load_weights
 from com_pt.adapters.norm_eps import scale_eps
-from com_pt.config import StageConfig
+from com_pt.method_config import StageConfig
 from com_pt.training.data.loading import seed_of
 from com_pt.training.plan import Run, StagePlan
 from com_pt.training.prepare import prepare_stage

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from com_pt.config import ChainConfig, StageConfig
+from com_pt.method_config import ChainConfig, StageConfig
 
 FUSED_DEVICES = {"cuda", "xpu"}  # of which torch has fused kernels; the CPU's round differently
 # Parts of names that open_clip and the released code spare from decay, whatever their shape.

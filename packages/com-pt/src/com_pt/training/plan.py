@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from com_pt.config import ChainConfig, StageConfig
 from com_pt.errors import ChainOrderError
 from com_pt.method.cost import ChainCost, StageCost
+from com_pt.method_config import ChainConfig, StageConfig
 from com_pt.training.tasks.base import Task
 from com_pt.training.tasks.registry import open_task
 from effml_common.errors import InputError

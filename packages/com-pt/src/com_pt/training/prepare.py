@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from com_pt.adapters.sharding import shard
-from com_pt.config import ChainConfig, StageConfig
 from com_pt.method.cost import steps_of
+from com_pt.method_config import ChainConfig, StageConfig
 from com_pt.training.data.loading import Batches, seed_of
 from com_pt.training.feature_loss import make_feature_loss
 from com_pt.training.frozen import freeze, hold_in_autocast_type

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from com_pt.adapters.accelerator import make_accelerator
-from com_pt.config import ChainConfig
+from com_pt.method_config import ChainConfig
 from com_pt.training.member import train_member
 from com_pt.training.plan import Run, plan_stages
 from com_pt.training.run_folder import Member, open_run_folder, save_member

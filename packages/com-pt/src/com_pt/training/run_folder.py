@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from com_pt.config import ChainConfig
+from com_pt.method_config import ChainConfig
 from com_pt.training.plan import Run, StagePlan
 from effml_common.errors import CheckpointError, ConfigError, InputError
 from effml_common.files import atomic_write

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from com_pt.training.data.counts import read_count
@@ -74,11 +73,6 @@ class CaptionData:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image = self.image(index)
         return image, self.tokenize(self.rule.draw(self.texts[index]))
-
-    def for_retrieval(self) -> tuple[Tensor, list[Tensor]]:
-        """Read all images, and the tokens of all captions of each."""
-        images = torch.stack([self.image(i) for i in range(len(self))])
-        return images, [self.tokenize(texts) for texts in self.texts]
 
 
 class StreamedCaptionData:

@@ -6,25 +6,31 @@ from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from com_pt.adapters.llama_models import llama_config
 from com_pt.method.cost import llama_macs
 from com_pt.method.metrics import perplexity
 from com_pt.training.data.counts import read_count
 from com_pt.training.data.texts import BYTE_TOKENS, TextBlocks, load_tokenizer
+from com_pt.training.embedding import stream_losses
+from com_pt.training.streaming import Reading
 from com_pt.training.tasks.base import Task
 from effml_common.errors import ConfigError, InputError
+
+VAL_BATCH = 16  # blocks of a forward pass in evaluation: the logits of a block take much memory
 
 
 class CausalLMTask(Task):
     """Blocks of equal length from text files, one after the other.
 
     Data settings: ``train`` and ``val`` (patterns of text files), ``length`` of a block in tokens,
-    ``tokenizer`` (``bytes``, or a Hugging Face tokenizer's folder), ``val_blocks``.
+    ``tokenizer`` (``bytes``, or a Hugging Face tokenizer's folder), ``val_blocks``, ``val_batch`` and
+    ``val_workers`` of the evaluation.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset(
-        {"train", "val", "length", "tokenizer", "val_blocks"}
+        {"train", "val", "length", "tokenizer", "val_blocks", "val_batch", "val_workers"}
     )
     streams: ClassVar[tuple[str, ...]] = ("hidden",)
     headline: ClassVar[str] = "loss"
@@ -89,8 +95,10 @@ class CausalLMTask(Task):
         """Measure perplexity and loss on the held-out text."""
         if "val" not in self.data:
             return {}
-        blocks = self.blocks("val")[: int(self.data.get("val_blocks", 10**9))]
-        return perplexity(model, blocks)
+        blocks: Any = self.blocks("val")
+        judged = range(min(len(blocks), read_count(self.data, "val_blocks", len(blocks))))
+        reading = Reading.of({"val_batch": VAL_BATCH, **self.data}, model)
+        return perplexity(stream_losses(model, Subset(blocks, judged), reading), self.length)
 
     def macs(self, spec: Any) -> int:
         """Return the forward MACs of one block."""

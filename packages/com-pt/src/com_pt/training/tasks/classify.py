@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from com_pt.adapters.flop_counter import count_macs
 from com_pt.adapters.timm_models import build_timm, load_timm, save_timm
-from com_pt.method.metrics import top_k_accuracy
+from com_pt.method.metrics import label_ranks, name_accuracies
 from com_pt.training.data.decoding import read_names
 from com_pt.training.data.labelled import LabelledImages, class_names, open_labelled
 from com_pt.training.data.labelling import lists_classes
 from com_pt.training.data.transforms import crop_range, image_transform
+from com_pt.training.embedding import rank_labels
+from com_pt.training.streaming import Reading
 from com_pt.training.tasks.base import Task
 
 TRAINING_CROP = (0.35, 1.0)  # share of the area that a random crop keeps
@@ -26,7 +28,8 @@ class ClassifyTask(Task):
 
     Data settings: ``train`` and ``val`` (CSV of path and label, folder of class folders, or data set of
     Hugging Face with ``image_key`` and ``label_key``), ``images`` (folder of the paths), ``classes``
-    (number, names or a file of names), ``image_size``, ``crop_scale``, ``smoothing`` of the labels.
+    (number, names or a file of names), ``image_size``, ``crop_scale``, ``smoothing`` of the labels,
+    ``val_batch`` and ``val_workers`` of the evaluation.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset(
@@ -41,6 +44,7 @@ class ClassifyTask(Task):
             "crop_scale",
             "smoothing",
             "val_batch",
+            "val_workers",
         }
     )
     streams: ClassVar[tuple[str, ...]] = ("pooled",)
@@ -131,16 +135,20 @@ class ClassifyTask(Task):
         """Measure top-1 (and top-5) on the held-out images."""
         if "val" not in self.data:
             return {}
-        held_out = self.open("val")
-        pictures = torch.stack([held_out.image(i) for i in range(len(held_out))])
-        return self.accuracy(model, pictures, held_out.labels)
+        ranks = rank_labels(model, self.open("val"), Reading.of(self.data, model))
+        return name_accuracies(ranks, self.classes)
 
     @torch.no_grad()
     def accuracy(self, model: Any, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Measure a model on images in memory."""
-        device, batch = next(model.parameters()).device, int(self.data.get("val_batch", 256))
-        logits = torch.cat([model(part.to(device)).float() for part in images.split(batch)])
-        return top_k_accuracy(logits.cpu(), labels)
+        reading = Reading.of(self.data, model)
+        ranks = [
+            label_ranks(model(part.to(reading.device)).float(), own)
+            for part, own in zip(
+                images.split(reading.batch), labels.split(reading.batch), strict=True
+            )
+        ]
+        return name_accuracies(torch.cat(ranks), self.classes)
 
     def chance(self) -> float | None:
         """Return one in the number of classes, where there are held-out images."""

@@ -12,7 +12,7 @@ from com_pt.adapters.flop_counter import count_macs
 from com_pt.adapters.open_clip_models import build_clip, clip_config, load_clip, save_clip
 from com_pt.method.cost import clip_macs
 from com_pt.method.losses import multi_caption_clip_loss
-from com_pt.method.metrics import evaluate_retrieval, evaluate_zero_shot
+from com_pt.method.metrics import class_embeddings, name_accuracies, zero_shot_ranks
 from com_pt.training.data.captions import (
     CaptionData,
     StreamedCaptionData,
@@ -20,11 +20,18 @@ from com_pt.training.data.captions import (
     is_streamed,
 )
 from com_pt.training.data.counts import read_count
-from com_pt.training.data.decoding import read_names
 from com_pt.training.data.labelled import LabelledImages, open_labelled
 from com_pt.training.data.stream import ShardStream
 from com_pt.training.data.tokenizers import make_tokenizer, vocabulary_size
+from com_pt.training.embedding import encode_pictures, encode_texts, evaluate_retrieval
+from com_pt.training.streaming import Reading
 from com_pt.training.tasks.base import Task, height_and_width
+from com_pt.training.tasks.zero_shot import (
+    make_prompts,
+    read_classes,
+    read_labels,
+    read_templates,
+)
 from effml_common.errors import ConfigError
 
 LARGEST_LOGIT_SCALE = math.log(100)  # of the parameter, which is exponentiated
@@ -39,7 +46,8 @@ class ClipTask(Task):
     the other), ``samples`` of an epoch and ``shuffle_buffer`` for it, ``tokenizer`` (``simple``, a
     list of words or a Hugging Face tokenizer's folder), ``crop_scale``, ``image_size``,
     ``context_length``, ``zero_shot`` (``images``: CSV of path and class, class folders or data set;
-    ``classes``; ``templates`` with ``{}``), ``local_loss`` and ``gather_with_grad``
+    ``classes``, or ``imagenet``; ``templates`` with ``{}``, or ``imagenet``, ``openai``, ``simple``),
+    ``val_batch`` and ``val_workers`` of the evaluation, ``local_loss`` and ``gather_with_grad``
     (``multi_caption_clip_loss``).
     """
 
@@ -61,6 +69,7 @@ class ClipTask(Task):
             "image_size",
             "context_length",
             "val_batch",
+            "val_workers",
             "local_loss",
             "gather_with_grad",
         }
@@ -127,11 +136,7 @@ class ClipTask(Task):
             CaptionData.open(self.data, "val", captions=None).image(0)
         if "zero_shot" in self.data:
             self.open_zero_shot().image(0)
-            for template in read_names(self.data["zero_shot"]["templates"]):
-                if "{}" not in template:
-                    raise ConfigError(
-                        f"the template {template!r} has no place for a class; add {{}}"
-                    )
+            read_templates(self.data["zero_shot"]["templates"])
 
     def open_zero_shot(self) -> LabelledImages:
         """Open the images of ``zero_shot`` with their classes.
@@ -144,7 +149,7 @@ class ClipTask(Task):
             if not settings.get(name):
                 raise ConfigError(f"zero_shot has no {name}; set data: zero_shot: {name}")
         keys = {key: self.data.get(key) for key in ("images", "image_key")}
-        data = {**keys, "val": settings["images"], "classes": settings["classes"]}
+        data = {**keys, "val": settings["images"], "classes": read_labels(settings["classes"])}
         return open_labelled(data, "val", caption_transform(self.data, "val"))
 
     def build(self, spec: Any) -> nn.Module:
@@ -191,31 +196,34 @@ class ClipTask(Task):
     def evaluate(self, model: Any) -> dict[str, float]:
         """Measure zero-shot accuracy and retrieval, as far as there is data for them."""
         metrics: dict[str, float] = {}
-        batch = int(self.data.get("val_batch", 256))
+        reading = Reading.of(self.data, model)
         if "zero_shot" in self.data:
-            metrics |= self._zero_shot(model, self.data["zero_shot"], batch)
+            metrics |= self._zero_shot(model, self.data["zero_shot"], reading)
         if "val" in self.data:
             held_out = CaptionData.open(self.data, "val", captions=None)
-            metrics |= evaluate_retrieval(model, *held_out.for_retrieval(), batch=batch)
+            metrics |= evaluate_retrieval(model, held_out, reading)
         return metrics
 
     def chance(self) -> float | None:
         """Return the chance of zero-shot classification."""
         if "zero_shot" not in self.data:
             return None
-        return 1 / len(read_names(self.data["zero_shot"]["classes"]))
+        return 1 / len(read_classes(self.data["zero_shot"]["classes"]))
 
-    def _zero_shot(self, model: Any, settings: Mapping[str, Any], batch: int) -> dict[str, float]:
-        # Images and the names of their classes.
+    def _zero_shot(
+        self, model: Any, settings: Mapping[str, Any], reading: Reading
+    ) -> dict[str, float]:
+        # A class is the mean of all its prompts.
+        names, templates = read_classes(settings["classes"]), read_templates(settings["templates"])
+        prompts, tokenize = make_prompts(names, templates), make_tokenizer(self.data)
+        prompt_features = encode_texts(model, prompts, tokenize, reading, "prompts")
+        class_features = class_embeddings(prompt_features, len(templates))
+
+        # Each image belongs to the nearest class.
         held_out = self.open_zero_shot()
-        images = torch.stack([held_out.image(i) for i in range(len(held_out))])
-
-        # Every class in every template.
-        templates, tokenize = read_names(settings["templates"]), make_tokenizer(self.data)
-        prompts = [
-            tokenize([template.format(name) for template in templates]) for name in held_out.classes
-        ]
-        return evaluate_zero_shot(model, images, held_out.labels, torch.stack(prompts), batch=batch)
+        image_features = encode_pictures(model, held_out, reading)
+        ranks = zero_shot_ranks(image_features, class_features, held_out.labels)
+        return name_accuracies(ranks, len(names), "zero-shot ")
 
     def macs(self, spec: Any) -> int:
         """Return the forward MACs of the image tower plus K times the text tower."""

@@ -1,0 +1,97 @@
+"""``com-pt eval``: every suite on a folder of its library."""
+
+import json
+
+import pytest
+import torch
+from com_pt_tiny import clip, spec, vit
+from PIL import Image
+
+from com_pt.adapters.open_clip_models import save_clip
+from com_pt.adapters.timm_models import save_timm
+from com_pt.cli import COMMANDS
+from com_pt.training.data.labelled import open_labelled
+from com_pt.training.data.transforms import image_transform
+from effml_common.cli import main
+
+VIT = {"name": "vit_tiny_patch16_224", "img_size": 16, "patch_size": 4, "embed_dim": 32,
+       "depth": 2, "num_heads": 2}  # fmt: skip
+
+
+def judge(capsys, *words: object) -> dict[str, float]:
+    assert main("com-pt", "com-pt", COMMANDS, ["eval", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Class folders of red and green pictures: 20 to fit on and 12 to judge."""
+    for part, count in (("train", 20), ("val", 12)):
+        for i in range(count):
+            name, colour = (("red", (200, 5 * i, 30)), ("green", (5 * i, 200, 30)))[i % 2]
+            (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), colour).save(tmp_path / part / name / f"{i}.png")
+    return tmp_path
+
+
+def test_a_probe_is_fitted_on_the_features_of_a_clip_and_of_a_timm_model(
+    folders, tmp_path, capsys
+) -> None:
+    save_clip(clip(32, size=16), spec(32, size=16), tmp_path / "clip")
+    model = vit(32)
+    save_timm(model, VIT, 5, tmp_path / "vit")
+    parts = ["--data", folders / "val", "--train", folders / "train"]
+    for name in ("clip", "vit"):
+        found = judge(capsys, tmp_path / name, "--suite", "probe", *parts, "--batch-size", 5)
+        assert found["linear probe top-1"] == 1
+        assert found["linear probe decay"] > 0
+
+    # The features of the timm model, by an independent way, and the regression of scikit-learn.
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    model.reset_classifier(0)
+    features, labels = [], []
+    for part in ("train", "val"):
+        data = open_labelled({part: str(folders / part)}, part, image_transform(16, None))
+        with torch.no_grad():
+            features.append(model(torch.stack([data.image(i) for i in range(len(data))])))
+        labels.append(data.labels)
+    mean, spread = features[0].mean(0), features[0].std(0, correction=0)
+    train, test = ((part - mean) / spread for part in features)
+    theirs = linear_model.LogisticRegression(C=1 / (2 * 0.3 * 20), tol=1e-9, max_iter=2000)
+    theirs.fit(train.numpy(), labels[0].numpy())
+    found = judge(capsys, tmp_path / "vit", "--suite", "probe", *parts, "--decay", 0.3)
+    assert found["linear probe top-1"] == theirs.score(test.numpy(), labels[1].numpy())
+    assert found["linear probe decay"] == 0.3
+
+
+def test_top1_counts_what_timm_itself_predicts(folders, tmp_path, capsys) -> None:
+    model = vit(32)
+    save_timm(model, VIT, 5, tmp_path / "vit")
+    data = open_labelled({"val": str(folders / "val")}, "val", image_transform(16, None))
+    pictures = torch.stack([data.image(i) for i in range(len(data))])
+    words = [tmp_path / "vit", "--suite", "top1", "--data", folders / "val"]
+    (tmp_path / "classes.txt").write_text("blue\ngrey\nred\nwhite\ngreen\n")
+    numbers = torch.tensor([4, 2])[data.labels]  # green and red
+    hits = model(pictures).argmax(1) == numbers
+    found = judge(capsys, *words, "--classes", tmp_path / "classes.txt")
+    assert found == {"top-1": pytest.approx(float(hits.float().mean()))}
+
+    # Without the names, two folders do not tell which of five classes they are.
+    assert main("com-pt", "com-pt", COMMANDS, ["eval", *map(str, words)]) == 2
+    assert "has 2 classes and the model 5; give --classes FILE" in capsys.readouterr().err
+
+
+def test_batch_size_and_workers_change_nothing(folders, tmp_path, capsys) -> None:
+    save_timm(vit(32, num_classes=2), VIT, 2, tmp_path / "vit")
+    words = [tmp_path / "vit", "--suite", "top1", "--data", folders / "val"]
+    expected = judge(capsys, *words)
+    assert judge(capsys, *words, "--batch-size", 5, "--workers", 2) == expected
+
+
+def test_a_suite_that_does_not_fit_the_model_is_refused(folders, tmp_path, capsys) -> None:
+    save_timm(vit(32), VIT, 5, tmp_path / "vit")
+    words = ["eval", str(tmp_path / "vit"), "--data", str(folders / "val")]
+    assert main("com-pt", "com-pt", COMMANDS, words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: retrieval is for clip, and ")
+    assert error.endswith(" is timm; choose another --suite")
