@@ -177,6 +177,7 @@ def interrupted_once(chain, out: str, update: int, device: torch.device) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # six runs of two processes, on a busy machine
 def test_two_processes_with_micro_batches_train_what_one_trains_with_the_whole_batch(
     pictures, tmp_path
 ) -> None:
@@ -188,7 +189,7 @@ def test_two_processes_with_micro_batches_train_what_one_trains_with_the_whole_b
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(script)], env=env, capture_output=True, text=True,
-                          timeout=240)  # fmt: skip
+                          timeout=1100)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "over 2 processes" in done.stderr
     kept = "run/stage-2-W64/checkpoints/*/model.safetensors"
