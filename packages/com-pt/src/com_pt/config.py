@@ -137,7 +137,16 @@ class ChainConfig:
         require(len({*names}) == len(names), f"stage names {names} repeat", "name each once")
         require("run" not in names, "a stage is named run", "use another name")
 
+        # The data's settings; their values are checked by the task.
+        require(
+            isinstance(self.data, Mapping),
+            f"data is {self.data!r}",
+            "give settings such as {train: captions.tsv}",
+        )
+
         # Numbers in range, and one of a few words.
+        workers = self.workers
+        require(workers is None or workers >= 0, f"workers is {workers}", "give 0 or more")
         for name in ("accum_freq", "save_every", "log_every"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}", "give 1 or more")

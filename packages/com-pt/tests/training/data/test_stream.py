@@ -257,7 +257,7 @@ def test_patterns_stand_for_several_files(shards, pattern, names) -> None:
     [
         ("{00000..00009}.tar", r"00006\.tar is not there; check data: train"),
         ("*.tgz", r"no file matches .*\*\.tgz; check data: train"),
-        ("*", r"notes\.txt is no tar, and only tars are streamed; leave out stream"),
+        ("*", r"notes\.txt is no tar, and only tars are streamed; set stream: false"),
     ],
 )
 def test_patterns_that_name_something_else_are_refused(shards, source, message) -> None:
