@@ -129,5 +129,7 @@ def test_two_stars_are_folders_at_any_depth(files) -> None:
 def test_a_tokenizer_that_is_larger_than_the_model_is_refused(tokenizer) -> None:
     task = CausalLMTask({"tokenizer": str(tokenizer)})
     task.adopt({"A": {"vocab_size": 4}})
-    with pytest.raises(ConfigError, match="vocab_size of A is 3 and the tokenizer .* has 4; raise"):
+    with pytest.raises(
+        ConfigError, match=r"vocab_size of A is 3 and the tokenizer .* has 4; raise"
+    ):
         task.adopt({"A": {"vocab_size": 3}})

@@ -128,7 +128,7 @@ class StreamedCaptionData:
 
 
 def is_streamed(data: Mapping[str, Any]) -> bool:
-    """Return whether the training data are streamed: as ``stream`` says, else for patterns but of tables."""
+    """Return whether training data are streamed: as ``stream`` says, else patterns but of tables."""
     source, stream = data.get("train"), data.get("stream")
     if not source or stream is not None:
         return bool(source) and bool(stream)

@@ -23,7 +23,7 @@ def read_rows(path: Path, columns: str) -> Iterator[tuple[int, list[str]]]:
         columns: What stands in them, such as "captions", for the message.
 
     Raises:
-        InputError: If there is no header, or a picture in its place, or a row is damaged or of another length; names the row.
+        InputError: If there is no header, or a row is damaged or of another length; names the row.
     """
     # A tab in the header tells the kind of file, whatever its name.
     header = next(decode_lines(path), "")
