@@ -135,6 +135,13 @@ class ChainConfig:
         require(len({*names}) == len(names), f"stage names {names} repeat", "name each once")
         require("run" not in names, "a stage is named run", "use another name")
 
+        # The data's settings; their values are checked by the task.
+        require(
+            isinstance(self.data, Mapping),
+            f"data is {self.data!r}",
+            "give settings such as {train: captions.tsv}",
+        )
+
         # Numbers in range, and one of a few words.
         for name in ("accum_freq", "save_every", "log_every"):
             value = getattr(self, name)

@@ -34,3 +34,19 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert len(lines) == 1
     assert message in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data: captions.csv", "data is 'captions.csv'; give settings such as"),
+        ("data:", "data is None; give settings such as"),
+        ("workers: -1", "workers is -1; give 0 or more"),
+        ("stages: [S]", "a stage is 'S'; give settings such as"),
+    ],
+)
+def test_a_wrong_chain_file_is_one_line(change, message, tmp_path, capsys) -> None:
+    stages = "" if change.startswith("stages") else "stages: [{name: S, model: ViT-B-16}]\n"
+    (tmp_path / "chain.yaml").write_text(f"task: clip\n{stages}{change}\n")
+    assert call("plan", str(tmp_path / "chain.yaml")) == 2
+    assert message in capsys.readouterr().err

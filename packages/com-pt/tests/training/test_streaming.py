@@ -124,6 +124,7 @@ def test_a_long_set_is_announced_with_the_time_that_it_takes(monkeypatch, capsys
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_two_processes_measure_exactly_what_one_does(pictures, tmp_path) -> None:
     names = ["red", "green", "blue"]
     rows = [f"{i}.png,{names[i % 3]}" for i in range(48)]

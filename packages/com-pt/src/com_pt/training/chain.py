@@ -56,6 +56,9 @@ def parse_chain(document: Mapping[str, Any]) -> ChainConfig:
     of_stage = {field.name for field in fields(StageConfig)}
     common = {k: v for k, v in document.items() if k in of_stage}
     of_chain = {k: v for k, v in document.items() if k not in of_stage and k != "stages"}
+    wrong = next((stage for stage in document["stages"] if not isinstance(stage, Mapping)), None)
+    if wrong is not None:
+        raise ConfigError(f"a stage is {wrong!r}; give settings such as {{name: S, model: ...}}")
     stages = tuple(_make(StageConfig, {**common, **stage}) for stage in document["stages"])
     return _make(ChainConfig, {**of_chain, "stages": stages})
 

@@ -339,3 +339,53 @@ def test_a_field_of_json_is_no_setting_of_tables(pictures) -> None:
         ConfigError, match=r"caption_key is alt, but all columns of .* are captions"
     ):
         pairs_of(pictures, caption_key="alt")
+
+
+def test_a_table_that_begins_with_a_picture_has_no_header(pictures) -> None:
+    (pictures / "captions.tsv").write_text("0.png\tred\n1.png\tred\n")
+    with pytest.raises(
+        InputError, match=r"row 1: 0\.png is a picture, and the first row is the he"
+    ):
+        pairs_of(pictures)
+
+
+def test_images_whose_names_have_more_dots_are_refused_instead_of_dropped(tmp_path, png) -> None:
+    members = {"a.png": png, "a.txt": "red", "b_0.5.png": png, "b_0.5.txt": "red"}
+    with pytest.raises(InputError, match=r"1 images have a dot within their names, such as b_0\.5"):
+        pairs_of(tmp_path, train=tar_of(tmp_path / "x.tar", members))
+
+
+def test_a_tar_that_was_cut_between_two_members_is_refused(tmp_path, png) -> None:
+    path = tmp_path / "x.tar"
+    tar_of(path, {"a.png": png, "a.txt": "red", "b.png": png, "b.txt": "red"})
+    with tarfile.open(path) as tar:
+        end = tar.getmember("b.png").offset
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(InputError, match=r"x\.tar: no complete tar: its end is missing"):
+        pairs_of(tmp_path, train=str(path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (tarfile.LNKTYPE, r"b\.png is a hard link"),
+        (tarfile.GNUTYPE_SPARSE, r"b\.png is sparse"),
+    ],
+)
+def test_members_that_are_not_stored_as_they_are_are_refused(tmp_path, png, kind, message) -> None:
+    path = tmp_path / "x.tar"
+    tar_of(path, {"a.png": png, "a.txt": "red"})
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("b.png")
+        member.type, member.linkname = kind, "a.png"
+        tar.addfile(member)
+    with pytest.raises(InputError, match=message):
+        pairs_of(tmp_path, train=str(path))
+
+
+def test_patterns_of_tables_are_read_without_being_streamed(pictures) -> None:
+    (pictures / "more.tsv").write_text((pictures / "captions.tsv").read_text())
+    task = task_of(pictures, train=f"{pictures}/{{captions,more}}.tsv")
+    assert (len(task), task.stream) == (96, None)
+    with pytest.raises(ConfigError, match="samples is 8, but the training data are not streamed"):
+        len(task_of(pictures, samples=8))

@@ -61,8 +61,8 @@ def test_an_animated_picture_is_its_first_frame_and_none_is_rotated() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "x: cannot identify image file"),
-        (b"<html>not found</html>", "x: cannot identify image file"),
+        (b"", "x: no picture of a known kind"),
+        (b"<html>not found</html>", "x: no picture of a known kind"),
         (encoded(Image.new("RGB", (64, 64), RED), "PNG")[:90], "x: .*; replace the picture"),
         (encoded(Image.new("RGB", (64, 64), RED), "JPEG")[:400], "x: .*; replace the picture"),
     ],

@@ -79,3 +79,16 @@ def test_readers_are_chosen_by_the_cpus_of_a_process(
     assert reader_count(task) == Batches(task, 8, seed=0, workers=None).workers == readers
     assert reader_count(range(9)) == 0
     assert Batches(task, 8, seed=0, workers=3).workers == 3
+
+
+def test_an_error_in_a_reader_process_is_one_line_too(pictures) -> None:
+    for i in range(48):
+        (pictures / f"{i}.png").write_bytes(b"no picture")
+    errors = []
+    for workers in (0, 2):
+        batches = Batches(task_of(pictures), 8, seed=0, workers=workers)
+        with pytest.raises(InputError, match="samples in a row cannot be read") as caught:
+            list(batches.run(0, 6))
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+    assert "png: no picture of a known kind, or a damaged one; replace the picture" in errors[0]

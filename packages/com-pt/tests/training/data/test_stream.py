@@ -257,7 +257,7 @@ def test_patterns_stand_for_several_files(shards, pattern, names) -> None:
     [
         ("{00000..00009}.tar", r"00006\.tar is not there; check data: train"),
         ("*.tgz", r"no file matches .*\*\.tgz; check data: train"),
-        ("*", r"notes\.txt is no tar, and only tars are streamed; leave out stream"),
+        ("*", r"notes\.txt is no tar, and only tars are streamed; set stream: false"),
     ],
 )
 def test_patterns_that_name_something_else_are_refused(shards, source, message) -> None:
@@ -286,3 +286,25 @@ def test_a_pattern_may_be_indexed_and_a_tar_streamed(shards) -> None:
 def test_counts_are_whole_numbers(shards, name, value) -> None:
     with pytest.raises(InputError, match=f"data: {name} is {value!r}; give a whole number of 1"):
         len(task_of(shards, **{name: value}))
+
+
+def test_a_first_shard_without_samples_is_passed_over(shards) -> None:
+    write_shard(shards / "00000.tar", 0, 0)
+    assert len(task_of(shards)) == (SHARDS - 1) * SAMPLES
+    for shard in range(SHARDS):
+        write_shard(shards / f"{shard:05}.tar", shard, 0)
+    with pytest.raises(InputError, match=r"00000\.tar holds no samples; give shards with some"):
+        len(task_of(shards))
+
+
+def test_sizes_that_hide_samples_are_warned_about(shards, capsys) -> None:
+    (shards / "sizes.json").write_text(json.dumps({f"{i:05}.tar": 10 for i in range(SHARDS)}))
+    assert len(task_of(shards)) == SHARDS * 10
+    assert "00000.tar has 16 samples, of which 10 are read, as sizes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["-5", "29.5"])
+def test_a_length_beside_the_shards_is_a_count(shards, content) -> None:
+    (shards / "__len__").write_text(content)
+    with pytest.raises(InputError, match="is no number of samples; write the number of samples"):
+        len(task_of(shards))

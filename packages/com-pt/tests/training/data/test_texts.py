@@ -10,7 +10,7 @@ import torch
 
 from com_pt.training.data.texts import MappedBytes, TextBlocks
 from com_pt.training.tasks.causal_lm import CausalLMTask
-from effml_common.errors import InputError
+from effml_common.errors import ConfigError, InputError
 
 CONTENTS = {"a.txt": b"hello", "b.txt": b"", "c.txt": bytes(range(256)) * 3, "d.txt": b"\xff\x00"}
 
@@ -117,3 +117,19 @@ def test_a_damaged_tokenizer_is_one_line_and_its_code_is_never_run(tmp_path, tok
     with pytest.raises(InputError, match=r"the tokenizer .*/tokenizer: .*; check the folder"):
         TextBlocks.open(data, "train", 2)
     assert not (tmp_path / "ran").exists()
+
+
+def test_two_stars_are_folders_at_any_depth(files) -> None:
+    (files / "one" / "two").mkdir(parents=True)
+    (files / "one" / "two" / "e.txt").write_text("deep")
+    task = CausalLMTask({"train": f"{files}/**/*.txt", "length": 1})
+    assert len(task) == len(expected_blocks(1)) + 5
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(tokenizer) -> None:
+    task = CausalLMTask({"tokenizer": str(tokenizer)})
+    task.adopt({"A": {"vocab_size": 4}})
+    with pytest.raises(
+        ConfigError, match=r"vocab_size of A is 3 and the tokenizer .* has 4; raise"
+    ):
+        task.adopt({"A": {"vocab_size": 3}})

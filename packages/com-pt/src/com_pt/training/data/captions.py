@@ -1,6 +1,7 @@
 """Images with one or several captions, as samples."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from com_pt.training.data.tokenizers import Tokenizer, make_tokenizer
 from com_pt.training.data.transforms import crop_range, image_transform
 from effml_common.errors import InputError
 
+TABLES = (".csv", ".tsv", ".tab")
 SHUFFLE_BUFFER = 5000  # samples that wait in a stream
 TRAINING_CROP = (0.9, 1.0)  # share of the area that a random crop keeps
 
@@ -99,13 +101,13 @@ class StreamedCaptionData:
         paths = expand_paths(data["train"], "data: train")
         wrong = next((path for path in paths if path.suffix.lower() != ".tar"), None)
         if wrong is not None:
-            raise InputError(f"{wrong} is no tar, and only tars are streamed; leave out stream")
+            raise InputError(f"{wrong} is no tar, and only tars are streamed; set stream: false")
         samples = read_count(data, "samples", 1) if data.get("samples") is not None else None
         stream = ShardStream(paths, samples, read_count(data, "shuffle_buffer", SHUFFLE_BUFFER))
 
         # A fault that all samples share is met here and not among those that are skipped.
         opened = cls(stream, data, CaptionRule(captions, bool(data.get("sentences"))))
-        opened[0]
+        opened[stream.first()]
         return opened
 
     def __len__(self) -> int:
@@ -120,9 +122,12 @@ class StreamedCaptionData:
 
 
 def is_streamed(data: Mapping[str, Any]) -> bool:
-    """Return whether the training data are streamed: as ``stream`` says, else if they are a pattern."""
+    """Return whether training data are streamed: as ``stream`` says, else patterns but of tables."""
     source, stream = data.get("train"), data.get("stream")
-    return bool(source) and (is_pattern(source) if stream is None else bool(stream))
+    if not source or stream is not None:
+        return bool(source) and bool(stream)
+    names = [source] if isinstance(source, str | Path) else source
+    return is_pattern(source) and not any(str(name).lower().endswith(TABLES) for name in names)
 
 
 def caption_transform(data: Mapping[str, Any], part: str) -> Callable[[Any], Tensor]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from effml_common.errors import InputError
 from effml_common.parsing import one_line
@@ -39,6 +39,8 @@ def decoding(place: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         # Errors of the system carry number and file, which the place names already.
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, UnidentifiedImageError):  # whose text is an address in memory
+            why = "no picture of a known kind, or a damaged one"
         raise InputError(f"{place}: {one_line(why) or type(error).__name__}; {remedy}") from error
 
 

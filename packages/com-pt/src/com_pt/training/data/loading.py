@@ -103,7 +103,7 @@ class Batches:
             InputError: If more than 1 % of the samples cannot be read.
         """
         loader = DataLoader(
-            self.readable,
+            Reported(self.readable),
             batch_sampler=self.keys(start, stop),  # lazily: a long run has many samples
             collate_fn=self._collate,
             num_workers=self.workers,
@@ -111,11 +111,17 @@ class Batches:
             pin_memory=torch.cuda.is_initialized(),
             worker_init_fn=prepare_reader,
         )
-        for batch, bad in loader:
+        for read in loader:
+            if isinstance(read, InputError):
+                raise read
+            batch, bad = read
             self._count(bad)
             yield batch
 
-    def _collate(self, read: list[tuple[Any, dict[int, str]]]) -> tuple[Any, dict[int, str]]:
+    def _collate(self, read: list[Any]) -> tuple[Any, dict[int, str]] | InputError:
+        failed = next((sample for sample in read if isinstance(sample, InputError)), None)
+        if failed is not None:
+            return failed
         bad: dict[int, str] = {}
         for _, unreadable in read:
             bad |= unreadable
@@ -201,3 +207,19 @@ class Readable(Dataset[Any]):
         if self.stream is not None:
             return self.stream.after(sample)
         return (sample + 1) % len(self.task)
+
+
+class Reported(Dataset[Any]):
+    """Samples, or the error instead: one that a reader process raises arrives as its whole traceback."""
+
+    def __init__(self, readable: Readable) -> None:
+        self.readable = readable
+
+    def __len__(self) -> int:
+        return len(self.readable)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, dict[int, str]] | InputError:
+        try:
+            return self.readable[key]
+        except InputError as error:
+            return InputError(str(error))  # without its cause, which may not travel

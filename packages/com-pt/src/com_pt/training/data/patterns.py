@@ -27,8 +27,8 @@ def expand_paths(source: str | Path | Sequence[str], setting: str) -> list[Path]
     """Return the files that a source, or a list of sources, stands for.
 
     Args:
-        source: Paths; ``{00000..00331}`` and ``{a,b}`` stand for several, ``*``, ``?`` and ``[]`` for
-            what is there.
+        source: Paths; ``{00000..00331}`` and ``{a,b}`` stand for several, ``*``, ``?``, ``[]`` and
+            ``**``, which is any depth of folders, for what is there.
         setting: Where they are given, for the message.
 
     Raises:
@@ -47,7 +47,9 @@ def expand_paths(source: str | Path | Sequence[str], setting: str) -> list[Path]
         matched = [
             found
             for one in expanded
-            for found in (sorted(glob.glob(one)) if re.search(r"[*?\[]", one) else [one])
+            for found in (
+                sorted(glob.glob(one, recursive=True)) if re.search(r"[*?\[]", one) else [one]
+            )
         ]
         if not matched:
             raise InputError(f"no file matches {name}; check {setting}")

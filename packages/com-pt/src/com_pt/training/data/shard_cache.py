@@ -13,7 +13,7 @@ from com_pt.training.data.shards import ShardIndex, scan_shard
 from effml_common.files import atomic_write
 from effml_common.folders import cache_folder
 
-FORMAT = 1  # of the kept files; other numbers are scanned again
+FORMAT = 2  # of the kept files; other numbers are scanned again
 
 
 def load_or_scan(path: Path) -> ShardIndex:

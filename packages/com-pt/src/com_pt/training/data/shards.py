@@ -92,6 +92,9 @@ def scan_shard(path: Path) -> ShardIndex:
         tarfile.open(path, "r:") as tar,
     ):
         for member in tar:
+            if member.issparse() or member.islnk():
+                what = "sparse" if member.issparse() else "a hard link"
+                raise ValueError(f"{member.name} is {what} and would be read wrongly or not at all")
             if member.isreg():
                 key, kind = _split_name(member.name)
                 parts = samples.setdefault(key, {})
@@ -100,6 +103,19 @@ def scan_shard(path: Path) -> ShardIndex:
                     raise InputError(f"{path}, sample {key}: two {what}; give each sample a name")
                 parts[kind] = (member.offset_data, member.size)
         _check_tail(path, tar.offset)
+
+    # Images whose names have more dots belong to no sample: an extension begins at the first dot.
+    dotted = [
+        key + kind
+        for key, parts in samples.items()
+        for kind in parts
+        if kind.endswith(IMAGE_EXTENSIONS)
+    ]
+    if dotted:
+        raise InputError(
+            f"{path}: {len(dotted)} images have a dot within their names, such as {dotted[0]}; "
+            "rename them, since a sample's name ends at the first dot"
+        )
 
     # Texts beside which no image of a known kind stands.
     lone = [key for key, parts in samples.items() if "image" not in parts and _has_text(parts)]
@@ -135,10 +151,16 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _check_tail(path: Path, end: int) -> None:
-    """Refuse a tar behind whose end something stands: a damaged header ends it in silence."""
+    """Refuse a tar without an end, or with something behind it.
+
+    One that was cut between two members, or has a damaged header, ends in silence.
+    """
     with open(path, "rb") as file:
         file.seek(end)
-        if file.read(TAIL_CHECKED).strip(b"\0"):
+        tail = file.read(TAIL_CHECKED)
+        if not tail:
+            raise ValueError("its end is missing")
+        if tail.strip(b"\0"):
             raise ValueError(f"a header is damaged, or two tars are joined, at byte {end}")
 
 

@@ -19,7 +19,7 @@ from com_pt.training.data.loading import seed_of
 from com_pt.training.data.shard_cache import load_or_scan
 from com_pt.training.data.shards import ShardIndex
 from effml_common.errors import InputError
-from effml_common.logging import say
+from effml_common.logging import say, warn
 
 T = TypeVar("T")
 STRIDE = 2**32  # a sample is called by shard * STRIDE + its number there
@@ -73,7 +73,12 @@ class ShardStream:
         if shard in self._indices:
             self._indices.move_to_end(shard)
             return self._indices[shard]
-        self._indices[shard] = load_or_scan(self.paths[shard])
+        index = self._indices[shard] = load_or_scan(self.paths[shard])
+        if self._counts.get(shard, len(index)) < len(index):
+            warn(
+                f"{index.path} has {len(index)} samples, of which {self._counts[shard]} are read, as "
+                "sizes.json says; correct it to read all"
+            )
         while len(self._indices) > 1 and sum(map(len, self._indices.values())) > SAMPLES_INDEXED:
             self._indices.popitem(last=False)
         return self._indices[shard]
@@ -92,6 +97,17 @@ class ShardStream:
                 "correct it"
             )
         return index, number
+
+    def first(self) -> int:
+        """Return the first sample.
+
+        Raises:
+            InputError: If no shard has any.
+        """
+        for shard in range(len(self.paths)):
+            if len(self.index(shard)):
+                return shard * STRIDE
+        raise InputError(f"{self.paths[0]} holds no samples; give shards with some")
 
     def after(self, key: int) -> int:
         """Return the sample that takes the place of one that cannot be read."""
@@ -155,7 +171,10 @@ def _total_beside(folder: Path) -> int:
     if not file.is_file():
         return 0
     with decoding(str(file), "write the number of samples or take it away"):
-        return int(json.loads(file.read_text(encoding="utf-8")))
+        number = json.loads(file.read_text(encoding="utf-8"))
+        if not _is_count(number):
+            raise ValueError(f"{number!r} is no number of samples")
+        return number
 
 
 def _is_count(value: Any) -> bool:

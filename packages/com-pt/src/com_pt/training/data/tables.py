@@ -8,7 +8,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from com_pt.training.data.decoding import decode_lines, decoding
+from com_pt.training.data.decoding import IMAGE_EXTENSIONS, decode_lines, decoding
 from effml_common.errors import InputError
 
 TAB_EXTENSIONS = (".tsv", ".tab")
@@ -35,6 +35,11 @@ def read_rows(path: Path, columns: str) -> Iterator[tuple[int, list[str]]]:
     if len(names) < 2:
         raise InputError(
             f"{path} has no header with a path and {columns}; add one, separated by commas or tabs"
+        )
+    if names[0].strip().lower().endswith(IMAGE_EXTENSIONS):
+        raise InputError(
+            f"{path}, row 1: {names[0]} is a picture, and the first row is the header; "
+            f"add one, such as path and {columns}, above it"
         )
     for number, cells in rows:
         if len(cells) != len(names):

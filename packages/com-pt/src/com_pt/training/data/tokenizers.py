@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from com_pt.training.data.decoding import decoding
 from effml_common.errors import InputError
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -28,22 +29,31 @@ def make_tokenizer(data: Mapping[str, Any]) -> Tokenizer:
 
         simple = SimpleTokenizer(context_length=length or 77)
         return lambda texts: simple(texts)
-    from open_clip.tokenizer import HFTokenizer
-
-    if not Path(str(kind)).is_dir():
-        raise InputError(
-            f"there is no tokenizer {kind}; use simple, a list of words or a tokenizer's folder"
-        )
-    loaded = HFTokenizer(str(kind), context_length=length or 77)
+    loaded = _load_folder(kind, length or 77)
     return lambda texts: loaded(texts)
 
 
 def vocabulary_size(data: Mapping[str, Any]) -> int:
-    """Return the number of a tokenizer's ids, as far as it is known without loading it; else 0."""
+    """Return the number of a tokenizer's ids.
+
+    Raises:
+        InputError: If there is no such folder, or it cannot be loaded.
+    """
     kind = data.get("tokenizer", "simple")
     if isinstance(kind, list | tuple):
         return len(kind) + 2
-    return 49408 if kind == "simple" else 0
+    return 49408 if kind == "simple" else len(_load_folder(kind, 77).tokenizer)
+
+
+def _load_folder(folder: Any, length: int) -> Any:
+    from open_clip.tokenizer import HFTokenizer
+
+    if not Path(str(folder)).is_dir():
+        raise InputError(
+            f"there is no tokenizer {folder}; use simple, a list of words or a tokenizer's folder"
+        )
+    with decoding(f"the tokenizer {folder}", "check the folder"):
+        return HFTokenizer(str(folder), context_length=length)
 
 
 class WordTokenizer:

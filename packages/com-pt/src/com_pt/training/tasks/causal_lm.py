@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 from com_pt.adapters.llama_models import llama_config
 from com_pt.method.cost import llama_macs
 from com_pt.method.metrics import perplexity
-from com_pt.training.data.counts import read_count
+from com_pt.training.data.counts import check_settings, read_count
 from com_pt.training.data.texts import BYTE_TOKENS, TextBlocks, load_tokenizer
 from com_pt.training.embedding import stream_losses
 from com_pt.training.streaming import Reading
@@ -38,6 +38,7 @@ class CausalLMTask(Task):
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
+        check_settings(data)
         self.length = read_count(data, "length", 512)
         self._blocks: dict[str, TextBlocks] = {}
 
@@ -48,13 +49,19 @@ class CausalLMTask(Task):
         return LlamaForCausalLM(llama_config(spec))
 
     def adopt(self, specs: Mapping[str, Any]) -> None:
-        """Refuse models without an embedding for every byte and the end of text."""
+        """Refuse models without an embedding for every token.
+
+        Raises:
+            ConfigError: If one has fewer.
+            InputError: If there is no such tokenizer.
+        """
+        tokenizer = self.data.get("tokenizer", "bytes")
+        tokens = BYTE_TOKENS if tokenizer == "bytes" else len(load_tokenizer(tokenizer))
+        owner = "bytes need" if tokenizer == "bytes" else f"the tokenizer {tokenizer} has"
         for name, spec in specs.items():
             size = llama_config(spec).vocab_size
-            if self.data.get("tokenizer", "bytes") == "bytes" and size < BYTE_TOKENS:
-                raise ConfigError(
-                    f"vocab_size of {name} is {size} and bytes need {BYTE_TOKENS}; raise it"
-                )
+            if size < tokens:
+                raise ConfigError(f"vocab_size of {name} is {size} and {owner} {tokens}; raise it")
 
     def check_data(self) -> None:
         """Read the held-out text.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from com_pt.adapters.flop_counter import count_macs
 from com_pt.adapters.timm_models import build_timm, load_timm, save_timm
 from com_pt.method.metrics import label_ranks, name_accuracies
+from com_pt.training.data.counts import check_settings
 from com_pt.training.data.decoding import read_names
 from com_pt.training.data.labelled import LabelledImages, class_names, open_labelled
 from com_pt.training.data.labelling import lists_classes
@@ -53,6 +54,7 @@ class ClassifyTask(Task):
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
+        check_settings(data)
         self.smoothing = float(data.get("smoothing", 0.1))
         self._classes: int | None = None
         self._samples: LabelledImages | None = None

@@ -19,7 +19,7 @@ from com_pt.training.data.captions import (
     caption_transform,
     is_streamed,
 )
-from com_pt.training.data.counts import read_count
+from com_pt.training.data.counts import check_settings, read_count
 from com_pt.training.data.labelled import LabelledImages, open_labelled
 from com_pt.training.data.stream import ShardStream
 from com_pt.training.data.tokenizers import make_tokenizer, vocabulary_size
@@ -81,6 +81,7 @@ class ClipTask(Task):
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
+        check_settings(data)
         self.captions = read_count(data, "captions", 1)
         if data.get("sentences") and self.captions < 2:
             raise ConfigError(
@@ -116,6 +117,14 @@ class ClipTask(Task):
             if is_streamed(self.data):
                 self._samples = StreamedCaptionData.open(self.data, captions=self.captions)
             else:
+                idle = next(
+                    (name for name in ("samples", "shuffle_buffer") if name in self.data), None
+                )
+                if idle is not None and self.data.get("stream") is None:
+                    raise ConfigError(
+                        f"{idle} is {self.data[idle]}, but the training data are not streamed; "
+                        "leave it out or set stream: true"
+                    )
                 self._samples = CaptionData.open(self.data, "train", captions=self.captions)
         return self._samples
 
