@@ -50,3 +50,11 @@ def test_a_wrong_chain_file_is_one_line(change, message, tmp_path, capsys) -> No
     (tmp_path / "chain.yaml").write_text(f"task: clip\n{stages}{change}\n")
     assert call("plan", str(tmp_path / "chain.yaml")) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_that_is_judged_is_told_to_be_a_folder(tmp_path, capsys) -> None:
+    """``eval`` has no flag that names the model of a checkpoint file; only ``grow`` has."""
+    file = tmp_path / "model.pt"
+    file.write_bytes(b"")
+    assert main("com-pt", "com-pt", COMMANDS, ["eval", str(file), "--data", str(file)]) == 2
+    assert "does not tell its model; give the folder of a model" in capsys.readouterr().err

@@ -66,7 +66,9 @@ def load_any(path: str, small_model: str | None = None) -> LoadedModel:
 
 def _load_checkpoint(file: Path, name: str | None) -> nn.Module:
     if name is None:
-        raise InputError(f"{file} does not tell its model; add --small-model NAME")
+        raise InputError(
+            f"{file} does not tell its model; give the folder of a model, or --small-model NAME to grow"
+        )
     return load_weights(build_clip(clip_config(name)), read_weights(file), file)
 
 
