@@ -69,6 +69,7 @@ def write_with_parameters(job: Job) -> None:
             job.decoder.hold([block])
             write_block(block)
             bar.advance()
+            stop.agree()
             stop.check()
     job.decoder.hold([])
 

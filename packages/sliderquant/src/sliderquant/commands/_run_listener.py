@@ -84,7 +84,7 @@ class RunListener(CalibrationListener):
     def on_update(self, loss: float) -> None:
         """Advance the bar; stop if asked, because the last finished window is saved."""
         super().on_update(loss)
-        self._stop.check()
+        self._stop_if_asked()
 
     def on_block(self, block: int) -> None:
         """Write a final block; where all blocks are rounded, its codes may be needed to measure."""
@@ -99,7 +99,7 @@ class RunListener(CalibrationListener):
         if not self._job.plan.windows:
             self._log.log(block + 1, {f"strength {name}": value for name, value in named.items()})
         super().on_rounded(block, strengths)
-        self._stop.check()
+        self._stop_if_asked()
 
     def on_window(self, result: WindowResult) -> None:
         """Save a finished window."""
@@ -108,6 +108,11 @@ class RunListener(CalibrationListener):
         self._log.log(metrics.pop("step"), metrics)
         self._save_window(result.step)
         super().on_window(result)
+
+    def _stop_if_asked(self) -> None:
+        # All processes get here together, and a signal may have reached one of them only.
+        self._stop.agree()
+        self._stop.check()
 
 
 class WindowClock:
