@@ -47,9 +47,12 @@ def test_every_cell_comes_after_its_predecessor_of_the_same_role_and_seed(tmp_pa
 def test_a_chain_gets_the_paper_s_share_of_the_updates_and_short_runs_get_as_many(tmp_path) -> None:
     walked = measure_all(FashionConfig(results=str(tmp_path)), lambda cell: -abs(cell.rate - 2e-3))
     updates = {cell.name: cell.updates for cell in walked if cell.role == "confirm"}
-    assert updates["S chain"] == updates["S short"] == round(0.19 * UPDATES)
-    assert updates["B chain"] == updates["B short"] == round(0.12 * UPDATES)
-    assert {updates[f"{member} alone"] for member in "TSB"} == {UPDATES}
+    assert updates["S chain"] == updates["S short"] == round(0.19 * UPDATES["vit"])
+    assert updates["B chain"] == updates["B short"] == round(0.12 * UPDATES["vit"])
+    assert {updates[f"{member} alone"] for member in "TSB"} == {UPDATES["vit"]}
+    assert {updates[f"{member} four fifths"] for member in "TSB"} == {round(0.8 * UPDATES["vit"])}
+    rates = {cell.name: cell.rate for cell in walked if cell.role == "confirm"}
+    assert rates["T four fifths"] == rates["T alone"]
 
 
 @pytest.mark.parametrize(

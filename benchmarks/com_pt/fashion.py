@@ -34,7 +34,8 @@ PROG = "python -m benchmarks.com_pt.fashion"
 EXAMPLES = (f"{PROG} --plan", PROG, f"{PROG} --family clip --seeds 1")
 RESULTS = Path(__file__).parent / "results"
 
-BATCH, UPDATES, WARMUP = 128, 11_232, 200  # 24 passes over 60,000 pictures
+BATCH, WARMUP = 128, 200
+UPDATES = {"vit": 11_232, "clip": 3_744}  # 24 and 8 passes over 60,000 pictures
 WEIGHT_DECAY = 0.1  # the default of a stage
 SHARES = {"T": 1.0, "S": 0.19, "B": 0.12}  # of the updates alone, as in the paper's chain
 LATE = 0.8  # share of the updates after which a member should be saturated
@@ -263,7 +264,7 @@ def cells(config: FashionConfig) -> Iterator[FashionCell]:
     for member, way in ways(config):
         source = predecessor(member, way, best)
         for rate in grid(config, member, way, source):
-            cell = make_cell("tune", member, way, TUNING_SEED, rate, source)
+            cell = make_cell(config, "tune", member, way, TUNING_SEED, rate, source)
             yield cell
         best[member, way] = best_trial(config, member, way, source)
 
@@ -272,7 +273,7 @@ def cells(config: FashionConfig) -> Iterator[FashionCell]:
         trained: dict[tuple[str, str], FashionCell] = {}
         for member, way in ways(config):
             source = predecessor(member, way, trained)
-            cell = make_cell("confirm", member, way, seed, best[member, way].rate, source)
+            cell = make_cell(config, "confirm", member, way, seed, best[member, way].rate, source)
             trained[member, way] = cell
             yield cell
 
@@ -280,7 +281,7 @@ def cells(config: FashionConfig) -> Iterator[FashionCell]:
     if "four fifths" in config.ways:
         for member, seed in product(SHARES, config.seeds):
             rate = best[member, "alone"].rate
-            yield make_cell("confirm", member, "four fifths", seed, rate, None)
+            yield make_cell(config, "confirm", member, "four fifths", seed, rate, None)
 
 
 def ways(config: FashionConfig) -> Iterator[tuple[str, str]]:
@@ -305,15 +306,20 @@ def predecessor(
 
 
 def make_cell(
-    role: str, member: str, way: str, seed: int, rate: float, source: FashionCell | None
+    config: FashionConfig,
+    role: str,
+    member: str,
+    way: str,
+    seed: int,
+    rate: float,
+    source: FashionCell | None,
 ) -> FashionCell:
     """Make a cell with the updates of its way, or a tenth of them for tuning."""
     share = {"alone": 1.0, "four fifths": LATE}.get(way, SHARES[member])
     share *= TUNING_SHARE if role == "tune" else 1.0
+    updates = round(share * UPDATES[config.family])
     before = None if source is None else source.file
-    return FashionCell(
-        f"{member} {way}", role, member, way, seed, round(share * UPDATES), rate, before
-    )
+    return FashionCell(f"{member} {way}", role, member, way, seed, updates, rate, before)
 
 
 def grid(
@@ -338,7 +344,7 @@ def trials(
     """Return the development accuracy of every rate that was tried."""
     values = {}
     for power in range(-3, 7):
-        cell = make_cell("tune", member, way, TUNING_SEED, RATES[0] * 2.0**power, source)
+        cell = make_cell(config, "tune", member, way, TUNING_SEED, RATES[0] * 2.0**power, source)
         record = measured(config, cell)
         if record is not None:
             values[cell.rate] = record["value"]
@@ -351,7 +357,7 @@ def best_trial(
     """Return the trial with the best development accuracy."""
     values = trials(config, member, way, source)
     rate = max(values, key=lambda rate: values[rate])
-    return make_cell("tune", member, way, TUNING_SEED, rate, source)
+    return make_cell(config, "tune", member, way, TUNING_SEED, rate, source)
 
 
 def estimate(config: FashionConfig, cell: FashionCell) -> float | None:

@@ -8,7 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.com_pt.fashion import BATCH, LATE, TASKS, UPDATES, WAYS, WEIGHT_DECAY, FashionConfig
+from benchmarks.com_pt.fashion import (
+    BATCH,
+    LATE,
+    TASKS,
+    UPDATES,
+    WAYS,
+    WEIGHT_DECAY,
+    Family,
+    FashionConfig,
+)
 from effml_common.files import atomic_write
 from effml_common.report import Claim, Report, Row, environment
 
@@ -37,7 +46,7 @@ def write_results(config: FashionConfig) -> None:
         seconds=sum(r["seconds"] or 0.0 for r in records),
         rows=[*member_rows(confirmed, metric), *family_rows(confirmed)],
         claims=claims_of(confirmed),
-        notes=notes_of(records, metric),
+        notes=notes_of(records, metric, config.family),
         environment=environment(("open-clip-torch", "timm", "accelerate")),
     )
     out = folder.parent.parent / f"{folder.parent.name}-{config.family}"
@@ -143,11 +152,11 @@ def claims_of(records: Sequence[Record]) -> list[Claim]:
     return claims
 
 
-def notes_of(records: Sequence[Record], metric: str) -> list[str]:
+def notes_of(records: Sequence[Record], metric: str, family: Family) -> list[str]:
     """Say what all cells share, and list the trials of the rates."""
     notes = [
-        f"members alone get {UPDATES} updates of {BATCH} pictures, S and B of a chain 0.19 and 0.12 "
-        f"of them; AdamW, weight decay {WEIGHT_DECAY:g}, a cosine of its own for every training",
+        f"members alone get {UPDATES[family]} updates of {BATCH} pictures, S and B of a chain 0.19 and "
+        f"0.12 of them; AdamW, weight decay {WEIGHT_DECAY:g}, a cosine of its own for every training",
         f"pictures are not augmented; {metric} on the 10,000 test pictures",
         f"the gain of the last fifth is from {100 * LATE:g} % of the updates to the end; 'four fifths' "
         "is a training with as many updates and a cosine of its own",
