@@ -280,7 +280,7 @@ def cells(config: FashionConfig) -> Iterator[FashionCell]:
     # Last, whether the members alone are saturated; at the rates of those.
     if "four fifths" in config.ways:
         for member, seed in product(SHARES, config.seeds):
-            rate = best[member, "alone"].rate
+            rate = best_trial(config, member, "alone", None).rate
             yield make_cell(config, "confirm", member, "four fifths", seed, rate, None)
 
 

@@ -111,7 +111,7 @@ def family_rows(records: Sequence[Record]) -> list[Row]:
             values = [sum(cell[s][key] for cell in cells) for s in known]
             before = [sum(cell[s][key] for cell in alone) for s in known]
             if known:
-                metrics[f"{name} of the family"] = values
+                metrics[f"{name} of the family"] = [float(value) for value in values]
                 metrics[f"times cheaper in {name}"] = [
                     b / v for b, v in zip(before, values, strict=True)
                 ]
