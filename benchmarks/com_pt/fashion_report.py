@@ -24,7 +24,14 @@ from effml_common.report import Claim, Report, Row, environment
 MAY_LOSE = 0.005  # of the accuracy alone: what the paper calls lossless
 SATURATED = 0.002  # what a saturated member gains in the last fifth of its updates, at most
 MEMBERS = ("T", "S", "B")
-COLORS = {"alone": "black", "chain": "C0", "lossless chain": "C2", "short": "C1"}
+# Of the figure: colour, words of the legend, and where a mark's name stands, in points from it.
+STYLES = {
+    "alone": ("black", "each alone", (10, -12)),
+    "chain": ("C0", "chain, embed growth", (-9, 6)),
+    "lossless chain": ("C2", "chain, lossless growth", (-9, -14)),
+    "short": ("C1", "alone, with the chain's updates", (9, 6)),
+}
+MODELS = {"top-1": "of timm's ViT", "zero-shot top-1": "of open_clip's CLIP"}
 Record = Mapping[str, Any]
 
 
@@ -177,31 +184,40 @@ def draw(records: Sequence[Record], metric: str, path: Path) -> None:
     if find_spec("matplotlib") is None:
         return
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    markers = dict(zip(MEMBERS, "os^", strict=True))
-    for way, color in COLORS.items():
+    for way, (color, label, offset) in STYLES.items():
+        points = []
         for member in MEMBERS:
-            group = [*by_seed(records, member, way).values()]
+            # A chain begins at T alone, whose mark is drawn once.
+            begins = member == "T" and "chain" in way
+            group = [*by_seed(records, member, "alone" if begins else way).values()]
             if not group:
                 continue
             values = [100 * r["value"] for r in group]
             mean = sum(values) / len(values)
+            points.append((total_macs(records, member, way) / 1e12, mean))
+            if begins:
+                continue
             error = [[mean - min(values)], [max(values) - mean]]
-            macs = total_macs(records, member, way) / 1e12
-            axes.errorbar(macs, mean, error, fmt=markers[member], color=color, capsize=3)
+            axes.errorbar(*points[-1], error, fmt="o", color=color, capsize=3)
+            axes.annotate(
+                member, points[-1], offset, textcoords="offset points", color=color, ha="center"
+            )
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), color=color, alpha=0.5, label=label)
 
-    # One legend for the shapes, one for the colours.
-    ways = [Line2D([], [], color=c, marker="o", ls="", label=w) for w, c in COLORS.items()]
-    shapes = [Line2D([], [], color="grey", marker=m, ls="", label=n) for n, m in markers.items()]
-    axes.legend(handles=[*ways, *shapes], frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    # Few ticks, in plain numbers.
+    axes.legend(frameon=False, loc="lower right")
     axes.set_xscale("log")
-    axes.set_xlabel("training TMAC, all predecessors included")
+    axes.set_xticks([3, 5, 10, 20, 50], ["3", "5", "10", "20", "50"])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("training in trillions of multiply-accumulates, all predecessors included")
     axes.set_ylabel(f"{metric}, %")
     seeds = len({r["seed"] for r in records})
-    axes.set_title(f"Fashion-MNIST: mean and range over seeds ({seeds})", loc="left")
+    of_seeds = "one seed" if seeds == 1 else f"mean and range of {seeds} seeds"
+    axes.set_title(f"Fashion-MNIST, T, S and B {MODELS[metric]}: {of_seeds}", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
