@@ -206,7 +206,8 @@ def draw(records: Sequence[Record], metric: str, path: Path) -> None:
                 member, points[-1], offset, textcoords="offset points", color=color, ha="center"
             )
         if len(points) > 1:
-            axes.plot(*zip(*points, strict=True), color=color, alpha=0.5, label=label)
+            macs, means = zip(*points, strict=True)
+            axes.plot(macs, means, color=color, alpha=0.5, label=label)
 
     # Few ticks, in plain numbers.
     axes.legend(frameon=False, loc="lower right")
