@@ -203,7 +203,12 @@ def draw(records: Sequence[Record], metric: str, path: Path) -> None:
             error = [[mean - min(values)], [max(values) - mean]]
             axes.errorbar(*points[-1], error, fmt="o", color=color, capsize=3)
             axes.annotate(
-                member, points[-1], offset, textcoords="offset points", color=color, ha="center"
+                member,
+                points[-1],
+                xytext=offset,
+                textcoords="offset points",
+                color=color,
+                ha="center",
             )
         if len(points) > 1:
             macs, means = zip(*points, strict=True)
