@@ -201,7 +201,7 @@ def draw(records: Sequence[Record], metric: str, path: Path) -> None:
             if begins:
                 continue
             error = [[mean - min(values)], [max(values) - mean]]
-            axes.errorbar(*points[-1], error, fmt="o", color=color, capsize=3)
+            axes.errorbar(*points[-1], yerr=error, fmt="o", color=color, capsize=3)
             axes.annotate(
                 member,
                 points[-1],
