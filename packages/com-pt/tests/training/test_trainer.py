@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from com_pt_tiny import clip, clip_chain, task_of
+from com_pt_tiny import clip, clip_chain, llama, task_of
 from torch import nn
 
 from com_pt.adapters.accelerator import make_accelerator
@@ -237,3 +237,15 @@ def test_the_predecessor_is_held_in_the_type_of_its_products(pictures) -> None:
     model = clip(32)
     hold_in_autocast_type(model, make_accelerator("fp32", CPU))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_head_that_is_tied_to_an_embedding_stays_as_exact_as_the_embedding() -> None:
+    from com_pt.training.frozen import freeze, hold_in_autocast_type
+
+    for is_tied, expected in ((False, torch.bfloat16), (True, torch.float32)):
+        model = freeze(llama(tie_word_embeddings=is_tied), CPU)
+        hold_in_autocast_type(model, make_accelerator("bf16", CPU))
+        types = {name: p.dtype for name, p in model.named_parameters()}
+        assert types["model.embed_tokens.weight"] == torch.float32
+        assert types["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
+        assert model.lm_head.weight.dtype == expected  # pyright: ignore
