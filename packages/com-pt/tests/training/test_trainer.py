@@ -12,7 +12,7 @@ from torch import nn
 from com_pt.adapters.accelerator import make_accelerator
 from com_pt.training import prepare, trainer
 from com_pt.training.chain import parse_chain
-from com_pt.training.optimizer import is_fused, make_optimizer, with_own_kernels
+from com_pt.training.optimizer import is_fused, make_optimizer, with_own_settings
 from com_pt.training.overflow import OverflowCounter
 from com_pt.training.run import run_chain
 from com_pt.training.stage_model import StageModel
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_device_does_not_bring_its_kernels_along(picture
         assert is_fused(optimizer) == fused
     for fused in (False, True):
         optimizer = make_optimizer(module, chain, chain.stages[0], fused=fused)
-        optimizer.load_state_dict(with_own_kernels(states[not fused], optimizer))
+        optimizer.load_state_dict(with_own_settings(states[not fused], optimizer))
         assert is_fused(optimizer) == fused
         optimizer.step()
     assert not is_fused(make_optimizer(module, chain, chain.stages[0]))  # on a CPU

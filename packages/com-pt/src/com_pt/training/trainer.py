@@ -16,7 +16,7 @@ from com_pt.adapters.sharding import gather_shards, load_gathered, split_checkpo
 from com_pt.training.best import BestModel
 from com_pt.training.data.loading import seed_of
 from com_pt.training.frozen import train_mode
-from com_pt.training.optimizer import with_own_kernels
+from com_pt.training.optimizer import with_own_settings
 from com_pt.training.overflow import OverflowCounter
 from com_pt.training.prepare import PreparedStage
 from com_pt.training.schedule import learning_rate
@@ -106,7 +106,7 @@ class StageTrainer:
     def restore(self, saved: Checkpoint) -> None:
         """Let ``run`` go on from a checkpoint."""
         # Weights, moments and random states.
-        own = with_own_kernels(saved.state["optimizer"], self.optimizer)
+        own = with_own_settings(saved.state["optimizer"], self.optimizer)
         saved = replace(saved, state={**saved.state, "optimizer": own})
         if self.unsharded is not None:
             saved = split_checkpoint(saved, self.module, self.optimizer)
