@@ -229,7 +229,7 @@ def test_models_without_patches_or_with_two_heads_are_refused_in_one_line(
     import timm
 
     for name, message in (
-        ("test_resnet", "the model is a ResNet, which has no patches; give a vision transformer"),
+        ("test_resnet", "test_resnet has no patches; use a vision transformer, such as a ViT"),
         ("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled, is not one linear layer"),
     ):
         model = timm.create_model(name, num_classes=5)
@@ -237,7 +237,9 @@ def test_models_without_patches_or_with_two_heads_are_refused_in_one_line(
         parts = ["--train", digits[0] / "train", "--data", digits[0] / "val", "--device", "cpu"]
         assert call("finetune", tmp_path / name, *parts, "--out", tmp_path / "out") == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+    assert call("inspect", "test_resnet", "--family", "timm") == 2
+    assert "test_resnet has no patches" in capsys.readouterr().err.splitlines()[-1]
     for suite in ("probe", "top1"):
         words = ["eval", tmp_path / "test_resnet", "--suite", suite, "--data", digits[0] / "val"]
         assert call(*words, "--train", digits[0] / "train", "--device", "cpu") == 2
-        assert "which has no patches" in capsys.readouterr().err.splitlines()[-1]
+        assert "test_resnet has no patches" in capsys.readouterr().err.splitlines()[-1]

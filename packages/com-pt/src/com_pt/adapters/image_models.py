@@ -70,25 +70,12 @@ def head_of(model: Any) -> nn.Linear:
 
 
 def image_size_of(model: Any) -> list[int]:
-    """Return height and width of the pictures that a CLIP, timm model or classifier takes.
-
-    Raises:
-        InputError: If it is a timm model without patches.
-    """
+    """Return height and width of the pictures that a CLIP, timm model or classifier takes."""
     if hasattr(model, "patch_embed"):
         return list(model.patch_embed.img_size)
-    tower: Any = model.tower if isinstance(model, TowerClassifier) else _tower_of(model)
+    tower: Any = model.tower if isinstance(model, TowerClassifier) else model.visual
     size = tower.image_size
     return [size, size] if isinstance(size, int) else list(size)
-
-
-def _tower_of(model: Any) -> Any:
-    if not hasattr(model, "visual"):
-        raise InputError(
-            f"the model is a {type(model).__name__}, which has no patches; give a vision transformer, "
-            "such as a ViT or Swin, or a CLIP"
-        )
-    return model.visual
 
 
 def read_clip_config(folder: Path) -> dict[str, Any]:

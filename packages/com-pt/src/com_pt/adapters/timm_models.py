@@ -36,17 +36,22 @@ def build_timm(spec: Any, classes: int) -> nn.Module:
     """Build a fresh model.
 
     Raises:
-        ConfigError: If timm does not know it or refuses the arguments.
+        ConfigError: If timm does not know it or refuses the arguments, or it has no patches.
     """
     import timm
 
     name, arguments = timm_arguments(spec, classes)
     try:
-        return timm.create_model(name, **arguments)
+        model = timm.create_model(name, **arguments)
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ConfigError(
             f"timm refuses {name}: {one_line(str(error))}; see timm.list_models()"
         ) from error
+
+    # Growth, cost and picture sizes are those of vision transformers.
+    if not hasattr(model, "patch_embed"):
+        raise ConfigError(f"{name} has no patches; use a vision transformer, such as a ViT or Swin")
+    return model
 
 
 def save_timm(model: Any, spec: Any, classes: int, folder: Path) -> None:
