@@ -1,7 +1,10 @@
 """Settings and their defaults."""
 
+import math
+
 import pytest
 
+from com_pt.method_config import ChainConfig, StageConfig
 from com_pt.training.chain import parse_chain
 from effml_common.errors import ConfigError
 
@@ -30,3 +33,32 @@ def test_settings_that_exclude_each_other_are_refused_together() -> None:
     for other in ({"compile": True}, {"precision": "fp16"}):
         with pytest.raises(ConfigError, match=r"shard with \w+ is not supported; "):
             parse_chain({**document, **other})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; give 0 or more"),
+        ({"warmup_steps": -5}, "warmup_steps is -5; give 0 or more"),
+        ({"epochs": math.inf}, "epochs are inf; give more than 0"),
+        ({"feature_weight": math.inf}, "feature_weight is inf; give 0"),
+    ],
+)
+def test_numbers_of_a_stage_are_in_range(settings, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        StageConfig(name="T", model="vit_tiny_patch16_224", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"betas": (0.9, 1.5)}, "give two numbers from 0 to below 1"),
+        ({"eps": -1.0}, "eps is -1.0; try 1e-6"),
+        ({"lr_floor": -1e-5}, "lr_floor is -1e-05; try 3e-6"),
+        ({"individual_epochs": 0}, "individual_epochs are 0; give more than 0"),
+    ],
+)
+def test_numbers_of_a_chain_are_in_range(settings, message) -> None:
+    stages = (StageConfig(name="T", model="vit_tiny_patch16_224"),)
+    with pytest.raises(ConfigError, match=message):
+        ChainConfig(task="classify", stages=stages, **settings)

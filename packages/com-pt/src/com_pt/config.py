@@ -116,7 +116,11 @@ class EvalConfig:
     templates: str | None = setting(
         None, "zero-shot: file of templates with {}, or imagenet = openai (80) or simple (7)"
     )
-    tokenizer: str = setting("simple", "simple (open_clip), bytes, or a tokenizer's folder")
+    tokenizer: str = setting(
+        "simple",
+        "simple (open_clip), bytes, or a tokenizer's folder; a Llama has by default the one in its "
+        "folder, else bytes",
+    )
     length: int = setting(512, "perplexity: tokens of a block")
     batch_size: int | None = setting(
         None, "items of a forward pass; default 256, and 16 for perplexity"

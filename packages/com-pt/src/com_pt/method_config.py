@@ -57,15 +57,17 @@ class StageConfig:
             f"the name is {self.name!r}",
             "give a word without a slash",
         )
-        require(
-            self.epochs is None or self.epochs > 0, f"epochs are {self.epochs}", "give more than 0"
-        )
+        is_length = self.epochs is None or 0 < self.epochs < math.inf
+        require(is_length, f"epochs are {self.epochs}", "give more than 0")
         require(0 < self.lr < math.inf, f"lr is {self.lr}", "try 1e-3")
         alone = self.individual_lr
         require(alone is None or 0 < alone < math.inf, f"individual_lr is {alone}", "try 1e-3")
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}", "give 1 or more")
+        decay = self.weight_decay
+        require(0 <= decay < math.inf, f"weight_decay is {decay}", "give 0 or more")
+        require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}", "give 0 or more")
         require(
-            self.feature_weight >= 0,
+            0 <= self.feature_weight < math.inf,
             f"feature_weight is {self.feature_weight}",
             "give 0, which is off, or more",
         )
@@ -143,6 +145,8 @@ class ChainConfig:
         )
 
         # Numbers in range, and one of a few words.
+        is_length = 0 < self.individual_epochs < math.inf
+        require(is_length, f"individual_epochs are {self.individual_epochs}", "give more than 0")
         for name in ("accum_freq", "save_every", "log_every"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}", "give 1 or more")
@@ -150,6 +154,10 @@ class ChainConfig:
         _require_choice("cap", self.cap, get_args(Cap))
         _require_choice("keep", self.keep, get_args(Keep))
         require(self.eval_every >= 0, f"eval_every is {self.eval_every}", "give 0 or more")
+        in_range = all(0 <= beta < 1 for beta in self.betas)
+        require(in_range, f"betas are {list(self.betas)}", "give two numbers from 0 to below 1")
+        require(0 <= self.eps < math.inf, f"eps is {self.eps}", "try 1e-6")
+        require(0 <= self.lr_floor < math.inf, f"lr_floor is {self.lr_floor}", "try 3e-6")
 
         require_readers(self.workers)
 

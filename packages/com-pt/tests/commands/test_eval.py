@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from com_pt_tiny import clip, spec, vit
+from com_pt_tiny import clip, llama, spec, vit
 from PIL import Image
 
 from com_pt.adapters.open_clip_models import save_clip
@@ -95,3 +95,72 @@ def test_a_suite_that_does_not_fit_the_model_is_refused(folders, tmp_path, capsy
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: retrieval is for clip, and ")
     assert error.endswith(" is timm; choose another --suite")
+
+
+def refusal(capsys, *words: object) -> str:
+    assert main("com-pt", "com-pt", COMMANDS, ["eval", *map(str, words), "--device", "cpu"]) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_tokens_without_an_embedding_are_refused_in_one_line(folders, tmp_path, capsys) -> None:
+    (tmp_path / "text.txt").write_text("a red square, and a green one. " * 20)
+    llama(vocab_size=64).save_pretrained(tmp_path / "llama")
+    words = [tmp_path / "llama", "--suite", "perplexity", "--data", tmp_path / "text.txt"]
+    error = refusal(capsys, *words, "--length", 16)
+    assert error.startswith("error: the tokenizer bytes has 257 tokens and ")
+    assert error.endswith("of 64; give --tokenizer with the one that it was trained with")
+
+    # A CLIP of ten words.
+    save_clip(clip(32, size=16), spec(32, size=16), tmp_path / "clip")
+    (tmp_path / "classes.txt").write_text("red\ngreen\n")
+    (tmp_path / "templates.txt").write_text("a {} square\n")
+    lists = ["--classes", tmp_path / "classes.txt", "--templates", tmp_path / "templates.txt"]
+    words = [tmp_path / "clip", "--suite", "zero-shot", "--data", folders / "val", *lists]
+    assert "the tokenizer simple has 49408 tokens" in refusal(capsys, *words)
+
+
+def test_a_language_model_is_judged_with_the_tokenizer_in_its_folder(tmp_path, capsys) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["a", "red", "green", "square", "<eos>", "<unk>"]
+    level = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>")
+    tokenizer = tokenizers.Tokenizer(level)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    (tmp_path / "text.txt").write_text("a red square a green square " * 20)
+    model = tmp_path / "llama"
+    llama().save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    words = [model, "--suite", "perplexity", "--data", tmp_path / "text.txt", "--length", 16]
+    found = judge(capsys, *words)
+    assert found == judge(capsys, *words, "--tokenizer", model)
+    assert found != judge(capsys, *words, "--tokenizer", "bytes")
+
+    # A block of one token has nothing to predict.
+    error = refusal(capsys, *words[:-1], 1)
+    assert "length is 1, and a block's first token is not predicted; give 2 or more" in error
+
+
+def test_a_model_that_was_trained_on_other_pixels_is_warned_about(
+    folders, tmp_path, capsys
+) -> None:
+    words = [
+        "eval",
+        tmp_path / "vit",
+        "--suite",
+        "top1",
+        "--data",
+        folders / "val",
+        "--device",
+        "cpu",
+    ]
+    save_timm(vit(32, num_classes=2), VIT, 2, tmp_path / "vit")
+    for mean, count in ((None, 0), ([0.5, 0.5, 0.5], 1)):
+        file = tmp_path / "vit" / "config.json"
+        document = json.loads(file.read_text())
+        if mean:
+            document["pretrained_cfg"]["mean"] = mean
+        file.write_text(json.dumps(document))
+        assert main("com-pt", "com-pt", COMMANDS, [*map(str, words)]) == 0
+        expected = "was trained on pixels with mean 0.5, 0.5, 0.5, and here they get CLIP's"
+        assert capsys.readouterr().err.count(expected) == count

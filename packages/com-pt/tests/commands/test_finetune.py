@@ -11,7 +11,7 @@ from com_pt_tiny import clip, spec, vit
 from PIL import Image
 
 from com_pt.adapters.files import load_any
-from com_pt.adapters.open_clip_models import save_clip
+from com_pt.adapters.open_clip_models import build_clip, save_clip
 from com_pt.adapters.timm_models import save_timm
 from com_pt.cli import COMMANDS
 from com_pt.training.data.transforms import image_transform
@@ -208,3 +208,38 @@ def test_what_cannot_be_fine_tuned_is_one_line(
     assert call("finetune", "nothing", *flags) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_frozen_batch_norms_keep_their_statistics(digits, tmp_path, capsys) -> None:
+    """A CLIP whose image tower is a ResNet, trained and judged in between."""
+    settings = spec(32, [1, 1, 1, 1], size=32, embed=32)
+    settings["vision_cfg"] |= {"width": 8, "patch_size": None}
+    model = build_clip(settings)
+    save_clip(model, settings, tmp_path / "clip")
+    tuned(capsys, tmp_path / "clip", digits, tmp_path / "out", "--epochs", 1, "--freeze")
+    before = load_any(str(tmp_path / "clip")).model.visual.state_dict()  # pyright: ignore
+    after = load_any(str(tmp_path / "out" / "model")).model.tower.state_dict()  # pyright: ignore
+    assert "bn1.running_mean" in before
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_models_without_patches_or_with_two_heads_are_refused_in_one_line(
+    digits, tmp_path, capsys
+) -> None:
+    import timm
+
+    for name, message in (
+        ("test_resnet", "test_resnet has no patches; use a vision transformer, such as a ViT"),
+        ("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled, is not one linear layer"),
+    ):
+        model = timm.create_model(name, num_classes=5)
+        timm.models.save_for_hf(model, tmp_path / name, safe_serialization=True)
+        parts = ["--train", digits[0] / "train", "--data", digits[0] / "val", "--device", "cpu"]
+        assert call("finetune", tmp_path / name, *parts, "--out", tmp_path / "out") == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert call("inspect", "test_resnet", "--family", "timm") == 2
+    assert "test_resnet has no patches" in capsys.readouterr().err.splitlines()[-1]
+    for suite in ("probe", "top1"):
+        words = ["eval", tmp_path / "test_resnet", "--suite", suite, "--data", digits[0] / "val"]
+        assert call(*words, "--train", digits[0] / "train", "--device", "cpu") == 2
+        assert "test_resnet has no patches" in capsys.readouterr().err.splitlines()[-1]

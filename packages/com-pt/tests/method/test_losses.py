@@ -1,10 +1,15 @@
 """The losses against their formulas and open_clip's own."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import distributed
 
 from com_pt.method.losses import (
     InverseFeatureLoss,
@@ -106,3 +111,42 @@ def test_several_captions_are_the_mean_over_sets_whose_negatives_are_of_other_im
 def test_texts_that_do_not_pair_with_images_are_refused() -> None:
     with pytest.raises(InputError, match=r"\(4, 2, 8\) texts for \(3, 8\) images"):
         multi_caption_clip_loss(units(3, 8), units(4, 2, 8), torch.tensor(1.0))
+
+
+CHILD = """
+import sys; sys.path[:0] = [{here!r}]
+from test_losses import scale_on_a_half
+scale_on_a_half(int(sys.argv[1]), {folder!r})
+"""
+
+
+def scaled_gradient(rows: slice) -> torch.Tensor:
+    """The gradient of a feature loss that is scaled down, on some of eight samples."""
+    student, teacher = units(8, 16).float()[rows], units(8, 16, seed=1).float()[rows]
+    loss = InverseFeatureLoss({"image": (16, 16)}, weight=30.0, cap="scale")
+    task_loss = torch.arange(8.0)[rows].mean()
+    student.requires_grad_()
+    loss({"image": student}, {"image": teacher}, task_loss).backward()
+    assert student.grad is not None
+    return student.grad
+
+
+def scale_on_a_half(rank: int, folder: str) -> None:
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    torch.save(scaled_gradient(slice(4 * rank, 4 * rank + 4)), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_scale_the_feature_loss_as_one_does(tmp_path) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(CHILD.format(here=str(Path(__file__).parent), folder=str(tmp_path)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script)]
+    ranks = [subprocess.Popen([*command, str(rank)], env=environment) for rank in (0, 1)]
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    # DDP averages over processes.
+    torch.testing.assert_close(torch.cat(halves) / 2, scaled_gradient(slice(0, 8)))

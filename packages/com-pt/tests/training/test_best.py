@@ -1,17 +1,20 @@
 """Evaluation within a stage: it changes no bit of training, and the best model can be handed over."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from com_pt_tiny import clip_chain, clip_data
+from com_pt_tiny import clip, clip_chain, clip_data, spec
 from safetensors.torch import load_file
 
+from com_pt.training.best import BestModel
 from com_pt.training.chain import parse_chain
 from com_pt.training.run import run_chain
 from com_pt.training.tasks.causal_lm import CausalLMTask
 from com_pt.training.tasks.clip import ClipTask
+from com_pt.training.trainer import StageTrainer
 from effml_common.errors import ConfigError
 
 SCRIPT = [0.1, 0.7, 0.4, 0.7, 0.2, 0.3]  # of the second stage, after 2, 4, ... updates
@@ -82,10 +85,6 @@ def test_the_best_model_is_kept_with_its_update_and_handed_over(
 
 
 def test_a_kill_between_two_renames_loses_no_best_model(pictures, tmp_path) -> None:
-    from com_pt_tiny import clip, spec
-
-    from com_pt.training.best import BestModel
-
     task = Judged(clip_data(pictures), SCRIPT)
     best = BestModel(task, spec(32), tmp_path / "best")
     best.offer(clip(32), 1, {"score": 0.5})
@@ -115,3 +114,34 @@ def test_a_sink_gets_every_logged_step_with_its_stage(pictures, tmp_path) -> Non
     assert [{"step": s, **m} for s, m in seen[2:]] == [
         {**json.loads(line), "stage": "W48"} for line in lines
     ]
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_a_value_that_is_nan_is_never_the_best(better, pictures, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Judged, "headline_is_better", better)
+    best = BestModel(Judged(clip_data(pictures), SCRIPT), spec(32), tmp_path / "best")
+    for step, value in enumerate([math.nan, 0.5, math.nan], 1):
+        best.offer(clip(32), step, {"score": value})
+    assert (best.read() or {})["step"] == 2
+
+
+def test_a_stage_that_begins_again_forgets_the_best_of_its_first_beginning(
+    pictures, tmp_path, monkeypatch
+) -> None:
+    """Killed before its first checkpoint, and continued with other settings."""
+    step = StageTrainer._step
+
+    def killed(self, number, *args):
+        if number == 6:
+            raise KeyboardInterrupt
+        return step(self, number, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(pictures, tmp_path / "out", eval_every=2, keep="best")
+    task = Judged(clip_data(pictures), [0.1, 0.2, 0.3])
+    document = clip_chain(pictures, 32, epochs=1, log_every=3, lr=1e-4, eval_every=2, keep="best")
+    chain = parse_chain(document)
+    [member] = run_chain(chain, tmp_path / "out", task=task, resume=True, force=True)
+    assert member.metrics == {"score": 0.3}

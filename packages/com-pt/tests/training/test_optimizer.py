@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from com_pt_tiny import clip, llama, spec_with_swin, swin, task_of, vit
+from torch import nn
 
 from com_pt.adapters.open_clip_models import build_clip
-from com_pt.training.optimizer import parameter_groups
+from com_pt.training.optimizer import parameter_groups, with_own_settings
 from com_pt.training.stage_model import StageModel
 
 
@@ -57,3 +58,19 @@ def test_a_scale_decays_in_no_shape_and_frozen_parameters_are_in_no_group() -> N
     groups = names_by_decay(model)
     assert "logit_scale" in groups[0.0]
     assert "visual.proj" not in groups[0.0] | groups[0.1]
+
+
+def test_a_resumed_run_has_the_settings_that_it_was_given_and_the_moments_that_were_saved() -> None:
+    layer = nn.Linear(4, 4)
+    optimizers = [
+        torch.optim.AdamW(parameter_groups(layer, decay), betas=(0.9, beta))
+        for decay, beta in ((0.1, 0.95), (0.3, 0.98))
+    ]
+    layer(torch.ones(1, 4)).sum().backward()
+    saved, resumed = optimizers
+    saved.step()
+    resumed.load_state_dict(with_own_settings(saved.state_dict(), resumed))
+    assert [group["weight_decay"] for group in resumed.param_groups] == [0.3, 0.0]
+    assert {group["betas"] for group in resumed.param_groups} == {(0.9, 0.98)}
+    for parameter, moments in saved.state.items():
+        assert torch.equal(resumed.state[parameter]["exp_avg"], moments["exp_avg"])

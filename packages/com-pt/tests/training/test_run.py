@@ -346,3 +346,27 @@ def test_a_predecessor_at_chance_is_warned_about(tmp_path, capsys) -> None:
     assert "T is at chance" in capsys.readouterr().err
     run_chain(parse_chain({**document, "allow_weak": True}), tmp_path / "quiet")
     assert "at chance" not in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_update_comes_again(
+    pictures, tmp_path, monkeypatch, capsys
+) -> None:
+    chain = parse_chain(clip_chain(pictures, 32, save_every=5))  # 12 updates
+    with monkeypatch.context() as patch:
+        stop_at(patch, 12)
+        with pytest.raises(Interrupted):
+            run_chain(chain, tmp_path / "out")
+    root = tmp_path / "out/run/stage-1-W32/checkpoints"
+    (root / "step-10" / "trainer.pt").write_bytes(b"")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)  # the second run starts after update 5
+        with pytest.raises(Interrupted):
+            run_chain(chain, tmp_path / "out", resume=True)
+    assert checkpoint.verify(root / "step-10") == 10
+
+
+def test_a_chain_on_a_single_pair_is_trained(pictures, tmp_path) -> None:
+    table = pictures / "captions.tsv"
+    table.write_text("\n".join(table.read_text().splitlines()[:2]) + "\n")
+    chain = parse_chain(clip_chain(pictures, 32, 48, batch_size=1))
+    assert [member.steps for member in run_chain(chain, tmp_path / "out")] == [2, 2]

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from com_pt_tiny import clip, clip_chain, task_of
+from com_pt_tiny import clip, clip_chain, llama, task_of
 from torch import nn
 
 from com_pt.adapters.accelerator import make_accelerator
 from com_pt.training import prepare, trainer
 from com_pt.training.chain import parse_chain
-from com_pt.training.optimizer import is_fused, make_optimizer, with_own_kernels
+from com_pt.training.optimizer import is_fused, make_optimizer, with_own_settings
 from com_pt.training.overflow import OverflowCounter
 from com_pt.training.run import run_chain
 from com_pt.training.stage_model import StageModel
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_device_does_not_bring_its_kernels_along(picture
         assert is_fused(optimizer) == fused
     for fused in (False, True):
         optimizer = make_optimizer(module, chain, chain.stages[0], fused=fused)
-        optimizer.load_state_dict(with_own_kernels(states[not fused], optimizer))
+        optimizer.load_state_dict(with_own_settings(states[not fused], optimizer))
         assert is_fused(optimizer) == fused
         optimizer.step()
     assert not is_fused(make_optimizer(module, chain, chain.stages[0]))  # on a CPU
@@ -237,3 +237,15 @@ def test_the_predecessor_is_held_in_the_type_of_its_products(pictures) -> None:
     model = clip(32)
     hold_in_autocast_type(model, make_accelerator("fp32", CPU))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_head_that_is_tied_to_an_embedding_stays_as_exact_as_the_embedding() -> None:
+    from com_pt.training.frozen import freeze, hold_in_autocast_type
+
+    for is_tied, expected in ((False, torch.bfloat16), (True, torch.float32)):
+        model = freeze(llama(tie_word_embeddings=is_tied), CPU)
+        hold_in_autocast_type(model, make_accelerator("bf16", CPU))
+        types = {name: p.dtype for name, p in model.named_parameters()}
+        assert types["model.embed_tokens.weight"] == torch.float32
+        assert types["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
+        assert model.lm_head.weight.dtype == expected  # pyright: ignore

@@ -13,7 +13,8 @@ def count_macs(
 ) -> int:
     """Count the forward MACs of ``call(model, batch)``, without weights or work.
 
-    The model is in train mode, because attention's fast path of eval mode is not counted.
+    The model is in train mode, because attention's fast path of eval mode is not counted; batch norms
+    are not, because they refuse a batch of one.
 
     Args:
         build: Makes the model.
@@ -24,6 +25,9 @@ def count_macs(
 
     with torch.device("meta"):
         model = build().train()
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()
     on_meta = _pytree.tree_map(lambda t: t.to("meta"), batch)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call(model, on_meta)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from com_pt.adapters.model_folder import FolderFormat, load_weights
 from com_pt.adapters.open_clip_models import FOLDER as CLIP_FOLDER
 from com_pt.adapters.open_clip_models import build_clip, clip_config
+from effml_common.errors import InputError
 
 FOLDER = FolderFormat("CLIP classifier", "clip_classifier.json", "clip_classifier.safetensors")
 NAMES = "classes.txt"  # the names of the classes in the order of the logits, one a line
@@ -54,8 +55,18 @@ def with_new_head(model: Any, library: str, source: Path, classes: int) -> nn.Mo
 
 
 def head_of(model: Any) -> nn.Linear:
-    """Return the linear layer that gives the logits."""
-    return model.head if isinstance(model, TowerClassifier) else model.get_classifier()
+    """Return the linear layer that gives the logits.
+
+    Raises:
+        InputError: If there is none, or more than one.
+    """
+    head = model.head if isinstance(model, TowerClassifier) else model.get_classifier()
+    if not isinstance(head, nn.Linear):
+        raise InputError(
+            f"the head of the model, a {type(model).__name__}, is not one linear layer; give a model "
+            "with such a head"
+        )
+    return head
 
 
 def image_size_of(model: Any) -> list[int]:

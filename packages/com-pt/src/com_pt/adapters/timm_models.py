@@ -9,7 +9,7 @@ from torch import nn
 
 from com_pt.adapters.model_folder import FolderFormat, load_weights
 from effml_common.errors import ConfigError
-from effml_common.logging import warn
+from effml_common.logging import warn, words
 from effml_common.parsing import one_line
 
 FOLDER = FolderFormat("timm", "config.json", "model.safetensors")
@@ -36,17 +36,22 @@ def build_timm(spec: Any, classes: int) -> nn.Module:
     """Build a fresh model.
 
     Raises:
-        ConfigError: If timm does not know it or refuses the arguments.
+        ConfigError: If timm does not know it or refuses the arguments, or it has no patches.
     """
     import timm
 
     name, arguments = timm_arguments(spec, classes)
     try:
-        return timm.create_model(name, **arguments)
+        model = timm.create_model(name, **arguments)
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ConfigError(
             f"timm refuses {name}: {one_line(str(error))}; see timm.list_models()"
         ) from error
+
+    # Growth, cost and picture sizes are those of vision transformers.
+    if not hasattr(model, "patch_embed"):
+        raise ConfigError(f"{name} has no patches; use a vision transformer, such as a ViT or Swin")
+    return model
 
 
 def save_timm(model: Any, spec: Any, classes: int, folder: Path) -> None:
@@ -96,15 +101,31 @@ def _warn_of_lost_eps(model: nn.Module, reloaded: nn.Module) -> None:
 
 
 def load_timm(folder: Path | str) -> nn.Module:
-    """Load the model of such a folder.
+    """Load the model of such a folder; a warning tells if it was trained on other pixels.
 
     Raises:
         InputError: If it is none.
     """
     document, tensors = FOLDER.read(Path(folder))
+    _warn_of_other_pixels(document, Path(folder))
     try:
         spec = {"name": document["architecture"], **document.get("model_args", {})}
         classes = document["num_classes"]
     except (KeyError, TypeError) as error:
         raise FOLDER.refusal(Path(folder), f"{error} is missing") from error
     return load_weights(build_timm(spec, classes), tensors, Path(folder))
+
+
+def _warn_of_other_pixels(document: Mapping[str, Any], folder: Path) -> None:
+    """Warn of a model from elsewhere, whose pixels had another mean or deviation than CLIP's."""
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    pretrained = document.get("pretrained_cfg")
+    for name, ours in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD)):
+        theirs = pretrained.get(name) if isinstance(pretrained, Mapping) else None
+        if theirs is not None and list(theirs) != list(ours):
+            warn(
+                f"{folder} was trained on pixels with {name} {words(theirs)}, and here they get CLIP's, "
+                f"{words(ours)}: its accuracy suffers unless it is trained further"
+            )
+            return

@@ -15,6 +15,8 @@ from com_pt.config import EvalConfig
 from com_pt.method.metrics import linear_probe, name_accuracies
 from com_pt.training.data.captions import CaptionData
 from com_pt.training.data.labelled import open_labelled
+from com_pt.training.data.texts import BYTE_TOKENS, load_tokenizer
+from com_pt.training.data.tokenizers import vocabulary_size
 from com_pt.training.data.transforms import image_transform
 from com_pt.training.embedding import (
     encode_pictures,
@@ -84,9 +86,25 @@ def _reading_settings(config: EvalConfig) -> dict[str, Any]:
 
 
 def _judge_language_model(config: EvalConfig, model: Any) -> dict[str, float]:
-    tokenizer = "bytes" if config.tokenizer == "simple" else config.tokenizer
+    # A model is judged with its own tokenizer, if that lies beside it; com-pt's own read bytes.
+    tokenizer = config.tokenizer
+    if tokenizer == "simple":
+        has_own = (Path(config.model) / "tokenizer_config.json").is_file()
+        tokenizer = config.model if has_own else "bytes"
+    tokens = BYTE_TOKENS if tokenizer == "bytes" else len(load_tokenizer(tokenizer))
+    _check_vocabulary(config, tokenizer, tokens, model.get_input_embeddings().num_embeddings)
+
     settings = {"val": list(config.data), "length": config.length, "tokenizer": tokenizer}
     return CausalLMTask({**settings, **_reading_settings(config)}).evaluate(model)
+
+
+def _check_vocabulary(config: EvalConfig, tokenizer: str, tokens: int, embeddings: int) -> None:
+    """Refuse a tokenizer that has tokens without an embedding."""
+    if tokens > embeddings:
+        raise InputError(
+            f"the tokenizer {tokenizer} has {tokens} tokens and {config.model} embeddings of "
+            f"{embeddings}; give --tokenizer with the one that it was trained with"
+        )
 
 
 def _judge_classifier(config: EvalConfig, model: Any, classes: int) -> dict[str, float]:
@@ -149,6 +167,8 @@ def one_or_all(sources: Sequence[str]) -> str | list[str]:
 def _clip_data(config: EvalConfig, model: Any) -> dict[str, Any]:
     """The data settings that a CLIP model asks for."""
     text = getattr(model, "text", model)
+    tokens = vocabulary_size({"tokenizer": config.tokenizer})
+    _check_vocabulary(config, config.tokenizer, tokens, text.vocab_size)
     return {
         "images": config.images,
         "tokenizer": config.tokenizer,

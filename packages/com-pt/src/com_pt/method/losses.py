@@ -101,7 +101,9 @@ class InverseFeatureLoss(nn.Module):
         total = torch.stack(distances).sum() / (len(distances) if self.reduction == "mean" else 1)
         loss = self.weight * total
         if self.cap == "scale" and task_loss is not None:
-            loss = loss * (task_loss.detach() / loss.detach().clamp(min=1e-12)).clamp(max=1)
+            # Both of the whole batch, so that any number of processes scales alike.
+            task, feature = _mean_over_processes(torch.stack([task_loss.detach(), loss.detach()]))
+            loss = loss * (task / feature.clamp(min=1e-12)).clamp(max=1)
         return loss
 
 
@@ -186,6 +188,13 @@ def gather_features(features: Tensor, *, with_grad: bool = True, keep_own: bool 
     if keep_own:
         parts[_rank()] = features
     return torch.cat(parts)
+
+
+def _mean_over_processes(values: Tensor) -> Tensor:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values
+    distributed.all_reduce(values)
+    return values / distributed.get_world_size()
 
 
 def _rank() -> int:

@@ -1,6 +1,7 @@
 """The best model of a stage so far, as its library loads it."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,11 @@ class BestModel:
         self._new.rename(self.folder)
         shutil.rmtree(self._old, ignore_errors=True)
 
+    def discard(self) -> None:
+        """Remove what a run left that begins again: its settings may have been others."""
+        for folder in (self.folder, self._old, self._new):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def load(self) -> tuple[nn.Module, dict[str, float]]:
         """Return the best model and its metrics.
 
@@ -68,4 +74,7 @@ class BestModel:
         return self.task.load(self.folder, self.spec), best["metrics"]
 
     def _is_better(self, value: float, best: float) -> bool:
+        # Comparisons with NaN are false, so a NaN that came first would stay the best.
+        if math.isnan(value) or math.isnan(best):
+            return not math.isnan(value)
         return value > best if self.task.headline_is_better == "higher" else value < best

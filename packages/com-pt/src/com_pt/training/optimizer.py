@@ -46,13 +46,16 @@ def is_fused(optimizer: Any) -> bool:
     return all(group.get("fused") for group in unwrapped(optimizer).param_groups)
 
 
-def with_own_kernels(state: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """Return a saved state that keeps this optimizer's choice of kernels.
+def with_own_settings(state: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """Return a saved state with this optimizer's settings: torch would take over those of the state.
 
-    The state of a run on another device would otherwise bring its choice along.
+    A run that goes on with another decay (``--force``) must have it, and the state of a run on another
+    device must not bring its choice of kernels along.
     """
-    fused = True if is_fused(optimizer) else None
-    groups = [{**group, "fused": fused} for group in state["param_groups"]]
+    saved, own = state["param_groups"], unwrapped(optimizer).param_groups
+    if len(saved) != len(own):
+        return {**state}  # of another model, which torch refuses with a reason
+    groups = [{**mine, "params": group["params"]} for group, mine in zip(saved, own, strict=True)]
     return {**state, "param_groups": groups}
 
 

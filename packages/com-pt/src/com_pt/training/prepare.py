@@ -11,7 +11,7 @@ from com_pt.method.cost import steps_of
 from com_pt.method_config import ChainConfig, StageConfig
 from com_pt.training.data.loading import Batches, seed_of
 from com_pt.training.feature_loss import make_feature_loss
-from com_pt.training.frozen import freeze, hold_in_autocast_type
+from com_pt.training.frozen import freeze, hold_in_autocast_type, train_mode
 from com_pt.training.optimizer import make_optimizer
 from com_pt.training.stage_model import StageModel
 from com_pt.training.tasks.base import Task
@@ -89,12 +89,14 @@ def prepare_stage(
     loss, frozen = None, None
     if predecessor is not None and settings.feature_weight > 0:
         predecessor = freeze(predecessor, accelerator.device)
-        examples = task.collate([batches.readable[0, i][0] for i in range(2)])
+        count = min(2, len(task))
+        examples = task.collate([batches.readable[0, i][0] for i in range(count)])
         model.to(accelerator.device)
         loss = make_feature_loss(task, chain, settings, model, predecessor, examples)
         hold_in_autocast_type(predecessor, accelerator)
         frozen = StageModel(task, predecessor, None)
-    module = StageModel(task, model.train(), loss).to(accelerator.device)
+    module = StageModel(task, model, loss).to(accelerator.device)
+    train_mode(module)
 
     # Shards are spread before the optimizer knows the parameters; else accelerate wraps both.
     unsharded = copy.deepcopy(model).cpu() if chain.shard and world > 1 else None

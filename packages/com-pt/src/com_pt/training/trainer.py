@@ -15,7 +15,8 @@ from com_pt.adapters.accelerator import tf32_products
 from com_pt.adapters.sharding import gather_shards, load_gathered, split_checkpoint
 from com_pt.training.best import BestModel
 from com_pt.training.data.loading import seed_of
-from com_pt.training.optimizer import with_own_kernels
+from com_pt.training.frozen import train_mode
+from com_pt.training.optimizer import with_own_settings
 from com_pt.training.overflow import OverflowCounter
 from com_pt.training.prepare import PreparedStage
 from com_pt.training.schedule import learning_rate
@@ -105,7 +106,7 @@ class StageTrainer:
     def restore(self, saved: Checkpoint) -> None:
         """Let ``run`` go on from a checkpoint."""
         # Weights, moments and random states.
-        own = with_own_kernels(saved.state["optimizer"], self.optimizer)
+        own = with_own_settings(saved.state["optimizer"], self.optimizer)
         saved = replace(saved, state={**saved.state, "optimizer": own})
         if self.unsharded is not None:
             saved = split_checkpoint(saved, self.module, self.optimizer)
@@ -135,11 +136,13 @@ class StageTrainer:
         root, start = out / "checkpoints", self.start
         if self.accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
+        best = BestModel(self.task, self.stage.model, out / "best")
+        if self.accelerator.is_main_process and start == 0:
+            best.discard()
 
         # Train; a signal stops the run after a checkpoint.
         counter = self._make_overflow_counter()
         monitor = StepMonitor(self.accelerator.device, stop, root)
-        best = BestModel(self.task, self.stage.model, out / "best")
         with (
             RunLog(
                 out, resume_step=start or None, every=self.chain.log_every, sink=self._named_sink()
@@ -205,7 +208,7 @@ class StageTrainer:
             best.offer(model, step, self._metrics)
         if self.unsharded is not None:
             self.unsharded.cpu()
-        self.module.train()
+        train_mode(self.module)
         set_rng_state(random_state)
 
         # On the terminal the headline is enough.
@@ -307,8 +310,7 @@ class StageTrainer:
         )
         if self.unsharded is not None:
             tensors, state = gather_shards(tensors), gather_shards(state)
-        if not (root / f"step-{step}").exists():
-            checkpoint.save(root, step, tensors, state)
+        checkpoint.save(root, step, tensors, state)
 
     def _estimate(self, start: int, step: int, seconds: float) -> None:
         """Say once how long the stage will take, if that is more than a minute."""

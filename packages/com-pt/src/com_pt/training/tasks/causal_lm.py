@@ -40,6 +40,10 @@ class CausalLMTask(Task):
         super().__init__(data)
         check_settings(data)
         self.length = read_count(data, "length", 512)
+        if self.length < 2:
+            raise ConfigError(
+                f"length is {self.length}, and a block's first token is not predicted; give 2 or more"
+            )
         self._blocks: dict[str, TextBlocks] = {}
 
     def build(self, spec: Any) -> nn.Module:
