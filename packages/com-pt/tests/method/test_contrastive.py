@@ -71,6 +71,15 @@ def test_a_scale_of_a_hundred_does_not_overflow() -> None:
         torch.testing.assert_close(one, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_an_autocast_changes_neither_the_loss_nor_its_gradients() -> None:
+    inputs = batch_of(10, torch.float32)
+    expected = value_and_gradients(multi_caption_clip_loss, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value_and_gradients(multi_caption_clip_loss, inputs)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 CHILD = """
 import sys; sys.path[:0] = [{here!r}]
 from test_contrastive import compare_with_open_clip

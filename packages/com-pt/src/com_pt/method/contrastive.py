@@ -4,6 +4,7 @@ The logits of n queries and m keys are computed again in the backward pass, a bl
 so that memory grows with n + m and not with n times m. The result is open_clip's ``ClipLoss``.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def contrastive_loss(
 ) -> Float[Tensor, ""]:
     """Return the cross-entropy of ``scale * queries @ keys.T + bias``.
 
-    Query i belongs to key i + offset.
+    Query i belongs to key i + offset. Both passes compute in the precision of the inputs, also within an
+    autocast, because the second must find the logits of the first.
 
     Args:
         queries: Unit vectors.
@@ -43,7 +45,8 @@ def contrastive_loss(
         True
     """
     bias = scale.new_zeros(()) if bias is None else bias
-    return _Contrastive.apply(queries, keys, scale, bias, offset, symmetric)  # pyright: ignore
+    with _without_autocast(queries.device.type):
+        return _Contrastive.apply(queries, keys, scale, bias, offset, symmetric)  # pyright: ignore
 
 
 class _Contrastive(torch.autograd.Function):
@@ -87,22 +90,30 @@ class _Contrastive(torch.autograd.Function):
         of_scale, of_bias = torch.zeros_like(scale), torch.zeros_like(bias)
 
         # Softmax along rows and columns, minus one at the pairs, block by block.
-        for block in _blocks(queries, keys):
-            similarities = queries[block] @ keys.T
-            logits = scale * similarities + bias
-            of_logits = (logits - rows[block, None]).exp_()
-            if columns is not None:
-                of_logits += (logits - columns).exp_()
-            pairs = of_logits[:, ctx.offset + block.start : ctx.offset + block.stop].diagonal()
-            pairs -= 1 if columns is None else 2
-            of_logits *= weight
+        with _without_autocast(queries.device.type):
+            for block in _blocks(queries, keys):
+                similarities = queries[block] @ keys.T
+                logits = scale * similarities + bias
+                of_logits = (logits - rows[block, None]).exp_()
+                if columns is not None:
+                    of_logits += (logits - columns).exp_()
+                pairs = of_logits[:, ctx.offset + block.start : ctx.offset + block.stop].diagonal()
+                pairs -= 1 if columns is None else 2
+                of_logits *= weight
 
-            of_queries[block] = scale * (of_logits @ keys)
-            if ctx.needs_input_grad[1]:
-                of_keys += scale * (of_logits.T @ queries[block])
-            of_scale += (of_logits * similarities).sum()
-            of_bias += of_logits.sum()
+                of_queries[block] = scale * (of_logits @ keys)
+                if ctx.needs_input_grad[1]:
+                    of_keys += scale * (of_logits.T @ queries[block])
+                of_scale += (of_logits * similarities).sum()
+                of_bias += of_logits.sum()
         return of_queries, of_keys, of_scale, of_bias, None, None
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Switch an autocast off, if there is one; not every device has it."""
+    has_one = torch.amp.is_autocast_available(device_type)
+    is_on = has_one and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
 
 
 def _blocks(queries: Tensor, keys: Tensor) -> list[slice]:
