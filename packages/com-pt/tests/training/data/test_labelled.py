@@ -74,6 +74,17 @@ def test_the_classes_of_a_model_are_those_of_its_folders(folders) -> None:
         len(ClassifyTask({"train": str(folders), "classes": 2}))
 
 
+@pytest.mark.parametrize("classes", [{}, {"classes": 3}, {"classes": 5}])
+def test_held_out_folders_are_never_numbered_by_themselves(folders, classes) -> None:
+    shutil.rmtree(folders / "val" / "10")
+    val = str(folders / "val")
+    with pytest.raises(InputError, match="class 10 of .*val is in train but not in val"):
+        ClassifyTask({"train": str(folders), "val": val, **classes}).open("val")
+    number = classes.get("classes", 1000)
+    with pytest.raises(InputError, match=rf"val has 2 classes and the model {number}; give --cl"):
+        ClassifyTask({"val": val, **classes}).open("val")
+
+
 @pytest.fixture
 def table(pictures):
     """Write a table of labels in the folder of pictures, and open it."""
@@ -109,6 +120,45 @@ def test_a_held_out_table_has_the_numbers_of_the_training_table(table, pictures)
     table("dog", "bee")
     with pytest.raises(InputError, match=r"labels\.csv, row 3: the label 'bee' is no class"):
         open_part("val", **files)
+
+
+@pytest.mark.parametrize("classes", [{}, {"classes": 5}])
+def test_a_held_out_table_is_numbered_as_the_folders_to_train_on(table, folders, classes) -> None:
+    def labels_of(*labels: str) -> list[int]:
+        table(*labels, name="val.csv")
+        task = ClassifyTask({"train": str(folders), "val": str(folders / "val.csv"), **classes})
+        return task.open("val").labels.tolist()
+
+    # Label 9 is the folder of that name, which is the second in alphabetical order.
+    assert labels_of("9", "10", "cats", "09") == [1, 0, 2, 1]
+    assert labels_of("10") == [0]
+    with pytest.raises(InputError, match=r"val\.csv, row 3: the label '0' is no class; correct"):
+        labels_of("9", "0")
+    for folder in (folders / "train").iterdir():
+        folder.rename(folder.with_name(f"n{folder.name}"))
+    assert labels_of("2", "0", "2") == [2, 0, 2]  # n10, n9 and ncats have no numbers as names
+    assert labels_of("ncats", "n9") == [2, 1]
+
+
+def test_labels_are_names_where_listed_names_are_numbers(table) -> None:
+    assert table("2", "10", "0", classes=["0", "1", "10", "2"]).labels.tolist() == [3, 2, 0]
+    assert table("747", "707", classes=["707", "747", "a380"]).labels.tolist() == [1, 0]
+    assert table("2", "0", classes=["707", "747", "a380"]).labels.tolist() == [2, 0]
+    with pytest.raises(InputError, match="row 3: the label '3' is no class; correct it or add it"):
+        table("1", "3", classes=["0", "1", "10", "2"])
+
+
+@pytest.mark.parametrize("classes", [{}, {"classes": 5}])
+def test_names_in_a_table_are_listed_in_the_settings(table, pictures, classes) -> None:
+    table("0", "cat")
+    message = r"labels\.csv, row 3: the label 'cat' is no number below .*; list the names under data"
+    with pytest.raises(InputError, match=message):
+        len(ClassifyTask({"train": str(pictures / "labels.csv"), **classes}))
+
+
+def test_an_empty_label_is_no_class(table) -> None:
+    with pytest.raises(InputError, match=r"labels\.csv, row 3: no label; add one, or leave the im"):
+        table("cat", " ")
 
 
 def test_labels_that_are_no_classes_are_refused(pictures) -> None:
@@ -157,6 +207,30 @@ def test_columns_that_cannot_be_guessed_are_named(saved) -> None:
     assert len(open_part("train", **source, image_key="picture", label_key="kind")) == 4
     with pytest.raises(InputError, match="no column colour; label_key is one of picture, kind"):
         open_part("train", **source, label_key="colour")
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([True, False], ["0", "1"]),
+        (["b", "a"], ["a", "b"]),
+        ([[0], [1]], r"row 0: the kind is \[0\], no number and no text; name another column with"),
+        ([0.5, 1.0], r"row 0: the kind is 0\.5, no number and no text"),
+        ([1, None], "a row has no kind; name another split"),
+    ],
+)
+def test_labels_of_a_column_are_numbers_or_texts(tmp_path, pictures, labels, expected) -> None:
+    datasets = pytest.importorskip("datasets")
+    files = [str(pictures / f"{i}.png") for i in range(2)]
+    rows = datasets.Dataset.from_dict({"image": files, "kind": labels})
+    rows.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+    data = {"train": str(tmp_path / "saved"), "label_key": "kind"}
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            open_part(**data)
+    else:
+        opened = open_part(**data)
+        assert (opened.classes, opened.labels.tolist()) == (expected, [1, 0])
 
 
 def test_a_data_set_that_cannot_be_loaded_is_one_line(tmp_path, monkeypatch) -> None:
