@@ -14,6 +14,7 @@ from com_pt.adapters.image_models import NAMES, image_size_of
 from com_pt.config import EvalConfig
 from com_pt.method.metrics import linear_probe, name_accuracies
 from com_pt.training.data.captions import CaptionData
+from com_pt.training.data.counts import check_use
 from com_pt.training.data.labelled import open_labelled
 from com_pt.training.data.transforms import image_transform
 from com_pt.training.embedding import (
@@ -46,7 +47,8 @@ def evaluate(config: EvalConfig) -> Summary:
     Raises:
         InputError: If the model or its data do not fit the suite.
     """
-    # Read the model.
+    # Read the model; a folder of pictures that nothing would look into is a mistake.
+    check_use({"train": config.train, "val": one_or_all(config.data), "images": config.images})
     device = resolve_device(config.device)
     loaded = load_any(config.model)
     libraries = LIBRARIES_OF_SUITE[config.suite]
