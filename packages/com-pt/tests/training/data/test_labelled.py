@@ -44,6 +44,58 @@ def test_class_folders_are_read_in_the_order_of_torchvision(folders) -> None:
             assert torch.equal(opened.image(i), pil_to_tensor(picture))
 
 
+def test_hidden_folders_and_files_are_no_classes_and_no_pictures(folders) -> None:
+    expected = open_part("train", train=str(folders))
+    for place in (".ipynb_checkpoints", "__MACOSX", "9/.thumbnails", "9/__MACOSX"):
+        (folders / "train" / place).mkdir()
+        (folders / "train" / place / "0.png").write_bytes(b"x")
+    (folders / "train" / "9" / "._0.PNG").write_bytes(b"x")
+    opened = open_part("train", train=str(folders))
+    assert opened.classes == expected.classes
+    assert opened.labels.tolist() == expected.labels.tolist()
+    assert all(torch.equal(opened.image(i), expected.image(i)) for i in range(len(opened)))
+
+
+def test_a_class_may_be_named_like_a_part(folders) -> None:
+    vehicles = folders / "vehicles"
+    for name in ("bus", "train", "test"):
+        shutil.copytree(folders / "val" / "cats", vehicles / name)
+    for part in ("train", "val"):
+        opened = open_part(part, **{part: str(vehicles)})
+        assert opened.classes == ["bus", "test", "train"]
+        assert opened.labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+    # Pictures of parts without class folders are no classes train and test.
+    shutil.rmtree(vehicles / "bus")
+    with pytest.raises(InputError, match=r"vehicles/train has no class folders; put the images"):
+        open_part(train=str(vehicles))
+
+
+def test_links_that_lead_back_are_not_followed(folders) -> None:
+    expected = open_part("train", train=str(folders))
+    (folders / "train" / "loop").symlink_to(folders / "train", target_is_directory=True)
+    (folders / "train" / "self").symlink_to("self")
+    (folders / "elsewhere").mkdir()
+    for place, target in (
+        ("train/9/here", "."),
+        ("train/9/up", ".."),
+        ("train/9/away", "../../elsewhere"),
+        ("elsewhere/back", "../train/9"),
+        ("train/9/gone", "nowhere"),
+    ):
+        (folders / place).symlink_to(target)
+    opened = open_part("train", train=str(folders))
+    assert opened.classes == expected.classes
+    assert opened.labels.tolist() == expected.labels.tolist()
+
+
+def test_a_link_to_other_pictures_is_followed(folders) -> None:
+    (folders / "train" / "birds").symlink_to(folders / "val" / "cats")
+    opened = open_part("train", train=str(folders))
+    assert opened.classes == ["10", "9", "birds", "cats"]
+    assert opened.labels.tolist().count(2) == 2
+
+
 def test_a_part_with_other_classes_is_refused_by_name(folders) -> None:
     shutil.rmtree(folders / "val" / "9")
     data = {"train": str(folders), "val": str(folders / "val")}
