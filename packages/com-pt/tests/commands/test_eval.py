@@ -95,3 +95,13 @@ def test_a_suite_that_does_not_fit_the_model_is_refused(folders, tmp_path, capsy
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: retrieval is for clip, and ")
     assert error.endswith(" is timm; choose another --suite")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(pictures, capsys) -> None:
+    save_clip(clip(32), spec(32), pictures / "clip")
+    words = ["eval", pictures / "clip", "--data", pictures / "captions.tsv"]
+    assert main("com-pt", "com-pt", COMMANDS, [*map(str, words)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        "error: the model has 10 tokens and the tokenizer simple 49408; give --to"
+    )

@@ -16,6 +16,7 @@ from com_pt.method.metrics import linear_probe, name_accuracies
 from com_pt.training.data.captions import CaptionData
 from com_pt.training.data.counts import check_use
 from com_pt.training.data.labelled import open_labelled
+from com_pt.training.data.tokenizers import vocabulary_size
 from com_pt.training.data.transforms import image_transform
 from com_pt.training.embedding import (
     encode_pictures,
@@ -149,8 +150,18 @@ def one_or_all(sources: Sequence[str]) -> str | list[str]:
 
 
 def _clip_data(config: EvalConfig, model: Any) -> dict[str, Any]:
-    """The data settings that a CLIP model asks for."""
+    """Return the data settings that a CLIP model asks for; every token id must have an embedding.
+
+    Raises:
+        InputError: If the tokenizer has more tokens than the model.
+    """
     text = getattr(model, "text", model)
+    tokens, known = vocabulary_size({"tokenizer": config.tokenizer}), text.vocab_size
+    if known < tokens:
+        raise InputError(
+            f"the model has {known} tokens and the tokenizer {config.tokenizer} {tokens}; "
+            "give --tokenizer FOLDER, the one that it was trained with"
+        )
     return {
         "images": config.images,
         "tokenizer": config.tokenizer,

@@ -389,3 +389,24 @@ def test_patterns_of_tables_are_read_without_being_streamed(pictures) -> None:
     assert (len(task), task.stream) == (96, None)
     with pytest.raises(ConfigError, match="samples is 8, but the training data are not streamed"):
         len(task_of(pictures, samples=8))
+
+
+def test_a_damaged_picture_in_a_tar_is_named_by_its_sample(tmp_path, png) -> None:
+    members = {"a.png": png, "a.txt": "red", "deep/b.png": png[:40], "deep/b.txt": "red"}
+    path = tmp_path / "x.tar"
+    opened = pairs_of(tmp_path, train=tar_of(path, members))
+    with pytest.raises(InputError, match=r"x\.tar, sample deep/b: .*; replace the picture"):
+        opened.image(1)
+
+    # The file may change while it is in use.
+    path.write_bytes(path.read_bytes()[:540])
+    with pytest.raises(InputError, match=r"x\.tar, sample a: the file has become shorter; check"):
+        opened.image(0)
+    path.unlink()
+    with pytest.raises(InputError, match=r"x\.tar: No such file or directory; check the path"):
+        opened.image(1)
+
+
+def test_shadows_of_macos_are_no_samples(tmp_path, png) -> None:
+    members = {"a.png": png, "a.txt": "red", "._a.png": "x", "__MACOSX/._a.txt": b"\xff"}
+    assert len(pairs_of(tmp_path, train=tar_of(tmp_path / "x.tar", members))) == 1

@@ -57,7 +57,9 @@ IN_USE = [
 @pytest.mark.parametrize(("task", "data", "name"), IDLE)
 def test_a_setting_of_another_kind_of_source_is_refused_by_name(task, data, name, tmp_path) -> None:
     data = {key: str(tmp_path) if value == "FOLDER" else value for key, value in data.items()}
-    message = rf"data: {name} is {data[name]}, but none of the data are (tables|data sets) .*; leave"
+    message = (
+        rf"data: {name} is {data[name]}, but none of the data are (tables|data sets) .*; leave"
+    )
     with pytest.raises(ConfigError, match=message):
         open_task(task, data)
 
@@ -68,5 +70,7 @@ def test_a_setting_that_one_part_uses_is_taken(task, data) -> None:
 
 
 def test_a_setting_that_zero_shot_does_not_have_is_refused() -> None:
-    with pytest.raises(ConfigError, match="zero_shot has no setting label_key; give images, classes"):
+    with pytest.raises(
+        ConfigError, match="zero_shot has no setting label_key; give images, classes"
+    ):
         open_task("clip", {"zero_shot": {"images": "hf:x/y", "label_key": "kind"}})

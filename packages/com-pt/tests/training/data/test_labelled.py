@@ -203,7 +203,9 @@ def test_labels_are_names_where_listed_names_are_numbers(table) -> None:
 @pytest.mark.parametrize("classes", [{}, {"classes": 5}])
 def test_names_in_a_table_are_listed_in_the_settings(table, pictures, classes) -> None:
     table("0", "cat")
-    message = r"labels\.csv, row 3: the label 'cat' is no number below .*; list the names under data"
+    message = (
+        r"labels\.csv, row 3: the label 'cat' is no number below .*; list the names under data"
+    )
     with pytest.raises(InputError, match=message):
         len(ClassifyTask({"train": str(pictures / "labels.csv"), **classes}))
 
@@ -252,6 +254,20 @@ def test_a_data_set_on_disk_is_read_with_its_classes(saved, source) -> None:
     assert again.labels.tolist() == [1, 2]
     with pytest.raises(InputError, match="has no split test; name one with @: train, validation"):
         open_part("train", train=f"hf:{saved}/saved@test")
+
+
+def test_classes_of_a_data_set_are_matched_by_name_and_a_missing_picture_is_named(saved) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures = [Image.new("RGB", (3, 2)), None, Image.new("RGB", (3, 2))]
+    features = datasets.Features(
+        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["blue", "red", "green"])}
+    )
+    rows = {"picture": pictures, "kind": [0, 1, 2]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(saved / "val"))
+    opened = ClassifyTask({"train": str(saved / "saved"), "val": str(saved / "val")}).open("val")
+    assert (opened.classes, opened.labels.tolist()) == (["red", "green", "blue"], [2, 0, 1])
+    with pytest.raises(InputError, match="val, row 1: no picture; replace the picture"):
+        opened.image(1)
 
 
 def test_columns_that_cannot_be_guessed_are_named(saved) -> None:

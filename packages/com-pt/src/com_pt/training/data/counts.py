@@ -34,7 +34,9 @@ def check_settings(data: Mapping[str, Any]) -> None:
                 raise ConfigError(f"data: {name} is {data[name]!r}; {remedy}")
     unknown = sorted({*map(str, data.get("zero_shot", {}))} - ZERO_SHOT_SETTINGS)
     if unknown:
-        raise ConfigError(f"zero_shot has no setting {unknown[0]}; give images, classes and templates")
+        raise ConfigError(
+            f"zero_shot has no setting {unknown[0]}; give images, classes and templates"
+        )
     check_use(data)
 
 

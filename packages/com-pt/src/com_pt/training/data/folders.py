@@ -108,4 +108,6 @@ def _leads_on(path: str, chain: tuple[str, ...]) -> bool:
     if name.startswith(".") or name == UNPACKER_FOLDER:
         return False
     real = os.path.realpath(path)
-    return not any(f"{above}{os.sep}".startswith(f"{real.rstrip(os.sep)}{os.sep}") for above in chain)
+    return not any(
+        f"{above}{os.sep}".startswith(f"{real.rstrip(os.sep)}{os.sep}") for above in chain
+    )

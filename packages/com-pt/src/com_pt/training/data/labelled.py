@@ -132,9 +132,7 @@ def class_names(data: Mapping[str, Any], part: str, found: Labelling | None = No
     return _same_names(data, part, found)
 
 
-def _bounded_names(
-    data: Mapping[str, Any], part: str, found: Labelling, number: int
-) -> list[str]:
+def _bounded_names(data: Mapping[str, Any], part: str, found: Labelling, number: int) -> list[str]:
     """Return numbers as the names, or the names of classes of which there may be ``number`` at most."""
     has_training = part != "train" and bool(data.get("train"))
     if not found.is_complete:
