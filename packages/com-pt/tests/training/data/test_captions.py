@@ -43,26 +43,6 @@ def test_images_with_too_few_captions_are_refused(pictures) -> None:
         len(task_of(pictures, captions=3))
 
 
-def test_a_table_of_a_spreadsheet_in_windows_1252_is_refused_with_its_row(pictures) -> None:
-    rows = ["path,one", "0.png,red", "1.png,a café", "2.png,blue"]
-    (pictures / "c.csv").write_bytes("\r\n".join(rows).encode("cp1252"))
-    message = (
-        r"c\.csv, row 3: the text is not UTF-8 \(byte 0xE9\); save it as UTF-8, or convert it: "
-        r"iconv -f WINDOWS-1252 -t UTF-8 c\.csv"
-    )
-    with pytest.raises(InputError, match=message):
-        pairs_of(pictures, train=str(pictures / "c.csv"))
-    (pictures / "c.csv").write_bytes("\r\n".join(rows).encode("utf-16"))
-    with pytest.raises(InputError, match="row 1: the text is UTF-16, not UTF-8"):
-        pairs_of(pictures, train=str(pictures / "c.csv"))
-
-
-def test_a_byte_order_mark_is_harmless(pictures) -> None:
-    rows = "path,one\r\n0.png,a café\r\n1.png,blue\r\n"
-    (pictures / "c.csv").write_bytes(rows.encode("utf-8-sig"))
-    assert [*pairs_of(pictures, train=str(pictures / "c.csv")).texts] == [["a café"], ["blue"]]
-
-
 def test_tabs_need_no_quotes(pictures) -> None:
     captions = [f"caption {i}" for i in range(8)]
     captions[2], captions[5] = '"Lone quote at the beginning', '"Another one'

@@ -65,3 +65,23 @@ def test_rows_that_end_with_a_lone_carriage_return_are_refused(pictures, separat
     (pictures / "c.csv").write_bytes(f"path{separator}one\r0.png{separator}red\r".encode())
     with pytest.raises(InputError, match=r"c\.csv: rows end with a lone carriage return, .*: tr "):
         pairs_of(pictures, train=str(pictures / "c.csv"))
+
+
+def test_a_table_of_a_spreadsheet_in_windows_1252_is_refused_with_its_row(pictures) -> None:
+    rows = ["path,one", "0.png,red", "1.png,a café", "2.png,blue"]
+    (pictures / "c.csv").write_bytes("\r\n".join(rows).encode("cp1252"))
+    message = (
+        r"c\.csv, row 3: the text is not UTF-8 \(byte 0xE9\); save it as UTF-8, or convert it: "
+        r"iconv -f WINDOWS-1252 -t UTF-8 c\.csv"
+    )
+    with pytest.raises(InputError, match=message):
+        pairs_of(pictures, train=str(pictures / "c.csv"))
+    (pictures / "c.csv").write_bytes("\r\n".join(rows).encode("utf-16"))
+    with pytest.raises(InputError, match="row 1: the text is UTF-16, not UTF-8"):
+        pairs_of(pictures, train=str(pictures / "c.csv"))
+
+
+def test_a_byte_order_mark_is_harmless(pictures) -> None:
+    rows = "path,one\r\n0.png,a café\r\n1.png,blue\r\n"
+    (pictures / "c.csv").write_bytes(rows.encode("utf-8-sig"))
+    assert [*pairs_of(pictures, train=str(pictures / "c.csv")).texts] == [["a café"], ["blue"]]

@@ -130,7 +130,7 @@ def test_the_classes_of_a_model_are_those_of_its_folders(folders) -> None:
 def test_held_out_folders_are_never_numbered_by_themselves(folders, classes) -> None:
     shutil.rmtree(folders / "val" / "10")
     val = str(folders / "val")
-    with pytest.raises(InputError, match="class 10 of .*val is in train but not in val"):
+    with pytest.raises(InputError, match=r"class 10 of .*val is in train but not in val"):
         ClassifyTask({"train": str(folders), "val": val, **classes}).open("val")
     number = classes.get("classes", 1000)
     with pytest.raises(InputError, match=rf"val has 2 classes and the model {number}; give --cl"):
