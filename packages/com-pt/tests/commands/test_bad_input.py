@@ -19,6 +19,10 @@ def call(*words: str) -> int:
         (["cost", "nothing"], "holds no finished stage"),
         (["eval", "nothing"], "no data to judge on; give --data"),
         (["eval", "x", "--suite", "zero-shot", "--data", "a"], "give --classes and --templates"),
+        (
+            ["eval", "x", "--data", "a.tar", "--images", "y"],
+            "images is y, but none of the data are",
+        ),
         (["inspect", "compt-ViT-Z-16"], "no CLIP model compt-ViT-Z-16; did you mean compt-ViT-"),
         (["individual", "cc3m-vit-tsbl"], "give --member"),
         (["train", "cc3m-vit-tsbl", "--out", "x"], "no train data are given"),

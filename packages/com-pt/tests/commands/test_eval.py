@@ -144,16 +144,8 @@ def test_a_language_model_is_judged_with_the_tokenizer_in_its_folder(tmp_path, c
 def test_a_model_that_was_trained_on_other_pixels_is_warned_about(
     folders, tmp_path, capsys
 ) -> None:
-    words = [
-        "eval",
-        tmp_path / "vit",
-        "--suite",
-        "top1",
-        "--data",
-        folders / "val",
-        "--device",
-        "cpu",
-    ]
+    words = ["eval", tmp_path / "vit", "--suite", "top1", "--data", folders / "val"]
+    words += ["--device", "cpu"]
     save_timm(vit(32, num_classes=2), VIT, 2, tmp_path / "vit")
     for mean, count in ((None, 0), ([0.5, 0.5, 0.5], 1)):
         file = tmp_path / "vit" / "config.json"

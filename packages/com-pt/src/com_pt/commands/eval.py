@@ -14,6 +14,7 @@ from com_pt.adapters.image_models import NAMES, image_size_of
 from com_pt.config import EvalConfig
 from com_pt.method.metrics import linear_probe, name_accuracies
 from com_pt.training.data.captions import CaptionData
+from com_pt.training.data.counts import check_use
 from com_pt.training.data.labelled import open_labelled
 from com_pt.training.data.texts import BYTE_TOKENS, load_tokenizer
 from com_pt.training.data.tokenizers import vocabulary_size
@@ -48,7 +49,8 @@ def evaluate(config: EvalConfig) -> Summary:
     Raises:
         InputError: If the model or its data do not fit the suite.
     """
-    # Read the model.
+    # Read the model; a folder of pictures that nothing would look into is a mistake.
+    check_use({"train": config.train, "val": one_or_all(config.data), "images": config.images})
     device = resolve_device(config.device)
     loaded = load_any(config.model)
     libraries = LIBRARIES_OF_SUITE[config.suite]
@@ -165,7 +167,11 @@ def one_or_all(sources: Sequence[str]) -> str | list[str]:
 
 
 def _clip_data(config: EvalConfig, model: Any) -> dict[str, Any]:
-    """The data settings that a CLIP model asks for."""
+    """Return the data settings that a CLIP model asks for; every token id must have an embedding.
+
+    Raises:
+        InputError: If the tokenizer has more tokens than the model.
+    """
     text = getattr(model, "text", model)
     tokens = vocabulary_size({"tokenizer": config.tokenizer})
     _check_vocabulary(config, config.tokenizer, tokens, text.vocab_size)

@@ -43,26 +43,6 @@ def test_images_with_too_few_captions_are_refused(pictures) -> None:
         len(task_of(pictures, captions=3))
 
 
-def test_a_table_of_a_spreadsheet_in_windows_1252_is_refused_with_its_row(pictures) -> None:
-    rows = ["path,one", "0.png,red", "1.png,a café", "2.png,blue"]
-    (pictures / "c.csv").write_bytes("\r\n".join(rows).encode("cp1252"))
-    message = (
-        r"c\.csv, row 3: the text is not UTF-8 \(byte 0xE9\); save it as UTF-8, or convert it: "
-        r"iconv -f WINDOWS-1252 -t UTF-8 c\.csv"
-    )
-    with pytest.raises(InputError, match=message):
-        pairs_of(pictures, train=str(pictures / "c.csv"))
-    (pictures / "c.csv").write_bytes("\r\n".join(rows).encode("utf-16"))
-    with pytest.raises(InputError, match="row 1: the text is UTF-16, not UTF-8"):
-        pairs_of(pictures, train=str(pictures / "c.csv"))
-
-
-def test_a_byte_order_mark_is_harmless(pictures) -> None:
-    rows = "path,one\r\n0.png,a café\r\n1.png,blue\r\n"
-    (pictures / "c.csv").write_bytes(rows.encode("utf-8-sig"))
-    assert [*pairs_of(pictures, train=str(pictures / "c.csv")).texts] == [["a café"], ["blue"]]
-
-
 def test_tabs_need_no_quotes(pictures) -> None:
     captions = [f"caption {i}" for i in range(8)]
     captions[2], captions[5] = '"Lone quote at the beginning', '"Another one'
@@ -389,3 +369,24 @@ def test_patterns_of_tables_are_read_without_being_streamed(pictures) -> None:
     assert (len(task), task.stream) == (96, None)
     with pytest.raises(ConfigError, match="samples is 8, but the training data are not streamed"):
         len(task_of(pictures, samples=8))
+
+
+def test_a_damaged_picture_in_a_tar_is_named_by_its_sample(tmp_path, png) -> None:
+    members = {"a.png": png, "a.txt": "red", "deep/b.png": png[:40], "deep/b.txt": "red"}
+    path = tmp_path / "x.tar"
+    opened = pairs_of(tmp_path, train=tar_of(path, members))
+    with pytest.raises(InputError, match=r"x\.tar, sample deep/b: .*; replace the picture"):
+        opened.image(1)
+
+    # The file may change while it is in use.
+    path.write_bytes(path.read_bytes()[:540])
+    with pytest.raises(InputError, match=r"x\.tar, sample a: the file has become shorter; check"):
+        opened.image(0)
+    path.unlink()
+    with pytest.raises(InputError, match=r"x\.tar: No such file or directory; check the path"):
+        opened.image(1)
+
+
+def test_shadows_of_macos_are_no_samples(tmp_path, png) -> None:
+    members = {"a.png": png, "a.txt": "red", "._a.png": "x", "__MACOSX/._a.txt": b"\xff"}
+    assert len(pairs_of(tmp_path, train=tar_of(tmp_path / "x.tar", members))) == 1

@@ -87,10 +87,14 @@ def test_memory_that_runs_out_and_interruptions_are_no_faults_of_the_data() -> N
 def test_names_come_from_lists_lines_and_json(tmp_path) -> None:
     (tmp_path / "n.txt").write_text("\ufeffcat\r\n\ndog \n", encoding="utf-8")
     (tmp_path / "n.json").write_text('["cat", "dog"]')
-    for names in (["cat", "dog"], str(tmp_path / "n.txt"), tmp_path / "n.json"):
+    (tmp_path / "mac.txt").write_bytes(b"cat\rdog\r\r")
+    for names in (["cat", "dog"], *(tmp_path / name for name in ("n.txt", "mac.txt", "n.json"))):
         assert read_names(names) == ["cat", "dog"]
     (tmp_path / "n.json").write_text('{"0": "cat"}')
     with pytest.raises(InputError, match=r"n\.json: no list of names; give a JSON list"):
         read_names(str(tmp_path / "n.json"))
+    (tmp_path / "n.pt").write_bytes(b"\x80\x04\x95\xff")
+    with pytest.raises(InputError, match=r"n\.pt is no text but a pickle; save it as text in UTF"):
+        read_names(tmp_path / "n.pt")
     with pytest.raises(InputError, match=r"gone\.txt: No such file or directory; check the file"):
         read_names(str(tmp_path / "gone.txt"))

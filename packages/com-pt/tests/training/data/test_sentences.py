@@ -28,6 +28,11 @@ LETTERS = "abcdefghijkl"  # twelve sentences of one word each
         ("Two lines\nof one</s>caption.</s>", ["Two lines", "of one", "caption"]),
         ("Wait... What? Yes!", ["Wait", "What? Yes!"]),
         (" . \n", []),
+        ("?! ... ,", ["?!", ","]),
+        ("About 3.5 m, e.g. here", ["About 3.5 m, e", "g", "here"]),  # as DreamLIP splits English
+        ("一只狗在跑。它很湿！真的？是的", ["一只狗在跑", "它很湿", "真的", "是的"]),
+        ("高さ3。5は別。", ["高さ3", "5は別"]),
+        ("。！", []),
     ],
 )
 def test_captions_are_split_at_periods_and_line_ends(text, sentences) -> None:

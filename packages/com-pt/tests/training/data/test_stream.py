@@ -124,6 +124,26 @@ def test_a_process_with_fewer_samples_begins_its_shards_again(shards) -> None:
     assert len(task_of(shards)) == 60
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_three_shards_on_two_processes_make_the_same_number_of_updates(shards, workers) -> None:
+    task = task_of(shards, train=f"{shards}/{{00000..00002}}.tar")
+    updates = Batches(task, BATCH, seed=3).per_epoch
+    assert updates == 3 * SAMPLES // BATCH
+    ranks = [
+        numbers_of(batches_of(task, 0, 2 * updates, rank=rank, world=2, workers=workers))
+        for rank in range(2)
+    ]
+    assert [len(numbers) for numbers in ranks] == [2 * updates * BATCH // 2] * 2
+
+    # In an epoch one process sees two shards, not quite to their end, and the other its only one again.
+    half = updates * BATCH // 2
+    met = [{shard for shard, _ in numbers[:half]} for numbers in ranks]
+    assert sorted(map(len, met)) == [1, 2]
+    assert not met[0] & met[1]
+    lone = next(numbers for numbers, seen in zip(ranks, met, strict=True) if len(seen) == 1)
+    assert len({*lone[:SAMPLES]}) == len({*lone[:half]}) == SAMPLES
+
+
 def test_skipping_opens_no_shard_whose_size_is_known(shards, monkeypatch) -> None:
     sizes = {f"{shard:05}.tar": SAMPLES for shard in range(SHARDS)}
     (shards / "sizes.json").write_text(json.dumps(sizes))
@@ -256,6 +276,9 @@ def test_patterns_stand_for_several_files(shards, pattern, names) -> None:
     ("source", "message"),
     [
         ("{00000..00009}.tar", r"00006\.tar is not there; check data: train"),
+        ("{1..0}.tar", r"\{1\.\.0\} in .*\.tar stands for 0 files; correct it"),
+        ("{a,{1..0}}.tar", r"\{1\.\.0\} in .* stands for 0 files; correct it"),
+        ("{0..9000000}.tar", r"\{0\.\.9000000\} in .* stands for 9000001 files; correct it"),
         ("*.tgz", r"no file matches .*\*\.tgz; check data: train"),
         ("*", r"notes\.txt is no tar, and only tars are streamed; set stream: false"),
     ],

@@ -26,6 +26,17 @@ def test_sizes_of_data_come_from_the_models_and_must_agree_with_them(pictures) -
         ClipTask(data).adopt({"A": spec(32, vocab=8)})
 
 
+def test_the_tokens_of_clip_itself_must_have_embeddings(pictures) -> None:
+    from open_clip import SimpleTokenizer
+
+    tokens = SimpleTokenizer().vocab_size
+    data = clip_data(pictures, tokenizer="simple")
+    ClipTask(data).adopt({"A": spec(32, vocab=tokens)})
+    message = f"vocab_size of B is {tokens - 1} and the tokenizer has {tokens} tokens; raise it or"
+    with pytest.raises(ConfigError, match=message):
+        ClipTask(data).adopt({"A": spec(32, vocab=tokens), "B": spec(32, vocab=tokens - 1)})
+
+
 def test_zero_shot_classification_uses_all_templates(pictures) -> None:
     from com_pt.training.tasks.clip import ClipTask
 

@@ -1,9 +1,10 @@
 """Settings of the data: counts, and the kinds of values that the others may have."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from com_pt.training.data.huggingface import is_hugging_face
 from effml_common.errors import ConfigError
 
 
@@ -31,6 +32,37 @@ def check_settings(data: Mapping[str, Any]) -> None:
         for name in names:
             if name in data and not is_right(data[name]):
                 raise ConfigError(f"data: {name} is {data[name]!r}; {remedy}")
+    unknown = sorted({*map(str, data.get("zero_shot", {}))} - ZERO_SHOT_SETTINGS)
+    if unknown:
+        raise ConfigError(
+            f"zero_shot has no setting {unknown[0]}; give images, classes and templates"
+        )
+    check_use(data)
+
+
+def check_use(data: Mapping[str, Any]) -> None:
+    """Refuse settings of a kind of source that no part of the data has: they would do nothing.
+
+    Raises:
+        ConfigError: Naming the first such setting.
+    """
+    parts = (data.get("train"), data.get("val"), data.get("zero_shot", {}).get("images"))
+    kinds = {kind for source in parts if source for kind in _kinds_of(source)}
+    for name, (kind, what) in KIND_OF_SETTING.items():
+        if kinds and data.get(name) is not None and kind not in kinds:
+            raise ConfigError(
+                f"data: {name} is {data[name]}, but none of the data are {what}; leave it out"
+            )
+
+
+def _kinds_of(source: str | Path | Sequence[str]) -> Iterator[str]:
+    """Yield the kinds of what a source names; patterns may stand for tables or tars."""
+    if is_hugging_face(source):
+        yield "data set"
+        return
+    for name in [source] if _is_path(source) else source:
+        is_known = Path(name).is_dir() or str(name).lower().endswith(".tar")
+        yield "folder or tar" if is_known else "table"
 
 
 def _is_count(value: Any) -> bool:
@@ -69,6 +101,15 @@ def _is_smoothing(value: Any) -> bool:
 def _is_classes(value: Any) -> bool:
     return value is None or _is_count(value) or _is_path(value) or (_is_list(value) and bool(value))
 
+
+ZERO_SHOT_SETTINGS = {"images", "classes", "templates"}
+
+# Settings that belong to one kind of source alone.
+KIND_OF_SETTING = {
+    "images": ("table", "tables of paths"),
+    "image_key": ("data set", "data sets with columns (hf:)"),
+    "label_key": ("data set", "data sets with columns (hf:)"),
+}
 
 # Names of settings, what their values are, and what to do about others.
 KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from com_pt.training.data.decoding import decode_picture, read_names
-from com_pt.training.data.labelling import Labelling, Pictures, read_labelling, read_names_of
+from com_pt.training.data.labelling import (
+    Labelling,
+    Pictures,
+    canonical_label,
+    have_numbers,
+    lists_classes,
+    read_labelling,
+    read_names_of,
+)
 from effml_common.errors import InputError
 
 
@@ -67,19 +75,31 @@ def open_labelled(
     if len(found.labels) == 0:
         raise InputError(f"{found.source} holds no samples; give a file with some")
 
-    # The classes that the run has; labels may be their numbers.
+    # The classes that the run has; labels are their names or numbers.
     classes = class_names(data, part, found)
-    is_numbered = found.has_numbers and data.get("classes") is not None
-    known = _numbers(classes) if is_numbered else classes
-    places = {name: place for place, name in enumerate(known)}
+    known = _numbers(classes) if _counts_classes(data, found, classes) else classes
+    places = {canonical_label(name): place for place, name in enumerate(known)}
+    places |= {name: place for place, name in enumerate(known)}
     for number, name in enumerate(found.names):
         if name not in places:
             are_numbers = known == _numbers(known)
             kind = f"number below {len(known)}" if are_numbers else "class"
-            remedy = "correct it" if are_numbers else "correct it or add it to classes"
+            remedy = "correct it or add it to classes"
+            if are_numbers:
+                is_number = have_numbers([name])
+                remedy = "correct it" if is_number else "list the names under data: classes"
             raise InputError(f"{found.where(number)}: the label {name!r} is no {kind}; {remedy}")
     order = torch.tensor([places[name] for name in found.names])
     return LabelledImages(found.pictures, order[found.labels.long()], classes, transform)
+
+
+def _counts_classes(data: Mapping[str, Any], found: Labelling, classes: list[str]) -> bool:
+    """Return whether labels are the places of classes, and not their names.
+
+    Where classes are called by numbers, as in folders 0, 1, 10 and 2, label 2 is the name of the last.
+    """
+    is_named = have_numbers(classes) or not {*found.names}.isdisjoint(classes)
+    return found.has_numbers and data.get("classes") is not None and not is_named
 
 
 def class_names(data: Mapping[str, Any], part: str, found: Labelling | None = None) -> list[str]:
@@ -96,18 +116,12 @@ def class_names(data: Mapping[str, Any], part: str, found: Labelling | None = No
     found = found or read_labelling(data, part)
     setting: int | str | Sequence[str] | None = data.get("classes")
 
-    # A number bounds labels that are numbers; of named classes there may be as many at most.
+    # A number bounds them.
     if isinstance(setting, int):
-        if not found.is_complete:
-            return _numbers(range(setting))
-        if len(found.names) > setting:
-            raise InputError(
-                f"{found.source} has {len(found.names)} classes, and classes is {setting}; "
-                "set data: classes"
-            )
+        return _bounded_names(data, part, found, setting)
 
     # A list of names says what the classes are.
-    elif setting is not None:
+    if setting is not None:
         names = read_names(setting)
         twice = [] if found.has_numbers else [n for n in found.names if names.count(n) > 1]
         if twice:
@@ -115,6 +129,31 @@ def class_names(data: Mapping[str, Any], part: str, found: Labelling | None = No
         return names
 
     # Otherwise the data say it.
+    return _same_names(data, part, found)
+
+
+def _bounded_names(data: Mapping[str, Any], part: str, found: Labelling, number: int) -> list[str]:
+    """Return numbers as the names, or the names of classes of which there may be ``number`` at most."""
+    has_training = part != "train" and bool(data.get("train"))
+    if not found.is_complete:
+        # Folders or a data set to train on have given numbers to their classes already.
+        if has_training and lists_classes(data["train"]):
+            names, has_numbers = read_names_of(data, "train")
+            if not has_numbers:
+                return names
+        return _numbers(range(number))
+    if len(found.names) > number:
+        raise InputError(
+            f"{found.source} has {len(found.names)} classes, and classes is {number}; "
+            "set data: classes"
+        )
+
+    # Without the training part nobody knows which of the classes a held-out part lacks.
+    if part != "train" and not has_training and len(found.names) < number:
+        raise InputError(
+            f"{found.source} has {len(found.names)} classes and the model {number}; give --classes "
+            "FILE, or data: classes, with the names of all of them, in the model's order"
+        )
     return _same_names(data, part, found)
 
 

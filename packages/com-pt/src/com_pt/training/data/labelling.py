@@ -103,7 +103,9 @@ def _read_tables(paths: list[Path], images: str | None) -> Labelling:
     for path in paths:
         root = Path(images) if images else path.parent
         for row, (file, label, *_) in read_rows(path, "labels"):
-            label = _canonical(label)
+            label = canonical_label(label)
+            if not label:
+                raise InputError(f"{path}, row {row}: no label; add one, or leave the image out")
             if label not in numbers:
                 numbers[label] = len(numbers)
                 places.append(f"{path}, row {row}")
@@ -113,7 +115,7 @@ def _read_tables(paths: list[Path], images: str | None) -> Labelling:
 
     # In alphabetical order, or in that of the numbers.
     met = [*numbers]
-    names = sorted(met, key=int) if _are_numbers(met) else sorted(met)
+    names = sorted(met, key=int) if have_numbers(met) else sorted(met)
     order = torch.tensor([names.index(name) for name in met], dtype=torch.int32)
     return Labelling(
         source=str(paths[0]),
@@ -122,15 +124,16 @@ def _read_tables(paths: list[Path], images: str | None) -> Labelling:
         names=names,
         where=lambda number: places[numbers[names[number]]],
         is_complete=False,
-        has_numbers=_are_numbers(met),
+        has_numbers=have_numbers(met),
     )
 
 
-def _are_numbers(names: Sequence[str]) -> bool:
+def have_numbers(names: Sequence[str]) -> bool:
+    """Return whether all names are whole numbers of 0 or more."""
     return all(name.isascii() and name.isdecimal() for name in names)
 
 
-def _canonical(label: str) -> str:
+def canonical_label(label: str) -> str:
     """Return a label without white space, and a number without leading zeros."""
     label = label.strip()
     return str(int(label)) if label.isascii() and label.isdecimal() else label
@@ -163,11 +166,18 @@ def _read_hugging_face(data: Mapping[str, Any], source: str | Path, part: str) -
 
     # Classes that the data set names, or the labels themselves.
     values = list(dataset[label])
+    wrong = next((v for v in values if not isinstance(v, int | str | None)), None)
+    if wrong is not None:
+        raise InputError(
+            f"{source}, row {values.index(wrong)}: the {label} is {wrong!r}, no number and no text; "
+            "name another column with label_key"
+        )
     listed = getattr(dataset.features[label], "names", None)
     if any(value is None or value == -1 for value in values):
         raise InputError(
             f"{source}: a row has no {label}; name another split with @, or leave it out"
         )
+    values = [int(value) if isinstance(value, bool) else value for value in values]
     met = listed or sorted({*values})
     are_numbers = all(isinstance(value, int) for value in met)
     numbers = {value: number for number, value in enumerate(met)}

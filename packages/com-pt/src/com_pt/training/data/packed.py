@@ -5,8 +5,10 @@ because each access changes a reference count. Tensors have no such counts: fork
 same pages, and spawned ones get them through shared memory.
 """
 
+import tarfile
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import overload
@@ -129,19 +131,36 @@ class PackedFiles:
         return len(self.numbers)
 
     def name(self, index: int) -> str:
-        """Return the path of a picture's file."""
-        return self.paths[int(self.numbers[index])][0]
+        """Return the path of a picture's file, and the sample of one in a tar."""
+        path = self._path(index)
+        if int(self.sizes[index]) == WHOLE_FILE:
+            return path
+
+        # The header before a picture is read again, since names would double the buffers.
+        with suppress(OSError, ValueError, tarfile.TarError), open(path, "rb") as file:
+            file.seek(int(self.offsets[index]) - tarfile.BLOCKSIZE)
+            header = file.read(tarfile.BLOCKSIZE)
+            member = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape").name
+            folder, slash, name = member.rpartition("/")
+            return f"{path}, sample {folder}{slash}{name.partition('.')[0]}"
+        return path
 
     def content(self, index: int) -> bytes:
         """Read the bytes of a picture.
 
         Raises:
-            InputError: If the file cannot be read.
+            InputError: If the file cannot be read, or has become shorter.
         """
-        path, size = self.name(index), int(self.sizes[index])
-        with decoding(path, "check the path"), open(path, "rb") as file:
+        path, size = self._path(index), int(self.sizes[index])
+        with decoding(self.name(index), "check the path"), open(path, "rb") as file:
             file.seek(int(self.offsets[index]))
-            return file.read(None if size == WHOLE_FILE else size)
+            content = file.read(None if size == WHOLE_FILE else size)
+            if len(content) < size:
+                raise ValueError("the file has become shorter")
+            return content
+
+    def _path(self, index: int) -> str:
+        return self.paths[int(self.numbers[index])][0]
 
     @property
     def nbytes(self) -> int:

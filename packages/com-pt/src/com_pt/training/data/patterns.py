@@ -9,6 +9,7 @@ from effml_common.errors import InputError
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
+MOST_FILES = 1_000_000  # of a range; a larger one is a slip
 REMOTE = re.compile(r"(pipe:|[a-z0-9]+://)")
 
 
@@ -64,6 +65,9 @@ def expand_paths(source: str | Path | Sequence[str], setting: str) -> list[Path]
 def expand_braces(name: str) -> Iterator[str]:
     """Yield the names that braces stand for, numbers with as many digits as the range gives.
 
+    Raises:
+        InputError: If a range is empty, or larger than a million.
+
     Example:
         >>> [*expand_braces("{a,b}-{08..10}.tar")]
         ['a-08.tar', 'a-09.tar', 'a-10.tar', 'b-08.tar', 'b-09.tar', 'b-10.tar']
@@ -77,6 +81,10 @@ def expand_braces(name: str) -> Iterator[str]:
         words = braces[1].split(",")
     else:
         first, last = int(bounds[1]), int(bounds[2])
+        if not first <= last < first + MOST_FILES:
+            raise InputError(
+                f"{{{braces[1]}}} in {name} stands for {max(last - first + 1, 0)} files; correct it"
+            )
         words = [str(number).zfill(len(bounds[1])) for number in range(first, last + 1)]
     for word in words:
         for rest in expand_braces(name[braces.end() :]):

@@ -14,8 +14,9 @@ import torch
 
 from effml_common.errors import InputError
 
-# DreamLIP splits at every period. Here a period within a number, as in 3.5, ends no sentence.
-SENTENCE_END = re.compile(r"\n|</s>|[.](?!\d)")
+# DreamLIP splits at every period. Here a period within a number, as in 3.5, ends no sentence. Chinese
+# and Japanese have marks of their own, which end a sentence wherever they stand.
+SENTENCE_END = re.compile(r"\n|</s>|[.](?!\d)|[。！？｡]")
 
 
 def split_sentences(text: str) -> list[str]:

@@ -13,13 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from com_pt.training.data.decoding import IMAGE_EXTENSIONS, decode_json, decode_text, decoding
+from com_pt.training.data.decoding import (
+    IMAGE_EXTENSIONS,
+    decode_json,
+    decode_text,
+    decoding,
+    kind_of,
+)
 from com_pt.training.data.packed import PackedTexts
 from effml_common.errors import InputError
 from effml_common.logging import warn
 
 PARTS = ("image", ".txt", ".json")  # of a sample that are read
 TAIL_CHECKED = 2**20  # bytes behind the end of a tar that must be empty
+COMPRESSORS = {
+    "compressed with gzip": "gzip",
+    "compressed with bzip2": "bzip2",
+    "compressed with xz": "xz",
+    "compressed with zstd": "zstd",
+}
 LONGEST_VALUE = 40  # characters of a wrong value that are shown
 
 
@@ -86,6 +98,7 @@ def scan_shard(path: Path) -> ShardIndex:
         InputError: If the tar is damaged, has no images, or a sample has a part twice.
     """
     # Places of all members by sample.
+    _require_tar(path)
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     with (
         decoding(f"{path}: no complete tar", "copy it or make it again"),
@@ -95,7 +108,8 @@ def scan_shard(path: Path) -> ShardIndex:
             if member.issparse() or member.islnk():
                 what = "sparse" if member.issparse() else "a hard link"
                 raise ValueError(f"{member.name} is {what} and would be read wrongly or not at all")
-            if member.isreg():
+            # macOS hides a shadow of each file beside it, ._cat.jpg.
+            if member.isreg() and not member.name.rpartition("/")[2].startswith("._"):
                 key, kind = _split_name(member.name)
                 parts = samples.setdefault(key, {})
                 if kind in parts and kind in PARTS:
@@ -136,6 +150,15 @@ def scan_shard(path: Path) -> ShardIndex:
     places = [[parts.get(kind, missing) for kind in PARTS] for parts in complete.values()]
     keys = PackedTexts.of([key] for key in complete)
     return ShardIndex(path, keys, torch.tensor(places, dtype=torch.int64).reshape(-1, 3, 2))
+
+
+def _require_tar(path: Path) -> None:
+    """Refuse another kind of file: one that is compressed has no places to read samples from."""
+    kind = kind_of(path)
+    if kind not in (None, "a tar"):
+        tool = COMPRESSORS.get(kind or "")
+        remedy = f"unpack it: {tool} -d < OLD.tar > NEW.tar" if tool else "give a tar"
+        raise InputError(f"{path} is no plain tar but {kind}; {remedy}")
 
 
 def _has_text(parts: dict[str, Any]) -> bool:

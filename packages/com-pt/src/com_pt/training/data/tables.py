@@ -27,6 +27,15 @@ def read_rows(path: Path, columns: str) -> Iterator[tuple[int, list[str]]]:
     """
     # A tab in the header tells the kind of file, whatever its name.
     header = next(decode_lines(path), "")
+    if "\r" in header.rstrip("\r\n"):
+        raise InputError(
+            f"{path}: rows end with a lone carriage return, as on old Macs; convert it: "
+            f"tr '\\r' '\\n' < {path.name}"
+        )
+    if "\0" in header:
+        raise InputError(
+            f"{path}, row 1: the text has zero bytes, as UTF-16 has without a mark; save it as UTF-8"
+        )
     tabs = path.suffix.lower() in TAB_EXTENSIONS or "\t" in header
     rows = _split_at_tabs(path) if tabs else _split_at_commas(path)
 
