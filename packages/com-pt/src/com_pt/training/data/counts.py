@@ -60,7 +60,7 @@ def _kinds_of(source: str | Path | Sequence[str]) -> Iterator[str]:
     if is_hugging_face(source):
         yield "data set"
         return
-    for name in [source] if _is_path(source) else source:
+    for name in [source] if isinstance(source, str | Path) else source:
         is_known = Path(name).is_dir() or str(name).lower().endswith(".tar")
         yield "folder or tar" if is_known else "table"
 

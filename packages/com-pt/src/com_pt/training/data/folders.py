@@ -87,7 +87,7 @@ def is_picture(name: str) -> bool:
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
     """Yield all folders below a folder with their files; links are followed, but no loops of them."""
     # Where each folder to be visited really is, and those above it.
-    chains = {folder: (os.path.realpath(folder),)}
+    chains: dict[str, tuple[str, ...]] = {folder: (os.path.realpath(folder),)}
     with decoding(folder, "check the folder"):
         for place, names, files in os.walk(folder, onerror=_raise, followlinks=True):
             chain = chains.pop(place)
