@@ -97,26 +97,8 @@ def scan_shard(path: Path) -> ShardIndex:
     Raises:
         InputError: If the tar is damaged, has no images, or a sample has a part twice.
     """
-    # Places of all members by sample.
     _require_tar(path)
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    with (
-        decoding(f"{path}: no complete tar", "copy it or make it again"),
-        tarfile.open(path, "r:") as tar,
-    ):
-        for member in tar:
-            if member.issparse() or member.islnk():
-                what = "sparse" if member.issparse() else "a hard link"
-                raise ValueError(f"{member.name} is {what} and would be read wrongly or not at all")
-            # macOS hides a shadow of each file beside it, ._cat.jpg.
-            if member.isreg() and not member.name.rpartition("/")[2].startswith("._"):
-                key, kind = _split_name(member.name)
-                parts = samples.setdefault(key, {})
-                if kind in parts and kind in PARTS:
-                    what = "images" if kind == "image" else f"files {kind}"
-                    raise InputError(f"{path}, sample {key}: two {what}; give each sample a name")
-                parts[kind] = (member.offset_data, member.size)
-        _check_tail(path, tar.offset)
+    samples = _places_by_sample(path)
 
     # Images whose names have more dots belong to no sample: an extension begins at the first dot.
     dotted = [
@@ -150,6 +132,30 @@ def scan_shard(path: Path) -> ShardIndex:
     places = [[parts.get(kind, missing) for kind in PARTS] for parts in complete.values()]
     keys = PackedTexts.of([key] for key in complete)
     return ShardIndex(path, keys, torch.tensor(places, dtype=torch.int64).reshape(-1, 3, 2))
+
+
+def _places_by_sample(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return offset and size of each file of each sample."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    with (
+        decoding(f"{path}: no complete tar", "copy it or make it again"),
+        tarfile.open(path, "r:") as tar,
+    ):
+        for member in tar:
+            if member.issparse() or member.islnk():
+                what = "sparse" if member.issparse() else "a hard link"
+                raise ValueError(f"{member.name} is {what} and would be read wrongly or not at all")
+
+            # macOS hides a shadow of each file beside it, ._cat.jpg.
+            if member.isreg() and not member.name.rpartition("/")[2].startswith("._"):
+                key, kind = _split_name(member.name)
+                parts = samples.setdefault(key, {})
+                if kind in parts and kind in PARTS:
+                    what = "images" if kind == "image" else f"files {kind}"
+                    raise InputError(f"{path}, sample {key}: two {what}; give each sample a name")
+                parts[kind] = (member.offset_data, member.size)
+        _check_tail(path, tar.offset)
+    return samples
 
 
 def _require_tar(path: Path) -> None:
