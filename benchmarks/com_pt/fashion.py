@@ -41,6 +41,7 @@ SHARES = {"T": 1.0, "S": 0.19, "B": 0.12}  # of the updates alone, as in the pap
 LATE = 0.8  # share of the updates after which a member should be saturated
 TUNING_SEED, TUNING_SHARE = 0, 0.1
 RATES = (1e-3, 2e-3, 4e-3)  # tried first; the grid is extended while an end of it is the best
+MORE_RATES = 3  # at most
 
 # How a member is trained: alone, in a chain, from scratch with the updates of the chain, or alone with
 # a complete schedule of four fifths of the updates. Every cosine gains in its own last fifth; whether a
@@ -48,7 +49,6 @@ RATES = (1e-3, 2e-3, 4e-3)  # tried first; the grid is extended while an end of 
 WAYS = {
     "alone": "scratch",
     "chain": "embed + feature",
-    "lossless chain": "lossless + feature",
     "short": "scratch",
     "four fifths": "scratch",
 }
@@ -300,9 +300,9 @@ def predecessor(
     member: str, way: str, trained: dict[tuple[str, str], FashionCell]
 ) -> FashionCell | None:
     """Return the cell that a member of a chain is grown from."""
-    if "chain" not in way:
+    if way != "chain":
         return None
-    return trained["T", "alone"] if member == "S" else trained["S", way]
+    return trained[("T", "alone") if member == "S" else ("S", way)]
 
 
 def make_cell(
@@ -326,16 +326,17 @@ def grid(
     config: FashionConfig, member: str, way: str, source: FashionCell | None
 ) -> Iterator[float]:
     """Yield the rates to try: a fixed grid, and beyond it as long as an end is the best."""
-    yield from RATES
-    for _ in range(3):
+    rates = [*RATES]
+    yield from rates
+
+    # Only rates of this walk count, so that a study that goes on walks the same way again.
+    while len(rates) < len(RATES) + MORE_RATES:
         values = trials(config, member, way, source)
-        best = max(values, key=lambda rate: values[rate])
-        if best == max(values):
-            yield best * 2
-        elif best == min(values):
-            yield best / 2
-        else:
+        best = max((rate for rate in rates if rate in values), key=lambda rate: values[rate])
+        if best not in (max(rates), min(rates)):
             return
+        rates.append(best * 2 if best == max(rates) else best / 2)
+        yield rates[-1]
 
 
 def trials(

@@ -27,8 +27,7 @@ MEMBERS = ("T", "S", "B")
 # Of the figure: colour, words of the legend, and where a mark's name stands, in points from it.
 STYLES = {
     "alone": ("black", "each alone", (10, -12)),
-    "chain": ("C0", "chain, embed growth", (-9, 6)),
-    "lossless chain": ("C2", "chain, lossless growth", (-9, -14)),
+    "chain": ("C0", "chain", (-9, 6)),
     "short": ("C1", "alone, with the chain's updates", (9, 6)),
 }
 MODELS = {"top-1": "of timm's ViT", "zero-shot top-1": "of open_clip's CLIP"}
@@ -105,7 +104,7 @@ def family_rows(records: Sequence[Record]) -> list[Row]:
     """Return what the whole family costs in each way, and how much cheaper than alone."""
     rows = []
     alone = [by_seed(records, member, "alone") for member in MEMBERS]
-    for way in ("alone", "chain", "lossless chain"):
+    for way in ("alone", "chain"):
         cells = [alone[0], *(by_seed(records, member, way) for member in MEMBERS[1:])]
         seeds = [s for s in cells[0] if all(s in cell for cell in (*cells, *alone))]
         if not seeds:
@@ -136,15 +135,11 @@ def claims_of(records: Sequence[Record]) -> list[Claim]:
             claims.append(Claim(key, text, gaps))
 
     for member in MEMBERS[1:]:
-        alone, short = (by_seed(records, member, way) for way in ("alone", "short"))
-        for way in ("chain", "lossless chain"):
-            chain = by_seed(records, member, way)
-            text = f"{member} of the {way} is within {100 * MAY_LOSE:g} points of {member} alone"
-            add(f"{member}-{way}-within", text, chain, alone, MAY_LOSE)
-            text = (
-                f"{member} of the {way} is better than {member} with as many updates from scratch"
-            )
-            add(f"{member}-{way}-short", text, chain, short)
+        chain, alone, short = (by_seed(records, member, w) for w in ("chain", "alone", "short"))
+        text = f"{member} of the chain is within {100 * MAY_LOSE:g} points of {member} alone"
+        add(f"{member}-within", text, chain, alone, MAY_LOSE)
+        text = f"{member} of the chain is better than {member} with as many updates from scratch"
+        add(f"{member}-short", text, chain, short)
 
     # Members alone must be saturated, or the comparison favours the chain. Within a training the last
     # fifth also gains what the small rates at the end of every cosine gain.
@@ -191,7 +186,7 @@ def draw(records: Sequence[Record], metric: str, path: Path) -> None:
         points = []
         for member in MEMBERS:
             # A chain begins at T alone, whose mark is drawn once.
-            begins = member == "T" and "chain" in way
+            begins = member == "T" and way == "chain"
             group = [*by_seed(records, member, "alone" if begins else way).values()]
             if not group:
                 continue
@@ -231,6 +226,6 @@ def draw(records: Sequence[Record], metric: str, path: Path) -> None:
 
 def total_macs(records: Sequence[Record], member: str, way: str) -> float:
     """Return the MACs of a member and of all that it was grown from, of one seed."""
-    names = MEMBERS[: MEMBERS.index(member) + 1] if "chain" in way else (member,)
+    names = MEMBERS[: MEMBERS.index(member) + 1] if way == "chain" else (member,)
     parts = [by_seed(records, n, "alone" if n == "T" else way) for n in names]
     return sum(next(iter(part.values()))["macs"] for part in parts)
