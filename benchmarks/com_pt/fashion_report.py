@@ -212,7 +212,9 @@ def draw(records: Sequence[Record], metric: str, path: Path) -> None:
     # Few ticks, in plain numbers.
     axes.legend(frameon=False, loc="lower right")
     axes.set_xscale("log")
-    axes.set_xticks([3, 5, 10, 20, 50], ["3", "5", "10", "20", "50"])
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if low < tick < high]
+    axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("training in trillions of multiply-accumulates, all predecessors included")
     axes.set_ylabel(f"{metric}, %")
