@@ -141,6 +141,20 @@ def test_a_language_model_is_judged_with_the_tokenizer_in_its_folder(tmp_path, c
     assert "length is 1, and a block's first token is not predicted; give 2 or more" in error
 
 
+def test_a_member_that_was_trained_with_another_tokenizer_is_warned_about(tmp_path, capsys) -> None:
+    (tmp_path / "text.txt").write_text("a red square, and a green one. " * 20)
+    llama(vocab_size=300).save_pretrained(tmp_path / "B")
+    (tmp_path / "run").mkdir()
+    words = [tmp_path / "B", "--suite", "perplexity", "--data", tmp_path / "text.txt"]
+    for trained, warnings in ((None, 0), ("bytes", 0), ("tokenizers/own", 1)):
+        document = {"data": {} if trained is None else {"tokenizer": trained}}
+        (tmp_path / "run" / "chain.json").write_text(json.dumps(document))
+        words_of_run = [*map(str, words), "--length", "16", "--device", "cpu"]
+        assert main("com-pt", "com-pt", COMMANDS, ["eval", *words_of_run]) == 0
+        expected = "was trained with the tokenizer tokenizers/own and is judged with bytes"
+        assert capsys.readouterr().err.count(expected) == warnings
+
+
 def test_a_model_that_was_trained_on_other_pixels_is_warned_about(
     folders, tmp_path, capsys
 ) -> None:

@@ -1,5 +1,6 @@
 """``com-pt eval``: judge a finished model on the user's own data."""
 
+import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,12 +26,14 @@ from com_pt.training.embedding import (
     pool_pictures,
     rank_labels,
 )
+from com_pt.training.run_folder import SETTINGS
 from com_pt.training.streaming import Reading
 from com_pt.training.tasks.causal_lm import CausalLMTask
 from com_pt.training.tasks.clip import ClipTask
 from com_pt.training.tasks.zero_shot import read_labels
 from effml_common.device import resolve_device
 from effml_common.errors import InputError
+from effml_common.logging import warn
 from effml_common.report import Summary
 
 # Libraries whose models a suite judges.
@@ -94,19 +97,29 @@ def _judge_language_model(config: EvalConfig, model: Any) -> dict[str, float]:
         has_own = (Path(config.model) / "tokenizer_config.json").is_file()
         tokenizer = config.model if has_own else "bytes"
     tokens = BYTE_TOKENS if tokenizer == "bytes" else len(load_tokenizer(tokenizer))
-    _check_vocabulary(config, tokenizer, tokens, model.get_input_embeddings().num_embeddings)
+    _check_tokenizer(config, tokenizer, tokens, model.get_input_embeddings().num_embeddings)
 
     settings = {"val": list(config.data), "length": config.length, "tokenizer": tokenizer}
     return CausalLMTask({**settings, **_reading_settings(config)}).evaluate(model)
 
 
-def _check_vocabulary(config: EvalConfig, tokenizer: str, tokens: int, embeddings: int) -> None:
-    """Refuse a tokenizer that has tokens without an embedding."""
+def _check_tokenizer(config: EvalConfig, tokenizer: str, tokens: int, embeddings: int) -> None:
+    """Refuse a tokenizer that has tokens without an embedding; warn of one of another training."""
     if tokens > embeddings:
         raise InputError(
             f"the tokenizer {tokenizer} has {tokens} tokens and {config.model} embeddings of "
             f"{embeddings}; give --tokenizer with the one that it was trained with"
         )
+
+    # A member lies beside the settings of its chain. Other ids of the same range would go unnoticed.
+    settings = Path(config.model).parent / "run" / SETTINGS
+    if settings.is_file():
+        trained = json.loads(settings.read_text(encoding="utf-8"))["data"].get("tokenizer")
+        if isinstance(trained, str) and Path(trained).resolve() != Path(tokenizer).resolve():
+            warn(
+                f"{config.model} was trained with the tokenizer {trained} and is judged with "
+                f"{tokenizer}; give --tokenizer {trained}"
+            )
 
 
 def _judge_classifier(config: EvalConfig, model: Any, classes: int) -> dict[str, float]:
@@ -174,7 +187,7 @@ def _clip_data(config: EvalConfig, model: Any) -> dict[str, Any]:
     """
     text = getattr(model, "text", model)
     tokens = vocabulary_size({"tokenizer": config.tokenizer})
-    _check_vocabulary(config, config.tokenizer, tokens, text.vocab_size)
+    _check_tokenizer(config, config.tokenizer, tokens, text.vocab_size)
     return {
         "images": config.images,
         "tokenizer": config.tokenizer,
